@@ -1,0 +1,63 @@
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO := looksam compare sgd sam sam-5 looksam-5 --data digits --label-noise 0.4 --seeds 4 --epochs 50
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed ## train a small network with SGD, SAM, SAM-5 and LookSAM-5 on noisy labels and compare them
+	@echo '== $(DEMO)'
+	@$(BIN)/$(DEMO)
+
+test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options on
+	@$(BIN)/pytest -q $(PYTEST_ARGS)
+
+lint: .venv/installed-dev ## check style (ruff), types (mypy) and import arrows (import-linter)
+	@echo '== ruff'
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo '== mypy'
+	@$(BIN)/mypy
+	@echo '== import-linter'
+	@$(BIN)/lint-imports
+
+format: .venv/installed-dev ## rewrite the Python files in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the environment, builds and caches; results under runs/ stay
+	rm -rf .venv build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find looksam_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Order-only where it is used: bin/python is a link to the system's Python, whose age says nothing.
+.venv/bin/pip:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "'$(PYTHON)' is not there. Python 3.10 or newer is needed; make PYTHON=/path/to/python3 names one."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "'$(PYTHON)' is $$($(PYTHON) --version 2>&1). Python 3.10 or newer is needed; make PYTHON=/path/to/python3 names one."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: apt install python3-venv."; exit 1; }
+	@echo "== .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# The project is built against the torch in .venv: build isolation would fetch a second one and ignores the constraints.
+.venv/installed: pyproject.toml constraints.txt setup.py | .venv/bin/pip
+	@echo '== torch and build tools into .venv (torch is a large download)'
+	@$(PIP) torch 'setuptools>=77' wheel ninja pybind11
+	@echo '== looksam-kernels with what its lab and tests need'
+	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-deps timm
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo '== lint tools'
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
