@@ -3,7 +3,7 @@ PYTEST_ARGS ?=
 DEMO := looksam compare sgd sam sam-5 looksam-5 --data digits --label-noise 0.4 --seeds 4 --epochs 50
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -26,7 +26,7 @@ lint: .venv/installed-dev ## check style (ruff), types (mypy) and import arrows 
 	@echo '== mypy'
 	@$(BIN)/mypy
 	@echo '== import-linter'
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 format: .venv/installed-dev ## rewrite the Python files in the project's style
 	@$(BIN)/ruff check --fix .
@@ -54,6 +54,7 @@ clean: ## remove the environment, builds and caches; results under runs/ stay
 	@$(PIP) torch 'setuptools>=77' wheel ninja pybind11
 	@echo '== looksam-kernels with what its lab and tests need'
 	@$(PIP) --no-build-isolation --editable '.[test]'
+	@echo '== timm, a peer in the tests, without its torchvision'
 	@$(PIP) --no-deps timm
 	@touch $@
 
