@@ -1,0 +1,22 @@
+"""The low room: tensors in, tensors out. No optimizer class and no variant's name in here.
+
+A sharpness-aware step is a few :func:`sums` over aligned lists of tensors, a few scalars on the device
+(:func:`coefficients`), and one linear combination fused into a base update (:func:`perturb`, :func:`step`).
+"""
+
+from looksam_kernels.backends import BackendInfo, backend_info, use_backend
+from looksam_kernels.ops import coefficients, measure, perturb, restore, step, sums
+from looksam_kernels.table import TensorTable
+
+__all__ = [
+    "BackendInfo",
+    "TensorTable",
+    "backend_info",
+    "coefficients",
+    "measure",
+    "perturb",
+    "restore",
+    "step",
+    "sums",
+    "use_backend",
+]

@@ -1,0 +1,101 @@
+"""Which implementation runs the ops: native, then triton, then reference; or the one that is asked for.
+
+A backend is a module with the functions ``sums``, ``coefficients``, ``perturb``, ``step``, ``restore`` (signatures:
+:mod:`looksam_kernels.ops`) and ``unavailable(device)``, which returns ``None`` where it runs on tensors of that device,
+or the reason why not. It may add ``measure`` where one launch does both sums and coefficients.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+
+ORDER = ("native", "triton", "reference")
+
+_forced: str | None = None
+
+
+class BackendInfo(NamedTuple):
+    """One line of :func:`backend_info`: is the backend there, is it the one that runs, and why not."""
+
+    available: bool
+    selected: bool
+    reason: str
+
+
+class use_backend:
+    """Forces a backend from now on; as a context manager, until the end of the block.
+
+    ``use_backend("reference")`` or ``with use_backend("native"): ...``. ``None`` goes back to the automatic choice.
+    A table keeps the backend that it was made with.
+
+    Raises:
+        ValueError: the name is none of ``native``, ``triton``, ``reference``.
+        RuntimeError: the backend is not there; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            _require(name, None)
+        self._before, _forced = _forced, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> Literal[False]:
+        global _forced
+        _forced = self._before
+        return False
+
+
+def select(requested: str | None, device: torch.device) -> ModuleType:
+    """The backend for tensors on ``device``: ``requested``, else the forced one, else ``LOOKSAM_BACKEND``, else the first.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: a backend that was asked for cannot run on this device.
+    """
+    name = requested or _forced or os.environ.get("LOOKSAM_BACKEND") or None
+    if name is not None:
+        return _require(name, device)
+    return next(_load(n) for n in ORDER if _reason(n, device) is None)
+
+
+def backend_info(device: torch.device | str | None = None) -> dict[str, BackendInfo]:
+    """Which backends run on ``device`` (default: CUDA where there is one, else the CPU), and why the others do not."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        selected = name_of(select(None, device))
+    except (RuntimeError, ValueError):
+        selected = ""
+    return {n: BackendInfo((why := _reason(n, device)) is None, n == selected, why or "") for n in ORDER}
+
+
+def name_of(backend: ModuleType) -> str:
+    """``native``, ``triton`` or ``reference``."""
+    return backend.__name__.rpartition(".")[2]
+
+
+def _require(name: str, device: torch.device | None) -> ModuleType:
+    if name not in ORDER:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(ORDER)}")
+    where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why = _reason(name, where)
+    if why is not None and (device is not None or _reason(name, torch.device("cpu")) is not None):
+        raise RuntimeError(f"backend {name!r} cannot run on {where.type} tensors: {why}")
+    return _load(name)
+
+
+def _reason(name: str, device: torch.device) -> str | None:
+    try:
+        return _load(name).unavailable(device)
+    except ImportError as error:
+        return str(error)
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,203 @@
+"""The ops in the plainest PyTorch, row by row: runs on every device and in float64, and is the oracle of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
+from looksam_kernels.table import TensorTable
+
+Scalars = Mapping[str, Any]
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Sequence[float | None] | None) -> Sums:
+    values = torch.zeros(len(pairs), len(table), dtype=torch.float64, device=table.device)
+    for i, (x, y) in enumerate(pairs):
+        for row in range(len(table)):
+            values[i, row] = _inner_product(table, row, x, y, adaptive)
+    return Sums(tuple(pairs), values)
+
+
+def _inner_product(table: TensorTable, row: int, x: str, y: str, adaptive: Sequence[float | None] | None) -> Tensor | float:
+    if (x, y) == ("q", "q"):
+        norm_sq = table["q_norm_sq"][row]
+        return 0.0 if norm_sq is None or table["g"][row] is None else norm_sq.to(table.device)
+    a, b = (_column(table, name, row, adaptive) for name in (x, y))
+    return 0.0 if a is None or b is None else (a * b).sum(dtype=torch.float64).to(table.device)
+
+
+def _column(table: TensorTable, name: str, row: int, adaptive: Sequence[float | None] | None) -> Tensor | None:
+    x = table["g" if name == "Tg" else name][row]
+    if x is None:
+        return None
+    x = x.to(_accumulate(table, row))
+    return _t(table, row, adaptive) * x if name == "Tg" else x
+
+
+def coefficients(
+    table: TensorTable,
+    rule: str,
+    sums: Sums,
+    groups: Groups,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float | None,
+) -> Coefficients:
+    hyper = Hyper(groups, table.group, table.device, grad_scale)
+    bad = (~sums.values.isfinite().all()).to(torch.float32)
+    if found_inf is not None:
+        bad = torch.maximum(bad, found_inf.to(bad.device).reshape(()))
+    if rule in ASCENTS:
+        return Coefficients(ASCENTS[rule].inputs, ascent(rule, sums, hyper, bad), None, bad)
+    d, q = descent(rule, sums, hyper, max_grad_norm)
+    return Coefficients(DESCENTS[rule].inputs, d, q, bad)
+
+
+def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Sequence[float | None] | None) -> None:
+    for row, x in enumerate(table[coefficients.inputs[0]]):
+        if x is None:
+            continue
+        w, b = table["w"][row], table["b"][row]
+        if not has_master(table, row):
+            b.copy_(w)
+        c = coefficients.d[0, row].to(b)
+        t = _t(table, row, adaptive)
+        w.copy_(torch.where(c != 0, b + c * (t * t) * x.to(b.dtype), b))
+        table.perturbed[row] = True
+
+
+def restore(table: TensorTable) -> None:
+    for row, moved in enumerate(table.perturbed):
+        if moved:
+            table["w"][row].copy_(table["b"][row])
+
+
+def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
+    first, *_ = coefficients.inputs
+    for row in range(len(table)):
+        if table[first][row] is not None:
+            _step_row(table, row, base, coefficients, groups[table.group[row]])
+        elif table.perturbed[row]:
+            table["w"][row].copy_(table["b"][row])
+
+
+def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficients, group: Scalars) -> None:
+    w = table["w"][row]
+    origin = table["b"][row] if table.perturbed[row] or has_master(table, row) else w.clone()
+    keep = coefficients.found_inf.to(w.device) > 0
+
+    def commit(old: Tensor | None, new: Tensor) -> None:
+        if old is not None:
+            old.copy_(torch.where(keep, old, new.to(old.dtype)))
+
+    if coefficients.q is not None:
+        q = _combine(table, row, coefficients.inputs, coefficients.q)
+        commit(table["q"][row], q)
+        commit(table["q_norm_sq"][row], (q * q).sum(dtype=torch.float64))
+
+    d = _combine(table, row, coefficients.inputs, coefficients.d)
+    if base == "grad":
+        commit(table[coefficients.inputs[0]][row], d)
+        w.copy_(origin)
+        return
+
+    count = table["step"][row] + 1
+    state = {name: table[name][row] for name in BASES[base]}
+    new_w, new_state = _UPDATES[base](origin, d, state, count.double(), group)
+    w.copy_(torch.where(keep, origin, new_w))
+    if has_master(table, row):
+        commit(origin, new_w)
+    for name, new in new_state.items():
+        commit(state[name], new)
+    commit(table["step"][row], count)
+
+
+def _combine(table: TensorTable, row: int, inputs: Sequence[str], coefficients: Tensor) -> Tensor:
+    """sum_i c_i x_i; an input that is absent counts as 0."""
+    dtype = _accumulate(table, row)
+    total = torch.zeros_like(table["w"][row], dtype=dtype)
+    for i, name in enumerate(inputs):
+        x = table[name][row]
+        if x is not None:
+            c = coefficients[i, row].to(x.device, dtype)
+            total = total + torch.where(c != 0, c * x.to(dtype), 0.0)
+    return total
+
+
+def has_master(table: TensorTable, row: int) -> bool:
+    """Is b the master copy of w, rather than a place to save it in?"""
+    b = table["b"][row]
+    return b is not None and b.dtype != table["w"][row].dtype
+
+
+def _accumulate(table: TensorTable, row: int) -> torch.dtype:
+    return torch.float64 if table["w"][row].dtype == torch.float64 else torch.float32
+
+
+def _t(table: TensorTable, row: int, adaptive: Sequence[float | None] | None) -> Tensor | float:
+    """ASAM's T of one row."""
+    eta = adaptive[row] if adaptive is not None else None
+    return 1.0 if eta is None else table["w"][row].to(_accumulate(table, row)).abs() + eta
+
+
+# The base updates on one tensor: w, d, states and the update count -> new w, new states ------------------------------
+
+
+def sgd(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+    d = d + h["weight_decay"] * w
+    if not h["momentum"]:
+        return w - h["lr"] * d, {}
+    keep_of_d = torch.where(count == 1, 1.0, 1 - h["dampening"]).to(d.dtype)
+    buf = h["momentum"] * state["momentum_buffer"] + keep_of_d * d
+    return w - h["lr"] * (d + h["momentum"] * buf if h["nesterov"] else buf), {"momentum_buffer": buf}
+
+
+def adam(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+    direction, new_state = _adam_direction(d + h["weight_decay"] * w, state, count, h)
+    return w - h["lr"] * direction, new_state
+
+
+def adamw(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+    direction, new_state = _adam_direction(d, state, count, h)
+    return w * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * direction, new_state
+
+
+def lamb(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+    direction, new_state = _adam_direction(d, state, count, h)
+    u = direction + h["weight_decay"] * w
+    w_norm, u_norm = (x.square().sum(dtype=torch.float64).sqrt() for x in (w, u))
+    trust_ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+    if h["weight_decay"] == 0 and not h["always_adapt"]:
+        trust_ratio = torch.ones_like(trust_ratio)
+    if h["trust_clip"]:
+        trust_ratio = trust_ratio.clamp(max=1)
+    return w - h["lr"] * trust_ratio.to(w.dtype) * u, new_state
+
+
+def _adam_direction(
+    d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(m / bc1) / (sqrt(v / bc2) + eps) and the new m, v."""
+    beta1, beta2 = h["betas"]
+    m = torch.lerp(state["exp_avg"], d, 1 - beta1)
+    v = beta2 * state["exp_avg_sq"] + (1 - beta2) * d * d
+    bias_correction1 = (1 - beta1**count).to(d.dtype)
+    bias_correction2_sqrt = (1 - beta2**count).sqrt().to(d.dtype)
+    denominator = v.sqrt() / bias_correction2_sqrt + h["eps"]
+    return (m / bias_correction1) / denominator, {"exp_avg": m, "exp_avg_sq": v}
+
+
+_UPDATES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "lamb": lamb,
+}

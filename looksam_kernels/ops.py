@@ -1,0 +1,174 @@
+"""The contract of each op: shapes, dtypes, errors, formula. Everything is done by the table's backend.
+
+No op returns a host value and none synchronises; scalars live on the table's device. Arithmetic is float64 for float64
+parameters and float32 for all others, rounded once at the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.table import TensorTable
+
+Adaptive = Sequence[float | None]
+"""ASAM's eta of each row where T = |w| + eta; ``None`` in rows where T = 1."""
+
+
+def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive | None = None) -> Sums:
+    """Inner products per tensor of pairs of columns, in one read of each column.
+
+    ``values[i, p]`` = sum_j x_j y_j over the elements of row p for the i-th pair (x, y); float64, shape [pairs, rows];
+    0 where x or y is ``None``. Accumulated in a fixed order: the same inputs give the same bits.
+
+    ``"Tg"`` names the virtual column T g, T = \\|w\\| + eta in rows where ``adaptive`` has an eta, else 1. The pair
+    ``("q", "q")`` costs no pass: it is the cached ``q_norm_sq`` of the rows that have a g.
+    """
+    return table.backend.sums(table, pairs, adaptive)
+
+
+def coefficients(
+    table: TensorTable,
+    rule: str,
+    sums: Sums,
+    groups: Groups,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    max_grad_norm: float | None = None,
+) -> Coefficients:
+    """The scalars of a rule of :mod:`looksam_kernels.formulas`, from sums that hold at least the rule's pairs.
+
+    Args:
+        rule: a name in ``formulas.ASCENTS`` or ``formulas.DESCENTS``.
+        sums: made by :func:`sums`; added up over the ranks first where tensors are sharded.
+        groups: the hyper-parameters of each group by name (``rho``, ``alpha``, ``perturb_eps``, ``norm_scope``,
+            ``maximize``, ...), numbers or 0-dim tensors.
+        grad_scale: the loss scale that g and s carry; d and q are divided by it.
+        found_inf: 1.0 if an earlier pass of this step was not finite.
+        max_grad_norm: scale d by min(1, max_grad_norm / ||d||); the sums must hold the rule's ``clip_pairs`` too.
+
+    Returns:
+        :class:`looksam_kernels.formulas.Coefficients`.
+    """
+    return table.backend.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm)
+
+
+def measure(
+    table: TensorTable,
+    rule: str,
+    groups: Groups,
+    *,
+    known: Sums | None = None,
+    adaptive: Adaptive | None = None,
+    all_reduce: Callable[[Sums], Sums] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    max_grad_norm: float | None = None,
+) -> tuple[Sums, Coefficients]:
+    """:func:`sums` of what the rule needs and ``known`` does not hold yet, then :func:`coefficients`: one launch where
+    the backend can.
+
+    Args:
+        known: sums of an earlier pass of this step (||g||^2 of the ascent serves the descent).
+        all_reduce: adds the sums up over ranks before they become scalars.
+
+    Returns:
+        All sums, the known ones included, and the coefficients.
+    """
+    needed = pairs_of(rule, clip=max_grad_norm is not None)
+    pairs = [p for p in needed if known is None or p not in known.pairs]
+    fused = getattr(table.backend, "measure", None)
+    if fused is not None and all_reduce is None:
+        return fused(table, rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
+    found = sums(table, pairs, adaptive)
+    if all_reduce is not None:
+        found = all_reduce(found)
+    if known is not None:
+        found = known + found
+    scalars = coefficients(
+        table, rule, found, groups, grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm
+    )
+    return found, scalars
+
+
+def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive | None = None) -> None:
+    """b <- w, w <- w + c_p T^2 x, for the rows that have an x (the ascent's input, ``coefficients.inputs[0]``).
+
+    Rows with a master copy in b start from it and leave it alone: w <- round(b + c_p T^2 x). With c_p = 0 w keeps its
+    bits whatever x holds. Marks the rows in ``table.perturbed``. The storage of w stays where it is.
+
+    Raises:
+        ValueError: a row that takes part has no b.
+    """
+    _need(table, "b", table.present(coefficients.inputs[0]))
+    table.backend.perturb(table, coefficients, adaptive)
+
+
+def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
+    """The base update with the direction d = sum_i d_i x_i, at the restored w; also the restore, in the same pass.
+
+    For each row p that has the first input: w is read from b where p is perturbed or has a master copy, ``step`` goes
+    up by one, the base update (formulas below) runs with d and writes w, its states, and the master copy. Where
+    ``coefficients.q`` is given, q <- sum_i q_i x_i and ``q_norm_sq`` <- ||q_p||^2 in the same pass. Inputs that are
+    ``None`` count as 0. Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is
+    restored and nothing else changes, device-side counters included.
+
+    ==========  =================================================================================================
+    ``sgd``     d += weight_decay w; buf = momentum buf + (1 - dampening) d (the first time buf = d);
+                nesterov: d + momentum buf; w -= lr d. torch.optim.SGD
+    ``adam``    d += weight_decay w; m = beta1 m + (1 - beta1) d; v = beta2 v + (1 - beta2) d^2;
+                w -= lr (m / bc1) / (sqrt(v / bc2) + eps), bc = 1 - beta^step. Kingma & Ba 2015
+    ``adamw``   w *= 1 - lr weight_decay, then as adam without its decay. Loshchilov & Hutter 2019
+    ``lamb``    m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with
+                r = ||w_p|| / ||u_p||, 1 where either is 0, 1 where weight_decay = 0 unless ``always_adapt``,
+                at most 1 with ``trust_clip``. You et al. 2020
+    ``grad``    x_0 <- d, w restored: the update is another optimizer's
+    ==========  =================================================================================================
+
+    Args:
+        groups: the base's hyper-parameters of each group by name, as in torch.optim.
+
+    Raises:
+        ValueError: unknown base, or a row that takes part lacks one of the states or q.
+    """
+    if base not in BASES:
+        raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
+    takes_part = table.present(coefficients.inputs[0])
+    for name in BASES[base]:
+        if name != "momentum_buffer":
+            _need(table, name, takes_part)
+    if base != "grad":
+        _need(table, "step", takes_part)
+    if coefficients.q is not None:
+        _need(table, "q", takes_part)
+        _need(table, "q_norm_sq", takes_part)
+    table.backend.step(table, base, coefficients, groups)
+    table.perturbed = [False] * len(table)
+
+
+def restore(table: TensorTable) -> None:
+    """w <- b, bit for bit, for the perturbed rows (rows with a master copy: w <- round(b)); for a step that is abandoned."""
+    table.backend.restore(table)
+    table.perturbed = [False] * len(table)
+
+
+def pairs_of(rule: str, clip: bool = False) -> tuple[Pair, ...]:
+    """The sums that a rule needs, with those for clipping if asked.
+
+    Raises:
+        ValueError: no such rule.
+    """
+    if rule in ASCENTS:
+        return ASCENTS[rule].pairs
+    if rule in DESCENTS:
+        return DESCENTS[rule].pairs + (DESCENTS[rule].clip_pairs if clip else ())
+    raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join([*ASCENTS, *DESCENTS])}")
+
+
+def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:
+    for row, (x, takes_part) in enumerate(zip(table[name], rows, strict=True)):
+        if takes_part and x is None:
+            raise ValueError(f"row {row} takes part, but column {name!r} has no tensor for it")

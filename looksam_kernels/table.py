@@ -1,0 +1,115 @@
+"""TensorTable: aligned lists of tensors. A row is one parameter; a column is one role that it plays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from looksam_kernels import backends
+
+Column = list[Tensor | None]
+
+SCALAR_COLUMNS = ("step", "q_norm_sq")
+"""Columns with one number a row (0-dim tensors): the update count, float32, and the cached ||q_p||^2, float64."""
+
+
+class TensorTable:
+    """Aligned lists of tensors, the one argument that every op takes.
+
+    Columns by name, each a list with one tensor or ``None`` a row:
+
+    =================  ==================================================================================
+    ``w``              the parameters; their storage is only ever written in place
+    ``b``              where :func:`looksam_kernels.perturb` saves w. Of a wider dtype than w it is instead
+                       w's *master copy*: always exact, read and written in place of w by every op
+    ``g``, ``s``, ...  gradients or other directions; ``None`` = takes no part
+    ``q``              LookSAM's orthogonal component, with ``q_norm_sq`` beside it
+    base states        ``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``; ``step`` counts the updates
+    =================  ==================================================================================
+
+    Args:
+        w: parameters: floating point, dense, any mix of devices and of float64, float32, float16, bfloat16.
+        group: index of each row's hyper-parameter group; default: all 0.
+        backend: ``"native"``, ``"triton"``, ``"reference"`` or ``None`` for the first that runs on w's device.
+        columns: further columns.
+
+    Raises:
+        ValueError: lists of unequal length, a tensor whose shape differs from its parameter's.
+        TypeError: sparse, complex or integer tensors.
+        RuntimeError: the backend asked for does not run on this device.
+    """
+
+    def __init__(
+        self,
+        w: Iterable[Tensor],
+        group: Sequence[int] | None = None,
+        *,
+        backend: str | None = None,
+        **columns: Sequence[Tensor | None],
+    ) -> None:
+        weights = list(w)
+        self._columns: dict[str, Column] = {}
+        self.group = list(group) if group is not None else [0] * len(weights)
+        if len(self.group) != len(weights):
+            raise ValueError(f"group has {len(self.group)} entries for {len(weights)} parameters")
+        self.perturbed = [False] * len(weights)
+        """Rows whose w is away from its backup: set by perturb, cleared by step and restore."""
+        self.device = weights[0].device if weights else torch.device("cpu")
+        self.backend: ModuleType = backends.select(backend, self.device)
+        self.dirty: set[str] = set()
+        """Columns set since the backend last looked at them."""
+        self.handle: Any = None
+        """Whatever the backend keeps for this table between calls."""
+        self._columns["w"] = [None] * len(weights)
+        self["w"] = weights
+        for name, tensors in columns.items():
+            self[name] = tensors
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __getitem__(self, name: str) -> Column:
+        """A column; one that was never set has ``None`` in every row."""
+        return self._columns.get(name) or [None] * len(self)
+
+    def __setitem__(self, name: str, tensors: Sequence[Tensor | None]) -> None:
+        if len(tensors) != len(self):
+            raise ValueError(f"column {name!r} has {len(tensors)} tensors for {len(self)} parameters")
+        for row, (x, w) in enumerate(zip(tensors, tensors if name == "w" else self._columns["w"], strict=True)):
+            if x is not None and w is not None:
+                _check(name, row, x, w)
+        self._columns[name] = list(tensors)
+        self.dirty.add(name)
+
+    def drop(self, name: str) -> None:
+        """Forgets a column, so that its tensors can be freed."""
+        if self._columns.pop(name, None) is not None:
+            self.dirty.add(name)
+
+    def present(self, name: str) -> list[bool]:
+        """Which rows have a tensor in this column."""
+        return [x is not None for x in self[name]]
+
+
+def _check(name: str, row: int, x: Tensor, w: Tensor) -> None:
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"column {name!r}, row {row}: {x.layout} tensors are not supported; "
+            "make the gradient dense (for an embedding: sparse=False)"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"column {name!r}, row {row}: {x.dtype} is not supported; use a real floating point dtype")
+    if x.shape != (() if name in SCALAR_COLUMNS else w.shape):
+        raise ValueError(f"column {name!r}, row {row}: shape {tuple(x.shape)} does not fit parameter {tuple(w.shape)}")
+    if x.device != w.device:
+        raise ValueError(f"column {name!r}, row {row}: on {x.device}, but its parameter is on {w.device}")
