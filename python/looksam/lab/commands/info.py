@@ -1,0 +1,25 @@
+"""``looksam info``: what is installed and which backends work."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import looksam_kernels
+
+from ..environment import environment
+
+
+@click.command("info")
+def command() -> None:
+    """Show versions, devices and backends, and why a backend is not available."""
+    console = Console()
+    for label, text in environment().items():
+        console.print(f"[bold]{label:>16}[/]  {text}", highlight=False)
+    table = Table("backend", "available", "selected", "reason", title="Backends", title_justify="left")
+    for name, backend in looksam_kernels.backend_info().items():
+        table.add_row(
+            name, "yes" if backend.available else "no", "*" if backend.selected else "", backend.reason
+        )
+    console.print(table)

@@ -1,0 +1,62 @@
+"""One run of the laboratory, described completely by values that can be written to JSON."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images and labels. ``source`` is a name ("digits", "fashion-mnist") or a path; see data.py."""
+
+    source: str = "digits"
+    directory: str | None = None
+    image_size: int | None = None
+    train_size: int | None = None
+    label_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's outcome. None means: the default of the data set, model or optimizer.
+
+    ``options`` holds keyword arguments for the optimizer as (name, value) pairs, already chosen for this method.
+    ``warmup`` and ``epochs`` count epochs; ``threads`` = 0 leaves torch's own choice.
+    """
+
+    method: str
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: str | None = None
+    width: float = 1.0
+    patch: int | None = None
+    epochs: int = 50
+    batch_size: int | None = None
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    backend: str | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    clip: float | None = None
+    augment: str | None = None
+    randaugment: tuple[int, float] = (2, 9.0)
+    mixup: float = 0.0
+    device: str = "auto"
+    threads: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"options": dict(self.options)}
+
+
+def make_generator(seed: int, stream: str) -> torch.Generator:
+    """A CPU generator for one use of randomness; streams of one seed are independent of each other.
+
+    Without the name, the first epoch's order would repeat the very permutation that chose the noisy labels.
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{stream}/{seed}".encode()))

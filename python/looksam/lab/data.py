@@ -1,0 +1,220 @@
+"""Image data sets, held in memory as uint8 tensors: digits, Fashion-MNIST, or any folder or tar of images."""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from .cache import cached_arrays, tree_fingerprint
+from .config import DataConfig, make_generator
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LAYOUT = "train/<class>/*.jpg|png and test/<class>/*.jpg|png"
+FASHION_FILES = {
+    "train_x": "train-images-idx3-ubyte",
+    "train_y": "train-labels-idx1-ubyte",
+    "test_x": "t10k-images-idx3-ubyte",
+    "test_y": "t10k-labels-idx1-ubyte",
+}
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+class DataError(click.ClickException):
+    """Data that is missing or unusable; the message names the option and the remedy."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``*_x``: uint8 [N, C, H, W] with H = W; ``*_y``: int64 [N]. ``flip``: mirrored images keep their class."""
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+    flip: bool
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the training images in 0..1, each float32 [C, 1, 1]."""
+        values = self.train_x.double().div(255).transpose(0, 1).flatten(1)
+        shape = (-1, 1, 1)
+        return values.mean(1).float().view(shape), values.std(1).clamp_min(1e-6).float().view(shape)
+
+
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
+    """The data of one run: subset and label noise applied to the training part, the test part left clean."""
+    data = _load_source(config)
+    if config.train_size is not None:
+        if not 0 < config.train_size <= len(data.train_y):
+            raise DataError(
+                f"--train-size {config.train_size}: {data.name} has {len(data.train_y)} training images"
+            )
+        # The subset does not depend on the run's seed: runs of one experiment share their data.
+        kept = torch.randperm(len(data.train_y), generator=make_generator(0, "subset"))[: config.train_size]
+        data = replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
+    if config.label_noise:
+        labels = noisy_labels(data.train_y, config.label_noise, len(data.classes), seed)
+        data = replace(data, train_y=labels)
+    return data
+
+
+def noisy_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
+    """Symmetric noise: exactly round(fraction * N) labels become another class, each wrong class equally likely."""
+    generator = make_generator(seed, "label-noise")
+    chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator)
+    noisy = labels.clone()
+    noisy[chosen] = (labels[chosen] + shift) % classes
+    return noisy
+
+
+def _load_source(config: DataConfig) -> Dataset:
+    if config.source == "digits":
+        return _digits()
+    if config.source == "fashion-mnist":
+        return _fashion_mnist(config.directory)
+    path = Path(config.source)
+    if not path.exists():
+        raise DataError(
+            f"--data {config.source}: neither digits nor fashion-mnist, nor a folder or tar file that exists. "
+            f"A folder or tar file must hold {LAYOUT}."
+        )
+    if path.is_file() and not tarfile.is_tarfile(path):
+        raise DataError(f"--data {config.source}: not a tar file; give a folder or a tar file with {LAYOUT}")
+    key = f"{tree_fingerprint(path)} {config.image_size}"
+    arrays = cached_arrays(key, lambda: decode_images(path, config.image_size))
+    return _dataset(path.name, arrays, tuple(str(c) for c in arrays["classes"]), flip=True)
+
+
+def _dataset(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...], flip: bool) -> Dataset:
+    tensors = {k: torch.from_numpy(arrays[k]) for k in ("train_x", "train_y", "test_x", "test_y")}
+    return Dataset(name, classes=classes, flip=flip, **tensors)
+
+
+def _digits() -> Dataset:
+    """1,797 grey 8x8 digits that scikit-learn carries; a fixed stratified split into 1,000 and 797."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = digits.target.astype(np.int64)
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, labels, train_size=1000, stratify=labels, random_state=0
+    )
+    arrays = {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
+    return _dataset("digits", arrays, tuple("0123456789"), flip=False)
+
+
+def _fashion_mnist(directory: str | None) -> Dataset:
+    folders = [Path("/usr/share/datasets/fashion-mnist")]
+    if directory is not None:
+        folders = [Path(directory) / "FashionMNIST" / "raw", Path(directory)]
+    arrays = {}
+    for key, name in FASHION_FILES.items():
+        found = [f for folder in folders for f in (folder / f"{name}.gz", folder / name) if f.is_file()]
+        if not found:
+            raise DataError(
+                f"--data fashion-mnist: {name}.gz is not in {' or '.join(map(str, folders))}. Install the Debian "
+                "package dataset-fashion-mnist (apt install dataset-fashion-mnist), or put the four IDX files into "
+                "DIR/FashionMNIST/raw, where torchvision also puts them, and give --data-dir DIR."
+            )
+        arrays[key] = read_idx(found[0])
+    for split in ("train", "test"):
+        arrays[f"{split}_x"] = arrays[f"{split}_x"][:, None]
+        arrays[f"{split}_y"] = arrays[f"{split}_y"].astype(np.int64)
+    return _dataset("fashion-mnist", arrays, FASHION_CLASSES, flip=True)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, gzipped or not, as a uint8 array of the shape that its header states."""
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        raw = gzip.decompress(raw)
+    dims = raw[3] if raw[:3] == b"\x00\x00\x08" else 0
+    shape = np.frombuffer(raw, ">u4", dims, offset=4)
+    if not dims or len(raw) != 4 + 4 * dims + shape.prod():
+        raise DataError(f"--data-dir: {path} is not a complete IDX file of bytes; fetch it again")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
+
+
+def decode_images(path: Path, image_size: int | None) -> dict[str, np.ndarray]:
+    """Decode a folder or tar laid out as LAYOUT, below any number of leading folders.
+
+    Returns ``train_x``, ``test_x`` uint8 [N, C, S, S], ``train_y``, ``test_y`` int64 and ``classes``. Images are
+    ordered by class and file name whatever the order on disk; grey ones stay one channel if all are grey.
+    """
+    images: dict[str, dict[tuple[str, str], np.ndarray]] = {"train": {}, "test": {}}
+    for split, label, name, file in track(_image_files(path), description=f"decoding {path.name}"):
+        images[split][label, name] = _decode(file, name, image_size)
+    classes = sorted({label for label, _ in images["train"]})
+    if not images["train"] or {label for label, _ in images["test"]} - set(classes) or not images["test"]:
+        raise DataError(
+            f"--data {path}: needs images as {LAYOUT}, with every test class among the training classes"
+        )
+    decoded = [*images["train"].values(), *images["test"].values()]
+    if len({image.shape[:2] for image in decoded}) > 1 or decoded[0].shape[0] != decoded[0].shape[1]:
+        raise DataError(
+            f"--data {path}: images must be square and of one size; give --image-size to resize them"
+        )
+    grey = all(image.ndim == 2 for image in decoded)
+    arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
+    for split, members in images.items():
+        ordered = sorted(members.items())
+        pixels = [
+            image if grey or image.ndim == 3 else np.stack([image] * 3, axis=-1) for _, image in ordered
+        ]
+        stacked = np.stack(pixels)
+        arrays[f"{split}_x"] = (
+            stacked[:, None] if grey else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+        )
+        arrays[f"{split}_y"] = np.array([classes.index(label) for (label, _), _ in ordered], np.int64)
+    return arrays
+
+
+def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
+    """Yield (split, class, file name, open file). A tar is read in its own order: xz cannot seek back cheaply."""
+    if path.is_dir():
+        for file in path.rglob("*"):
+            if found := _place(file.relative_to(path).as_posix()):
+                with file.open("rb") as stream:
+                    yield *found, stream
+        return
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and (found := _place(member.name)):
+                yield *found, BytesIO(archive.extractfile(member).read())  # type: ignore[union-attr]
+
+
+def _place(name: str) -> tuple[str, str, str] | None:
+    parts = name.split("/")
+    if len(parts) < 3 or parts[-3] not in ("train", "test") or not name.lower().endswith(IMAGE_SUFFIXES):
+        return None
+    return parts[-3], parts[-2], parts[-1]
+
+
+def _decode(file: BinaryIO, name: str, image_size: int | None) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(file)
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        if image_size is not None and image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"--data: cannot decode {name}: {error}") from error

@@ -1,0 +1,160 @@
+"""The figures of a report, drawn from the records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .records import Experiment, Run, mean_and_error
+from .train import EpochRecord
+
+# Okabe and Ito 2008: told apart with any colour vision. Line styles repeat the distinction in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", (0, (1, 1)))
+
+
+def style(index: int) -> dict[str, object]:
+    """Colour and line style of the method at ``index``; different for the first 28."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": STYLES[(index + index // len(COLOURS)) % len(STYLES)],
+    }
+
+
+def draw_figures(experiment: Experiment, folder: Path) -> dict[str, Path]:
+    """Write the PNG files; returns title -> path. Empty if no run finished."""
+    if not any(experiment.finished(m) for m in experiment.methods):
+        return {}
+
+    def accuracy(epoch: EpochRecord) -> float:
+        return 100 * epoch.test_accuracy
+
+    def train_loss(epoch: EpochRecord) -> float:
+        return math.nan if epoch.train_loss is None else epoch.train_loss
+
+    curves: list[tuple[str, str, str, str, Callable[[EpochRecord], float], Callable[[Run], list[float]]]] = [
+        ("accuracy_epochs", "Test accuracy by epoch", "epoch", "test accuracy (%)", accuracy, _epochs),
+        (
+            "accuracy_passes",
+            "Test accuracy by work",
+            "forward+backward passes",
+            "test accuracy (%)",
+            accuracy,
+            _passes,
+        ),
+        (
+            "accuracy_seconds",
+            "Test accuracy by time",
+            "training time (s)",
+            "test accuracy (%)",
+            accuracy,
+            _seconds,
+        ),
+        ("train_loss", "Training loss", "epoch", "training loss (nats)", train_loss, _epochs),
+    ]
+    paths = {}
+    for name, title, xlabel, ylabel, value, position in curves:
+        figure, axes = new_figure(title, xlabel, ylabel)
+        for index, method in enumerate(experiment.methods):
+            if runs := experiment.finished(method):
+                _curve(axes, runs, value, position, method, index)
+        finish(figure, axes)
+        paths[title] = save(figure, folder / f"{name}.png")
+    paths["Final test accuracy"] = _final_accuracy(experiment, folder / "accuracy_final.png")
+    return paths
+
+
+def new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def finish(figure: Figure, axes: Axes) -> None:
+    """A legend beside the axes: it never covers a curve."""
+    axes.margins(x=0.01)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _epochs(run: Run) -> list[float]:
+    return [float(e.epoch) for e in run.epochs]
+
+
+def _passes(run: Run) -> list[float]:
+    return np.cumsum([e.passes for e in run.epochs]).tolist()
+
+
+def _seconds(run: Run) -> list[float]:
+    return np.cumsum([e.seconds for e in run.epochs]).tolist()
+
+
+def _curve(
+    axes: Axes,
+    runs: Sequence[Run],
+    value: Callable[[EpochRecord], float],
+    position: Callable[[Run], list[float]],
+    method: str,
+    index: int,
+) -> None:
+    """Mean over the seeds, with a band of one standard error where there are several."""
+    values = np.array([[value(e) for e in run.epochs] for run in runs])
+    x = np.mean([position(run) for run in runs], axis=0)
+    look = style(index)
+    axes.plot(x, values.mean(0), label=method, linewidth=1.8, marker="o" if len(x) == 1 else None, **look)  # type: ignore[arg-type]
+    if len(runs) > 1:
+        error = values.std(0, ddof=1) / math.sqrt(len(runs))
+        axes.fill_between(
+            x,
+            values.mean(0) - error,
+            values.mean(0) + error,
+            color=str(look["color"]),
+            alpha=0.2,
+            linewidth=0,
+        )
+
+
+def _final_accuracy(experiment: Experiment, path: Path) -> Path:
+    methods = [m for m in experiment.methods if experiment.finished(m)]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(methods)), layout="constrained")
+    for row, method in enumerate(methods):
+        values = [100 * run.epochs[-1].test_accuracy for run in experiment.finished(method)]
+        mean, error = mean_and_error(values)
+        colour = COLOURS[experiment.methods.index(method) % len(COLOURS)]
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.35, markeredgewidth=0)
+        axes.errorbar(
+            mean,
+            row,
+            xerr=None if math.isnan(error) else error,
+            fmt="|",
+            color=colour,
+            ms=14,
+            capsize=4,
+            lw=2,
+        )
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.set_xlabel("test accuracy after the last epoch (%): each seed, mean ± standard error")
+    axes.set_title("Final test accuracy", loc="left", fontsize=13)
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)

@@ -1,0 +1,131 @@
+"""The options shared by the commands that train, and the configurations they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from .augment import AUGMENTATIONS
+from .config import DataConfig, TrainConfig
+from .methods import BASES, VARIANTS, canonical_name, check_options, select_options
+from .models import MODELS
+from .schedule import SCHEDULES
+
+F = TypeVar("F", bound=Callable[..., Any])
+FRACTION = click.FloatRange(0, 1, max_open=True)
+POSITIVE = click.FloatRange(0, min_open=True)
+NOT_NEGATIVE = click.FloatRange(0)
+COUNT = click.IntRange(1)
+
+METHOD_HELP = f"""
+METHOD is NAME[-K][+BASE], for example sgd, sam, sam-5 (SAM on every 5th step), looksam-5, looklayersam-5+lamb.
+Base optimizers: {", ".join(BASES)}. Variants: {", ".join(VARIANTS)}.
+"""
+
+OPTIONS = (
+    click.option(
+        "--base", type=click.Choice(list(BASES)), default="sgd", help="Base of methods that name none."
+    ),
+    click.option(
+        "--data",
+        default="digits",
+        help="digits, fashion-mnist, or a folder or tar file with train/<class>/*.jpg|png and test/<class>/*.jpg|png.",
+    ),
+    click.option("--data-dir", help="Where Fashion-MNIST lies: the folder that holds FashionMNIST/raw."),
+    click.option("--image-size", type=COUNT, help="Resize images of a folder or tar to this many pixels."),
+    click.option("--train-size", type=COUNT, help="Train on a fixed random subset of this many images."),
+    click.option("--label-noise", type=FRACTION, default=0.0, help="Part of the training labels made wrong."),
+    click.option(
+        "--model", type=click.Choice(MODELS), help="Default: cnn for digits and Fashion-MNIST, else resnet18."
+    ),
+    click.option("--width", type=POSITIVE, default=1.0, help="Factor on the channels of cnn and resnet18."),
+    click.option("--patch", type=COUNT, help="Patch size of the transformers, in pixels."),
+    click.option("--epochs", type=COUNT, default=50),
+    click.option("--batch-size", type=COUNT, help="Default: 50 for digits, else 128."),
+    click.option("--lr", type=POSITIVE, help="Peak learning rate; default by base optimizer (SGD 0.05)."),
+    click.option("--momentum", type=FRACTION, default=0.9, help="Of SGD."),
+    click.option("--weight-decay", type=NOT_NEGATIVE, help="Default by base optimizer (SGD 5e-4)."),
+    click.option("--rho", type=NOT_NEGATIVE, help="Radius of the ascent step; default by method."),
+    click.option("--alpha", type=NOT_NEGATIVE, help="Weight of the reused component; default by method."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="[NAME.]OPTION=VALUE",
+        help="Any other option of the optimizers, or of one variant alone: --set looksam.rho=0.1.",
+    ),
+    click.option("--schedule", type=click.Choice(SCHEDULES), default="cosine"),
+    click.option("--warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs of linear warm-up."),
+    click.option("--clip", type=POSITIVE, help="Clip the global norm of the update's direction."),
+    click.option("--augment", type=click.Choice(AUGMENTATIONS), help="Default: none for digits, else basic."),
+    click.option(
+        "--randaugment",
+        type=(COUNT, NOT_NEGATIVE),
+        default=(2, 9.0),
+        metavar="N M",
+        help="Operations, strength of 30.",
+    ),
+    click.option(
+        "--mixup", type=NOT_NEGATIVE, default=0.0, help="Parameter of the Beta distribution; 0 is off."
+    ),
+    click.option("--backend", help="Force a backend of looksam_kernels; see looksam info."),
+    click.option("--seed", type=int, default=0, help="First seed."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option("--threads", type=COUNT, help="Threads of torch per run; default: cores / jobs."),
+    click.option("--jobs", type=COUNT, help="Runs at a time; default: one per core, or 1 on CUDA."),
+    click.option("--out", type=click.Path(file_okay=False), help="Results; default: runs/<command>-<time>."),
+    click.option("--overwrite", is_flag=True, help="Replace the results in --out."),
+)
+
+
+def training_options(function: F) -> F:
+    """Add OPTIONS, in their order, to a command."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+def parse_settings(rho: float | None, alpha: float | None, settings: Sequence[str]) -> dict[str, Any]:
+    """``--rho``, ``--alpha`` and ``--set`` as one dict; values are JSON where they parse as such, else text."""
+    options: dict[str, Any] = {k: v for k, v in {"rho": rho, "alpha": alpha}.items() if v is not None}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set {setting}: write OPTION=VALUE or NAME.OPTION=VALUE")
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) -> list[TrainConfig]:
+    """One configuration per method and seed, seed by seed, from the values of OPTIONS.
+
+    Raises click.UsageError for a method that does not parse, or is given twice, or an option that nobody takes.
+    """
+    options = parse_settings(values["rho"], values["alpha"], values["settings"])
+    try:
+        names = [canonical_name(method, values["base"]) for method in methods]
+        check_options(names, options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise click.UsageError(f"method given twice: {', '.join(sorted(twice))}")
+    data = DataConfig(
+        values["data"], values["data_dir"], values["image_size"], values["train_size"], values["label_noise"]
+    )
+    same = (
+        *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
+        *("schedule", "warmup", "clip", "augment", "randaugment", "mixup", "device"),
+    )
+    common = TrainConfig("", data=data, **{name: values[name] for name in same})
+    return [
+        replace(common, method=name, seed=seed, options=select_options(name, options))
+        for seed in range(values["seed"], values["seed"] + seeds)
+        for name in names
+    ]

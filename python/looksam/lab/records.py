@@ -1,0 +1,149 @@
+"""The file results.jsonl: one JSON object a line, appended as results come, and all that a report is made from.
+
+Lines have a ``kind``: "header" (first line: command, methods, configuration, environment), "epoch" (an EpochRecord)
+or "failure" (method, seed, error).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .train import EpochRecord
+
+RESULTS = "results.jsonl"
+
+
+class ResultsWriter:
+    """Appends to DIR/results.jsonl and flushes each line: an interrupted experiment keeps what it measured."""
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / RESULTS
+        self.path.write_text("")
+        self._append({"kind": "header"} | header)
+
+    def epoch(self, record: EpochRecord) -> None:
+        self._append({"kind": "epoch"} | asdict(record))
+
+    def failure(self, method: str, seed: int, error: str) -> None:
+        self._append({"kind": "failure", "method": method, "seed": seed, "error": error})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@dataclass
+class Run:
+    """The epochs of one method and seed."""
+
+    method: str
+    seed: int
+    epochs: list[EpochRecord] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        return self.epochs[-1].diverged
+
+
+@dataclass
+class Experiment:
+    """A results file read back. ``runs`` keeps the methods in the order in which the user named them."""
+
+    header: dict[str, Any]
+    runs: list[Run]
+    failures: list[dict[str, Any]]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self.header["methods"])
+
+    def finished(self, method: str) -> list[Run]:
+        """The runs of a method that reached the last epoch with a finite loss."""
+        epochs = self.header["config"]["epochs"]
+        return [r for r in self.runs if r.method == method and len(r.epochs) == epochs and not r.diverged]
+
+    def started(self, method: str) -> list[Run]:
+        return [r for r in self.runs if r.method == method]
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """Read DIR/results.jsonl; a last line cut short by a crash is left out. ValueError if there is no header."""
+    lines = []
+    for text in (folder / RESULTS).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    if not lines or lines[0].get("kind") != "header":
+        raise ValueError(f"{folder / RESULTS} does not begin with a header line")
+    runs: dict[tuple[str, int], Run] = {}
+    for line in lines:
+        if line.pop("kind") == "epoch":
+            record = EpochRecord(**line)
+            runs.setdefault((record.method, record.seed), Run(record.method, record.seed)).epochs.append(
+                record
+            )
+    methods = list(lines[0]["methods"])
+    ordered = sorted(runs.values(), key=lambda run: (methods.index(run.method), run.seed))
+    return Experiment(lines[0], ordered, [line for line in lines if "error" in line])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean; the error is NaN for fewer than two values."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A line of the final table. Accuracies in percent, of the final epoch, over the runs that finished.
+
+    Times are medians over all epochs of all runs: the first epoch's allocations do not count.
+    """
+
+    method: str
+    finished: int
+    started: int
+    diverged: int
+    accuracy: float
+    accuracy_error: float
+    passes_per_step: float
+    seconds_per_epoch: float
+    optimizer_ms: float
+    optimizer_share: float
+    backend: str
+
+
+def summarize(experiment: Experiment, method: str) -> Summary | None:
+    """The summary of a method, None if none of its runs got through an epoch."""
+    runs = experiment.started(method)
+    if not runs:
+        return None
+    finished = experiment.finished(method)
+    accuracies = [100 * run.epochs[-1].test_accuracy for run in finished]
+    accuracy, error = mean_and_error(accuracies) if accuracies else (math.nan, math.nan)
+    epochs = [epoch for run in runs for epoch in run.epochs]
+    return Summary(
+        method,
+        len(finished),
+        len(runs),
+        sum(run.diverged for run in runs),
+        accuracy,
+        error,
+        sum(e.passes for e in epochs) / sum(e.steps for e in epochs),
+        statistics.median(e.seconds for e in epochs),
+        statistics.median(1000 * e.optimizer_seconds / e.steps for e in epochs),
+        statistics.median(100 * e.optimizer_seconds / e.seconds for e in epochs),
+        epochs[-1].backend,
+    )
+
+
+def summaries(experiment: Experiment) -> list[Summary]:
+    return [s for s in (summarize(experiment, m) for m in experiment.methods) if s is not None]

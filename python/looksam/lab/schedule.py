@@ -1,0 +1,21 @@
+"""Learning-rate schedules as a factor of the peak rate."""
+
+from __future__ import annotations
+
+import math
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def lr_factor(schedule: str, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Factor for step ``step`` (from 0) of ``total_steps``.
+
+    Linear warm-up reaches 1 at step ``warmup_steps``, its first step already moves (factor 1/(warmup_steps + 1));
+    then the rate falls to 0, which it would reach at ``total_steps``: the last step taken still moves.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress if schedule == "linear" else 1.0
