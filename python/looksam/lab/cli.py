@@ -9,16 +9,12 @@ try:
     import rich  # noqa: F401
     import sklearn  # noqa: F401
 except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"looksam: {error.name} is not installed; run: pip install 'looksam-kernels[lab]'"
-    ) from error
+    raise SystemExit(f"looksam: {error.name} is not installed; run: pip install 'looksam-kernels[lab]'") from error
 
 from .commands import COMMANDS
 
 
-@click.group(
-    context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]}
-)
+@click.group(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Train small image classifiers with sharpness-aware optimizers and compare them."""
 

@@ -60,9 +60,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     data = _load_source(config)
     if config.train_size is not None:
         if not 0 < config.train_size <= len(data.train_y):
-            raise DataError(
-                f"--train-size {config.train_size}: {data.name} has {len(data.train_y)} training images"
-            )
+            raise DataError(f"--train-size {config.train_size}: {data.name} has {len(data.train_y)} training images")
         # The subset does not depend on the run's seed: runs of one experiment share their data.
         kept = torch.randperm(len(data.train_y), generator=make_generator(0, "subset"))[: config.train_size]
         data = replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
@@ -163,25 +161,17 @@ def decode_images(path: Path, image_size: int | None) -> dict[str, np.ndarray]:
         images[split][label, name] = _decode(file, name, image_size)
     classes = sorted({label for label, _ in images["train"]})
     if not images["train"] or {label for label, _ in images["test"]} - set(classes) or not images["test"]:
-        raise DataError(
-            f"--data {path}: needs images as {LAYOUT}, with every test class among the training classes"
-        )
+        raise DataError(f"--data {path}: needs images as {LAYOUT}, with every test class among the training classes")
     decoded = [*images["train"].values(), *images["test"].values()]
     if len({image.shape[:2] for image in decoded}) > 1 or decoded[0].shape[0] != decoded[0].shape[1]:
-        raise DataError(
-            f"--data {path}: images must be square and of one size; give --image-size to resize them"
-        )
+        raise DataError(f"--data {path}: images must be square and of one size; give --image-size to resize them")
     grey = all(image.ndim == 2 for image in decoded)
     arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
     for split, members in images.items():
         ordered = sorted(members.items())
-        pixels = [
-            image if grey or image.ndim == 3 else np.stack([image] * 3, axis=-1) for _, image in ordered
-        ]
+        pixels = [image if grey or image.ndim == 3 else np.stack([image] * 3, axis=-1) for _, image in ordered]
         stacked = np.stack(pixels)
-        arrays[f"{split}_x"] = (
-            stacked[:, None] if grey else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
-        )
+        arrays[f"{split}_x"] = stacked[:, None] if grey else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
         arrays[f"{split}_y"] = np.array([classes.index(label) for (label, _), _ in ordered], np.int64)
     return arrays
 
@@ -211,8 +201,8 @@ def _decode(file: BinaryIO, name: str, image_size: int | None) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(file)
-        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        opened = Image.open(file)
+        image: Image.Image = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
         if image_size is not None and image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
         return np.asarray(image)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from .config import TrainConfig
+from .console import make_console
 from .data import load_dataset
 from .environment import cpu_count, environment
 from .options import build_configs
@@ -47,7 +48,7 @@ def run_experiment(ctx: click.Context, methods: Sequence[str], seeds: int, value
     configs = [replace(config, threads=threads) for config in configs]
 
     writer = ResultsWriter(folder, header(ctx, configs, jobs, threads))
-    console = Console()
+    console = make_console()
     failures, interrupted = 0, False
     try:
         failures = _train(configs, jobs, writer, console)
@@ -69,9 +70,7 @@ def report(folder: Path, console: Console) -> None:
 def output_folder(out: str | None, command: str, overwrite: bool) -> Path:
     folder = Path(out or f"runs/{command}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / RESULTS).exists() and not overwrite:
-        raise click.UsageError(
-            f"--out {folder} already holds results; choose another folder or add --overwrite"
-        )
+        raise click.UsageError(f"--out {folder} already holds results; choose another folder or add --overwrite")
     return folder
 
 

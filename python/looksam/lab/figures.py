@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .records import Experiment, Run, mean_and_error
 from .train import EpochRecord
@@ -86,7 +87,7 @@ def new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 def finish(figure: Figure, axes: Axes) -> None:
     """A legend beside the axes: it never covers a curve."""
     axes.margins(x=0.01)
-    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=axes.get_xlabel() != "training time (s)"))
     figure.legend(loc="outside right upper", frameon=False, handlelength=3)
 
 

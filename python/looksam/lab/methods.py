@@ -104,12 +104,8 @@ def check_options(methods: Iterable[str], options: dict[str, Any]) -> None:
     methods = list(methods)
     for key in options:
         if not any(dict(select_options(m, {key: None})) for m in methods):
-            taken = sorted(
-                set().union(*(parse_method(m).parameters() for m in methods)) - {"params", "base_kwargs"}
-            )
-            raise ValueError(
-                f"no method given takes the option {key!r}; they take: {', '.join(taken) or 'none'}"
-            )
+            taken = sorted(set().union(*(parse_method(m).parameters() for m in methods)) - {"params", "base_kwargs"})
+            raise ValueError(f"no method given takes the option {key!r}; they take: {', '.join(taken) or 'none'}")
 
 
 def build_optimizer(config: TrainConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -127,4 +123,4 @@ def build_optimizer(config: TrainConfig, params: Iterable[torch.nn.Parameter]) -
     arguments |= {"max_grad_norm": config.clip, "backend": config.backend} | dict(config.options)
     if method.k is not None:
         arguments["k"] = method.k
-    return VARIANTS[method.variant](params, method.base, **arguments)  # type: ignore[call-arg,arg-type]
+    return VARIANTS[method.variant](params, method.base, **arguments)  # type: ignore[arg-type]

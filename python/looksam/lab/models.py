@@ -51,16 +51,12 @@ def resnet18(channels: int, size: int, classes: int, width: float = 1.0) -> nn.M
 class ViT(nn.Module):
     """Vision transformer of Dosovitskiy et al. 2021: class token, learned positions, pre-norm blocks, no dropout."""
 
-    def __init__(
-        self, channels: int, size: int, classes: int, *, patch: int, dim: int, heads: int, depth: int
-    ) -> None:
+    def __init__(self, channels: int, size: int, classes: int, *, patch: int, dim: int, heads: int, depth: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, dim, patch, patch)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.position = nn.Parameter(0.02 * torch.randn(1, 1 + (size // patch) ** 2, dim))
-        block = partial(
-            nn.TransformerEncoderLayer, dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True
-        )
+        block = partial(nn.TransformerEncoderLayer, dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
 

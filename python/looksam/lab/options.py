@@ -27,9 +27,7 @@ Base optimizers: {", ".join(BASES)}. Variants: {", ".join(VARIANTS)}.
 """
 
 OPTIONS = (
-    click.option(
-        "--base", type=click.Choice(list(BASES)), default="sgd", help="Base of methods that name none."
-    ),
+    click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Base of methods that name none."),
     click.option(
         "--data",
         default="digits",
@@ -69,9 +67,7 @@ OPTIONS = (
         metavar="N M",
         help="Operations, strength of 30.",
     ),
-    click.option(
-        "--mixup", type=NOT_NEGATIVE, default=0.0, help="Parameter of the Beta distribution; 0 is off."
-    ),
+    click.option("--mixup", type=NOT_NEGATIVE, default=0.0, help="Parameter of the Beta distribution; 0 is off."),
     click.option("--backend", help="Force a backend of looksam_kernels; see looksam info."),
     click.option("--seed", type=int, default=0, help="First seed."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),

@@ -8,6 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 
 from .config import TrainConfig
@@ -60,7 +61,11 @@ def _serve(connection: Connection) -> None:
             config: TrainConfig = connection.recv()
         except EOFError:
             return
-        connection.send(run_job(config, lambda record, config=config: connection.send(Event(config, record))))
+        connection.send(run_job(config, partial(_send_epoch, connection, config)))
+
+
+def _send_epoch(connection: Connection, config: TrainConfig, record: EpochRecord) -> None:
+    connection.send(Event(config, record))
 
 
 def run_job(config: TrainConfig, on_epoch: Callable[[EpochRecord], None]) -> Event:

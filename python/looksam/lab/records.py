@@ -87,9 +87,7 @@ def read_experiment(folder: Path) -> Experiment:
     for line in lines:
         if line.pop("kind") == "epoch":
             record = EpochRecord(**line)
-            runs.setdefault((record.method, record.seed), Run(record.method, record.seed)).epochs.append(
-                record
-            )
+            runs.setdefault((record.method, record.seed), Run(record.method, record.seed)).epochs.append(record)
     methods = list(lines[0]["methods"])
     ordered = sorted(runs.values(), key=lambda run: (methods.index(run.method), run.seed))
     return Experiment(lines[0], ordered, [line for line in lines if "error" in line])

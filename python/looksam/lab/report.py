@@ -14,15 +14,8 @@ from .figures import draw_figures
 from .records import Experiment, Summary, read_experiment, summaries
 
 COLUMNS = (
-    "method",
-    "accuracy (%)",
-    "runs",
-    "passes /step",
-    "seconds /epoch",
-    "optimizer (ms/step)",
-    "share (%)",
-    "backend",
-)
+    "method", "accuracy (%)", "runs", "passes /step", "seconds /epoch", "optimizer ms/step", "share (%)", "backend"
+)  # fmt: skip
 NOTES = """\
 Accuracy: final epoch, clean test labels, mean ± standard error over seeds, runs that finished only. Passes: forward
 and backward together, counted. Times: median over epochs, training only, with {jobs} run(s) of {threads} thread(s) at
@@ -36,9 +29,7 @@ def row(summary: Summary) -> tuple[str, ...]:
         accuracy = "-"
     elif not math.isnan(summary.accuracy_error):
         accuracy += f" ± {summary.accuracy_error:.2f}"
-    runs = f"{summary.finished}/{summary.started}" + (
-        f", {summary.diverged} diverged" if summary.diverged else ""
-    )
+    runs = f"{summary.finished}/{summary.started}" + (f", {summary.diverged} diverged" if summary.diverged else "")
     return (
         summary.method,
         accuracy,
@@ -52,10 +43,10 @@ def row(summary: Summary) -> tuple[str, ...]:
 
 
 def console_table(experiment: Experiment) -> Table:
-    table = Table(title=title(experiment), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title(experiment), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(COLUMNS):
         heading = column.replace(" ", "\n")  # two lines, so that the table fits into 80 columns
-        table.add_column(heading, justify="right" if 0 < index < len(COLUMNS) - 1 else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if 0 < index < len(COLUMNS) - 1 else "left")
     for summary in summaries(experiment):
         table.add_row(*row(summary))
     return table
@@ -63,9 +54,7 @@ def console_table(experiment: Experiment) -> Table:
 
 def title(experiment: Experiment) -> str:
     config = experiment.header["config"]
-    noise = (
-        f", {100 * config['data']['label_noise']:g} % label noise" if config["data"]["label_noise"] else ""
-    )
+    noise = f", {100 * config['data']['label_noise']:g} % label noise" if config["data"]["label_noise"] else ""
     return f"{Path(config['data']['source']).name}{noise}, {config['epochs']} epochs"
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,9 +94,7 @@ class Trainer:
         self.batch_size = config.batch_size or defaults.batch_size
         self.steps_per_epoch = len(data.train_y) // self.batch_size
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"--batch-size {self.batch_size} exceeds the {len(data.train_y)} training images"
-            )
+            raise ValueError(f"--batch-size {self.batch_size} exceeds the {len(data.train_y)} training images")
         self.classes = len(data.classes)
         self.train_x, self.train_y, self.test_x, self.test_y = (
             tensor.to(self.device) for tensor in (data.train_x, data.train_y, data.test_x, data.test_y)
@@ -105,9 +104,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         channels, size = data.train_x.shape[1:3]
-        model = build_model(
-            config.model or defaults.model, channels, size, self.classes, config.width, config.patch
-        )
+        model = build_model(config.model or defaults.model, channels, size, self.classes, config.width, config.patch)
         self.model = model.to(self.device)
         self.optimizer = build_optimizer(config, self.model.parameters())
         warmup = round(config.warmup * self.steps_per_epoch)
@@ -117,6 +114,7 @@ class Trainer:
         )
         self.generator = make_generator(config.seed, "batches")
         self.epoch = 0
+        self.passes, self.pass_watch = 0, Stopwatch(self.device)
         # The variants clip d's own norm inside step; a plain optimizer gets its gradient clipped before it.
         self.clip = config.clip if parse_method(config.method).variant is None else None
 
@@ -144,48 +142,47 @@ class Trainer:
         x = (x - self.mean) / self.std
         return mixup(x, targets, self.config.mixup, self.generator) if self.config.mixup else (x, targets)
 
+    def forward_backward(self, x: Tensor, targets: Tensor) -> Any:
+        """The closure that the optimizer calls once per pass; returns the loss, a 0-dim tensor."""
+        with self.pass_watch.running():
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(x), targets)
+            loss.backward()
+        self.passes += 1
+        if self.clip is not None:  # timed as the optimizer's work, as it is for the variants
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        return loss
+
     def train_epoch(self) -> EpochRecord:
         """One pass over the shuffled training images in full batches (the remainder is left out), then a test."""
-        config, epoch_watch = self.config, Stopwatch(self.device)
-        step_watch, closure_watch = Stopwatch(self.device), Stopwatch(self.device)
-        lr, passes = self.optimizer.param_groups[0]["lr"], 0
+        self.passes, self.pass_watch = 0, Stopwatch(self.device)
+        epoch_watch, step_watch = Stopwatch(self.device), Stopwatch(self.device)
+        lr = self.optimizer.param_groups[0]["lr"]
         losses = torch.zeros((), device=self.device)
         self.model.train()
         with epoch_watch.running():
             order = torch.randperm(len(self.train_y), generator=self.generator)
             for step in range(self.steps_per_epoch):
-                x, targets = self.batch(order[step * self.batch_size : (step + 1) * self.batch_size])
-
-                def closure(x: Tensor = x, targets: Tensor = targets) -> Tensor:
-                    nonlocal passes
-                    with closure_watch.running():
-                        self.optimizer.zero_grad()
-                        loss = F.cross_entropy(self.model(x), targets)
-                        loss.backward()
-                    passes += 1
-                    if self.clip is not None:  # timed as the optimizer's work, as it is for the variants
-                        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-                    return loss
-
+                batch = self.batch(order[step * self.batch_size : (step + 1) * self.batch_size])
                 with step_watch.running():
-                    loss = self.optimizer.step(closure)
+                    loss: Any = self.optimizer.step(partial(self.forward_backward, *batch))
                 self.scheduler.step()
                 losses += loss.detach()
         self.epoch += 1
         train_loss = float(losses) / self.steps_per_epoch
         test_loss, test_accuracy = self.evaluate()
         return EpochRecord(
-            config.method,
-            config.seed,
+            self.config.method,
+            self.config.seed,
             self.epoch,
             train_loss if math.isfinite(train_loss) else None,
             test_loss if math.isfinite(test_loss) else None,
             test_accuracy,
             lr,
             self.steps_per_epoch,
-            passes,
+            self.passes,
             epoch_watch.seconds,
-            step_watch.seconds - closure_watch.seconds,
+            step_watch.seconds - self.pass_watch.seconds,
             str(getattr(self.optimizer, "backend", "torch")),
             not (math.isfinite(train_loss) and math.isfinite(test_loss)),
         )

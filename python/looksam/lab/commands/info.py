@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 import looksam_kernels
 
+from ..console import make_console
 from ..environment import environment
 
 
 @click.command("info")
 def command() -> None:
     """Show versions, devices and backends, and why a backend is not available."""
-    console = Console()
+    console = make_console()
     for label, text in environment().items():
         console.print(f"[bold]{label:>16}[/]  {text}", highlight=False)
     table = Table("backend", "available", "selected", "reason", title="Backends", title_justify="left")
     for name, backend in looksam_kernels.backend_info().items():
-        table.add_row(
-            name, "yes" if backend.available else "no", "*" if backend.selected else "", backend.reason
-        )
+        table.add_row(name, "yes" if backend.available else "no", "*" if backend.selected else "", backend.reason)
     console.print(table)

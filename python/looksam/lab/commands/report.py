@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
+from ..console import make_console
 from ..experiment import report
 from ..records import RESULTS
 
@@ -17,4 +17,4 @@ def command(folder: Path) -> None:
     """Rebuild the report of an experiment in FOLDER from its results.jsonl."""
     if not (folder / RESULTS).exists():
         raise click.UsageError(f"{folder} holds no {RESULTS}; give the --out folder of an experiment")
-    report(folder, Console())
+    report(folder, make_console())

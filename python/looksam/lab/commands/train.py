@@ -15,5 +15,5 @@ from ..options import METHOD_HELP, training_options
 @click.option("--seeds", type=click.IntRange(1), default=1, help="Number of seeds, counted from --seed.")
 @training_options
 @click.pass_context
-def command(ctx: click.Context, method: str, seeds: int, **values: Any) -> None:
+def command(ctx: click.Context, /, method: str, seeds: int, **values: Any) -> None:
     run_experiment(ctx, [method], seeds, values)
