@@ -66,7 +66,9 @@ class Hyper:
         """Shape [rows]."""
         values = [g[name] for g in self.groups]
         if any(isinstance(v, Tensor) for v in values):
-            every = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device).reshape(()) for v in values])
+            every = torch.stack(
+                [torch.as_tensor(v, dtype=torch.float64, device=self.device).reshape(()) for v in values]
+            )
             return every[torch.tensor(self.group, dtype=torch.int64, device=self.device)]
         return torch.tensor([values[i] for i in self.group], dtype=torch.float64, device=self.device)
 
@@ -182,6 +184,7 @@ class Descent(NamedTuple):
     """Sums that the formula needs; each input must stand in one, so that a non-finite value is seen."""
     clip_pairs: tuple[Pair, ...] = ()
     """Further sums that ||d||^2 needs, when it is clipped."""
+    writes_q: bool = False
 
 
 _GG, _GS, _SS, _GQ, _QQ, _WW = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("q", "q"), ("w", "w"))
@@ -198,7 +201,7 @@ ASCENTS = {
 DESCENTS = {
     "first": Descent(as_is, ("g",), (_GG,)),
     "second": Descent(as_is, ("s",), (_SS,)),
-    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), (_GG, _GS), (_SS,)),
+    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), (_GG, _GS), (_SS,), writes_q=True),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), (_GG, _QQ), (_GQ,)),
 }
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from looksam_kernels import backends
 
-Column = list[Tensor | None]
+Column = list[Any]
+"""A tensor or ``None`` a row."""
 
 SCALAR_COLUMNS = ("step", "q_norm_sq")
 """Columns with one number a row (0-dim tensors): the update count, float32, and the cached ||q_p||^2, float64."""
@@ -90,6 +91,11 @@ class TensorTable:
                 _check(name, row, x, w)
         self._columns[name] = list(tensors)
         self.dirty.add(name)
+
+    @property
+    def backend_name(self) -> str:
+        """``"native"``, ``"triton"`` or ``"reference"``."""
+        return backends.name_of(self.backend)
 
     def drop(self, name: str) -> None:
         """Forgets a column, so that its tensors can be freed."""

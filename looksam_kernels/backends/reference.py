@@ -26,7 +26,9 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Sequence[float | N
     return Sums(tuple(pairs), values)
 
 
-def _inner_product(table: TensorTable, row: int, x: str, y: str, adaptive: Sequence[float | None] | None) -> Tensor | float:
+def _inner_product(
+    table: TensorTable, row: int, x: str, y: str, adaptive: Sequence[float | None] | None
+) -> Tensor | float:
     if (x, y) == ("q", "q"):
         norm_sq = table["q_norm_sq"][row]
         return 0.0 if norm_sq is None or table["g"][row] is None else norm_sq.to(table.device)
@@ -165,7 +167,9 @@ def adam(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scala
     return w - h["lr"] * direction, new_state
 
 
-def adamw(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+def adamw(
+    w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars
+) -> tuple[Tensor, dict[str, Tensor]]:
     direction, new_state = _adam_direction(d, state, count, h)
     return w * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * direction, new_state
 
@@ -182,9 +186,7 @@ def lamb(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scala
     return w - h["lr"] * trust_ratio.to(w.dtype) * u, new_state
 
 
-def _adam_direction(
-    d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _adam_direction(d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
     """(m / bc1) / (sqrt(v / bc2) + eps) and the new m, v."""
     beta1, beta2 = h["betas"]
     m = torch.lerp(state["exp_avg"], d, 1 - beta1)

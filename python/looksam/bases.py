@@ -1,0 +1,165 @@
+"""Base updates: fused ones by name, and any other ``torch.optim.Optimizer`` as it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from looksam_kernels import ops
+
+Group = dict[str, Any]
+
+NOT_FUSED = ("amsgrad",)
+"""Options of torch's classes that the fused updates leave to the class itself."""
+
+
+class Fused(NamedTuple):
+    """A base update that runs inside :func:`looksam_kernels.step`."""
+
+    name: str
+    defaults: Group
+
+    def state_for(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Fresh state: float32 (float64 for float64 parameters), in the parameter's memory order.
+
+        A float16 or bfloat16 parameter gets a float32 ``master_param``: a perturbation of rho = 0.05 would mostly be
+        rounded away otherwise.
+        """
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+        for name in ops.BASES[self.name]:
+            if name != "momentum_buffer" or group["momentum"] != 0:
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if p.dtype != dtype:
+            state["master_param"] = p.detach().to(dtype)
+        return state
+
+
+class Wrapped(NamedTuple):
+    """Any optimizer class: the direction goes to ``.grad`` and the class's own ``step`` follows."""
+
+    cls: type[Optimizer]
+    kwargs: Group
+    defaults: Group
+    renamed: dict[str, str]
+    """The base's name of an argument -> its name in our groups, where the variant has an argument of the same name."""
+
+    def build(self, groups: list[Group], state: Any) -> Optimizer:
+        """The inner optimizer, on our own groups and state; its constructor's errors are raised as they are."""
+        inner = self.cls([{"params": list(g["params"])} for g in groups], **self.kwargs)
+        inner.param_groups, inner.state = groups, state
+        return inner
+
+    def step(self, inner: Optimizer, groups: list[Group], state: Any) -> None:
+        """The class's ``step`` without torch's wrapper around it: hooks and profiler ranges belong to the outer step."""
+        inner.param_groups, inner.state = groups, state
+        step = self.cls.step
+        if getattr(step, "hooked", False):
+            step = inspect.unwrap(step, stop=lambda f: not getattr(f, "hooked", False))
+        with self._own_names(groups):
+            step(inner)
+
+    @contextmanager
+    def _own_names(self, groups: list[Group]) -> Iterator[None]:
+        """Puts the base's arguments under the names it reads, for the time of its step."""
+        ours = [{name: g[name] for name in self.renamed} for g in groups]
+        for g in groups:
+            g.update({name: g[renamed] for name, renamed in self.renamed.items()})
+        try:
+            yield
+        finally:
+            for g, values in zip(groups, ours, strict=True):
+                g.update(values)
+
+
+def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[str]) -> Fused | Wrapped:
+    """The base for ``base_optimizer`` and its arguments; ``base_<name>`` gives an argument whose name is in ``reserved``.
+
+    Raises:
+        ValueError: unknown name, ``differentiable=True``, or what the base's own constructor refuses.
+        TypeError: not a name and not a class, or an argument that the base does not have.
+    """
+    if kwargs.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: the step is not a function that autograd can follow")
+    if isinstance(base_optimizer, str):
+        if base_optimizer not in _NAMED:
+            raise ValueError(f"unknown base_optimizer {base_optimizer!r}; choose one of {', '.join(map(repr, _NAMED))}")
+        return _fused(base_optimizer, kwargs)
+    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+        raise TypeError(
+            f"base_optimizer must be a name or a subclass of torch.optim.Optimizer, not {base_optimizer!r}; "
+            "give the class, and its arguments by keyword"
+        )
+    name = getattr(base_optimizer, "fused_base", None) or _FUSED_CLASSES.get(base_optimizer)
+    if name is not None and not any(kwargs.get(option) for option in NOT_FUSED):
+        return _fused(name, kwargs)
+    return _wrapped(base_optimizer, kwargs, reserved)
+
+
+def _fused(name: str, kwargs: Group) -> Fused:
+    max_grad_norm = kwargs.get("max_grad_norm", 1.0 if name == "lamb" else None)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
+    defaults = _NAMED[name](**{k: v for k, v in kwargs.items() if k != "max_grad_norm"})
+    if name == "adam" and defaults.get("decoupled_weight_decay"):
+        name = "adamw"
+    return Fused(name, defaults | {"max_grad_norm": max_grad_norm})
+
+
+def _wrapped(cls: type[Optimizer], kwargs: Group, reserved: set[str]) -> Wrapped:
+    own = inspect.signature(cls).parameters
+    kwargs = dict(kwargs)
+    max_grad_norm = None if "max_grad_norm" in own else kwargs.pop("max_grad_norm", None)
+    renamed = {name: f"base_{name}" for name in own if name in reserved}
+    for name, outer in renamed.items():
+        if outer in kwargs:
+            kwargs[name] = kwargs.pop(outer)
+    defaults = dict(cls([_probe()], **kwargs).defaults)
+    for name, outer in renamed.items():
+        defaults[outer] = defaults.pop(name)
+    return Wrapped(cls, kwargs, {"max_grad_norm": max_grad_norm} | defaults, renamed)
+
+
+def _probe() -> torch.nn.Parameter:
+    """A parameter to construct an optimizer with, only to see its defaults and hear its errors (2-D: Muon asks for it)."""
+    return torch.nn.Parameter(torch.zeros(1, 1))
+
+
+def _of_torch(cls: type[Optimizer]) -> Callable[..., Group]:
+    def defaults(**kwargs: Any) -> Group:
+        if any(kwargs.get(option) for option in NOT_FUSED):
+            raise ValueError(
+                f"the fused update has no {', '.join(NOT_FUSED)}; give base_optimizer=torch.optim.{cls.__name__}"
+            )
+        return dict(cls([_probe()], **kwargs).defaults)
+
+    return defaults
+
+
+def _lamb(
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    always_adapt: bool = False,
+    trust_clip: bool = False,
+    maximize: bool = False,
+) -> Group:
+    defaults = Adam([_probe()], lr, betas, eps, weight_decay, maximize=maximize).defaults
+    kept = {name: defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
+    return kept | {"always_adapt": always_adapt, "trust_clip": trust_clip}
+
+
+_NAMED: dict[str, Callable[..., Group]] = {
+    "sgd": _of_torch(SGD),
+    "adam": _of_torch(Adam),
+    "adamw": _of_torch(AdamW),
+    "lamb": _lamb,
+}
+_FUSED_CLASSES: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}
