@@ -40,17 +40,20 @@ class Sums(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The scalars of one op, on the device.
+    """The scalars of one op, on the device, float64, shape [inputs, rows].
 
-    ``d[i, p]`` multiplies input i of tensor p in the direction (or in the perturbation), ``q[i, p]`` in the written q
-    (``None``: q is not written); both float64. ``found_inf`` is 1.0 if any sum was not finite (float32, shape []): then
-    perturb moves nothing and step leaves every tensor as it was before the perturbation.
+    ``d[i, p]`` multiplies input i of tensor p in the direction d (or in the perturbation e), ``q[i, p]`` in the second
+    combination, which is written to the column ``writes`` (``None``: nothing is), and ``post[i, p]`` in what is added
+    to w after the base update (``None``: nothing is). ``found_inf`` is 1.0 if any sum was not finite (float32, shape
+    []): then perturb moves nothing and step leaves every tensor as it was before the perturbation.
     """
 
     inputs: tuple[str, ...]
     d: Tensor
     q: Tensor | None
     found_inf: Tensor
+    post: Tensor | None = None
+    writes: str = "q"
 
 
 class Hyper:
@@ -87,7 +90,7 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
 
 
-# Ascent: one coefficient c a row, e_p = c_p T_p^2 g_p --------------------------------------------------------------
+# Ascent: e_p = c_p T_p^2 g_p, one c a row; or one for each input, e_p = T_p^2 sum_i c_ip x_ip -----------------------
 
 
 def sam(sums: Sums, hyper: Hyper) -> Tensor:
@@ -140,9 +143,15 @@ def _layer_ratio(sums: Sums, hyper: Hyper) -> Tensor:
 # Descent: d = sum_i d_i x_i, and q = sum_i q_i x_i where it is written --------------------------------------------
 
 
+Row = Tensor | float
+
+
 class Direction(NamedTuple):
-    d: tuple[Tensor | float, ...]
-    q: tuple[Tensor | float, ...] | None = None
+    """Coefficients of each input in d, in what is written, and in what is added to w after the base update."""
+
+    d: tuple[Row, ...]
+    q: tuple[Row, ...] | None = None
+    post: tuple[Row, ...] | None = None
 
 
 def as_is(sums: Sums, hyper: Hyper) -> Direction:
@@ -184,7 +193,8 @@ class Descent(NamedTuple):
     """Sums that the formula needs; each input must stand in one, so that a non-finite value is seen."""
     clip_pairs: tuple[Pair, ...] = ()
     """Further sums that ||d||^2 needs, when it is clipped."""
-    writes_q: bool = False
+    writes: str | None = None
+    """The column that takes the second combination; its ||.||^2 goes to ``<column>_norm_sq`` where there is one."""
 
 
 _GG, _GS, _SS, _GQ, _QQ, _WW = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("q", "q"), ("w", "w"))
@@ -201,7 +211,7 @@ ASCENTS = {
 DESCENTS = {
     "first": Descent(as_is, ("g",), (_GG,)),
     "second": Descent(as_is, ("s",), (_SS,)),
-    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), (_GG, _GS), (_SS,), writes_q=True),
+    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), (_GG, _GS), (_SS,), writes="q"),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), (_GG, _QQ), (_GQ,)),
 }
 
@@ -216,24 +226,26 @@ BASES = {
 restores w, and leaves the rest to another optimizer."""
 
 
-def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor) -> Tensor:
-    """Coefficients [1, rows] of e; all 0 after a non-finite sum."""
-    c = ASCENTS[name].formula(sums, hyper) * hyper.sign()
-    return torch.where(found_inf > 0, 0.0, c).reshape(1, -1)
+def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor) -> Coefficients:
+    """The coefficients of e; all 0 after a non-finite sum."""
+    rule = ASCENTS[name]
+    c = rule.formula(sums, hyper).reshape(len(rule.inputs), -1) * hyper.sign()
+    return Coefficients(rule.inputs, torch.where(found_inf > 0, 0.0, c), None, found_inf)
 
 
-def descent(name: str, sums: Sums, hyper: Hyper, max_grad_norm: float | None) -> tuple[Tensor, Tensor | None]:
-    """Coefficients [inputs, rows] of d and of q, unscaled and clipped.
+def descent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, max_grad_norm: float | None) -> Coefficients:
+    """The coefficients of d, of what is written and of what is added after the update; all of them unscaled.
 
-    d is scaled by min(1, max_grad_norm / ||d||); q is unscaled but neither clipped nor negated by ``maximize``.
+    d is scaled by min(1, max_grad_norm / ||d||). ``maximize`` turns d and the addition round, not what is written.
     """
     rule = DESCENTS[name]
     direction = rule.formula(sums, hyper)
     d = _rows(direction.d, sums) * hyper.inv_scale
+    q, post = (None if x is None else _rows(x, sums) * hyper.inv_scale for x in direction[1:])
     if max_grad_norm is not None:
         d = d * ratio(torch.as_tensor(max_grad_norm, dtype=d.dtype), direction_norm(rule.inputs, d, sums)).clamp(max=1)
-    q = _rows(direction.q, sums) * hyper.inv_scale if direction.q is not None else None
-    return d * hyper.sign(), q
+    post = None if post is None else post * hyper.sign()
+    return Coefficients(rule.inputs, d * hyper.sign(), q, found_inf, post, rule.writes or "q")
 
 
 def direction_norm(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
@@ -245,5 +257,5 @@ def direction_norm(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
     return square.sum().clamp(min=0).sqrt()
 
 
-def _rows(coefficients: Sequence[Tensor | float], sums: Sums) -> Tensor:
+def _rows(coefficients: Sequence[Row], sums: Sums) -> Tensor:
     return torch.stack([torch.zeros_like(sums.values[0]) + c for c in coefficients])

@@ -95,10 +95,11 @@ def measure(
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive | None = None) -> None:
-    """b <- w, w <- w + c_p T^2 x, for the rows that have an x (the ascent's input, ``coefficients.inputs[0]``).
+    """b <- w, w <- w + T^2 sum_i c_ip x_ip, for the rows that have the first input.
 
-    Rows with a master copy in b start from it and leave it alone: w <- round(b + c_p T^2 x). With c_p = 0 w keeps its
-    bits whatever x holds. Marks the rows in ``table.perturbed``. The storage of w stays where it is.
+    Rows that are perturbed already, and rows with a master copy, start from b and leave it alone: w <- round(b + ...).
+    With all c_ip = 0 w keeps b's bits whatever x holds. Inputs that are ``None`` count as 0. Marks the rows in
+    ``table.perturbed``. The storage of w stays where it is.
 
     Raises:
         ValueError: a row that takes part has no b.
@@ -111,10 +112,11 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     """The base update with the direction d = sum_i d_i x_i, at the restored w; also the restore, in the same pass.
 
     For each row p that has the first input: w is read from b where p is perturbed or has a master copy, ``step`` goes
-    up by one, the base update (formulas below) runs with d and writes w, its states, and the master copy. Where
-    ``coefficients.q`` is given, q <- sum_i q_i x_i and ``q_norm_sq`` <- ||q_p||^2 in the same pass. Inputs that are
-    ``None`` count as 0. Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is
-    restored and nothing else changes, device-side counters included.
+    up by one, the base update (formulas below) runs with d and writes w, its states, and the master copy. In the same
+    pass ``coefficients.q`` writes its column, q <- sum_i q_i x_i, and ||q_p||^2 to ``q_norm_sq`` where there is such a
+    column, and ``coefficients.post`` adds to the new w: w += sum_i post_i x_i. Inputs that are ``None`` count as 0.
+    Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is restored and
+    nothing else changes, device-side counters included.
 
     ==========  =================================================================================================
     ``sgd``     d += weight_decay w; buf = momentum buf + (1 - dampening) d (the first time buf = d);
@@ -143,8 +145,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     if base != "grad":
         _need(table, "step", takes_part)
     if coefficients.q is not None:
-        _need(table, "q", takes_part)
-        _need(table, "q_norm_sq", takes_part)
+        _need(table, coefficients.writes, takes_part)
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
 

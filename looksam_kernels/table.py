@@ -14,8 +14,11 @@ from looksam_kernels import backends
 Column = list[Any]
 """A tensor or ``None`` a row."""
 
-SCALAR_COLUMNS = ("step", "q_norm_sq")
-"""Columns with one number a row (0-dim tensors): the update count, float32, and the cached ||q_p||^2, float64."""
+
+def holds_scalars(column: str) -> bool:
+    """Has the column one number a row (0-dim tensors)? ``step``, the update count, float32; ``q_norm_sq``, the cached
+    ||q_p||^2, float64."""
+    return column == "step" or column.endswith("_norm_sq")
 
 
 class TensorTable:
@@ -115,7 +118,7 @@ def _check(name: str, row: int, x: Tensor, w: Tensor) -> None:
         )
     if not x.is_floating_point():
         raise TypeError(f"column {name!r}, row {row}: {x.dtype} is not supported; use a real floating point dtype")
-    if x.shape != (() if name in SCALAR_COLUMNS else w.shape):
+    if x.shape != (() if holds_scalars(name) else w.shape):
         raise ValueError(f"column {name!r}, row {row}: shape {tuple(x.shape)} does not fit parameter {tuple(w.shape)}")
     if x.device != w.device:
         raise ValueError(f"column {name!r}, row {row}: on {x.device}, but its parameter is on {w.device}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
+from looksam_kernels.formulas import ASCENTS, BASES, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
 from looksam_kernels.table import TensorTable
 
 Scalars = Mapping[str, Any]
@@ -58,9 +58,8 @@ def coefficients(
     if found_inf is not None:
         bad = torch.maximum(bad, found_inf.to(bad.device).reshape(()))
     if rule in ASCENTS:
-        return Coefficients(ASCENTS[rule].inputs, ascent(rule, sums, hyper, bad), None, bad)
-    d, q = descent(rule, sums, hyper, max_grad_norm)
-    return Coefficients(DESCENTS[rule].inputs, d, q, bad)
+        return ascent(rule, sums, hyper, bad)
+    return descent(rule, sums, hyper, bad, max_grad_norm)
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Sequence[float | None] | None) -> None:
@@ -68,11 +67,11 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Sequence[f
         if x is None:
             continue
         w, b = table["w"][row], table["b"][row]
-        if not has_master(table, row):
-            b.copy_(w)
-        c = coefficients.d[0, row].to(b)
         t = _t(table, row, adaptive)
-        w.copy_(torch.where(c != 0, b + c * (t * t) * x.to(b.dtype), b))
+        if not (has_master(table, row) or table.perturbed[row]):
+            b.copy_(w)
+        e = t * t * _combine(table, row, coefficients.inputs, coefficients.d)
+        w.copy_(torch.where((coefficients.d[:, row] != 0).any().to(w.device), b + e, b))
         table.perturbed[row] = True
 
 
@@ -102,8 +101,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
 
     if coefficients.q is not None:
         q = _combine(table, row, coefficients.inputs, coefficients.q)
-        commit(table["q"][row], q)
-        commit(table["q_norm_sq"][row], (q * q).sum(dtype=torch.float64))
+        commit(table[coefficients.writes][row], q)
+        commit(table[f"{coefficients.writes}_norm_sq"][row], (q * q).sum(dtype=torch.float64))
 
     d = _combine(table, row, coefficients.inputs, coefficients.d)
     if base == "grad":
@@ -114,6 +113,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     count = table["step"][row] + 1
     state = {name: table[name][row] for name in BASES[base]}
     new_w, new_state = _UPDATES[base](origin, d, state, count.double(), group)
+    if coefficients.post is not None:
+        new_w = new_w + _combine(table, row, coefficients.inputs, coefficients.post)
     w.copy_(torch.where(keep, origin, new_w))
     if has_master(table, row):
         commit(origin, new_w)

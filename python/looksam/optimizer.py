@@ -19,18 +19,30 @@ Closure = Callable[[], Any]
 Group = dict[str, Any]
 
 
+class Look(NamedTuple):
+    """One forward and backward: ``ascent`` says by which rule the weights move before it (``None``: not at all),
+    ``column`` under which name the gradient enters the rules that follow."""
+
+    column: str
+    ascent: str | None = None
+
+
+class Plan(NamedTuple):
+    """One kind of step: the looks, and the rule of the way down. Rules: :mod:`looksam_kernels.formulas`."""
+
+    looks: tuple[Look, ...]
+    descent: str
+
+
 class Variant(NamedTuple):
-    """The three choices that make a sharpness-aware method; the rules are those of :mod:`looksam_kernels.formulas`.
+    """A sharpness-aware method: every k-th step, from the first on, is a sharp one, those between are cheap."""
 
-    *When* to look twice: on every k-th step, from the first on; k is a hyper-parameter.
-    """
+    sharp: Plan
+    cheap: Plan
 
-    ascent: str | None
-    """How far to step up before the second pass; ``None``: never, the base optimizer alone."""
-    sharp: str
-    """With which combination to step down after two passes."""
-    cheap: str
-    """With which combination to step down after one."""
+
+PLAIN = Plan((Look("g"),), "first")
+"""A step of the base optimizer."""
 
 
 class SharpnessAware(Optimizer):
@@ -66,7 +78,10 @@ class SharpnessAware(Optimizer):
     _aside: dict[Tensor, dict[str, Tensor]]
     _prepared: list[Any]
     """What :meth:`_bind` has already prepared for: it looks at single parameters only when something is new."""
-    _ascended: tuple[Sums, Coefficients] | None
+    _moved: bool
+    """Are the weights away from where the step began?"""
+    _sums: Sums | None
+    _found_inf: Tensor | None
     _done_in_first: bool
 
     COMMON = ("k", "phase", "norm_scope", "layer_scale", "perturb_eps", "max_grad_norm")
@@ -107,19 +122,19 @@ class SharpnessAware(Optimizer):
         if closure is None:
             self._step_on_gradients()
             return None
-        if self._ascended is not None:
+        if self._moved:
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
-        with torch.enable_grad():
-            loss = closure()
-        if not self.needs_second_pass:
-            self._descend(self.variant.cheap, "g")
-            return loss
-        self._ascend()
+        plan, first_loss = self._plan, None
         with self._all_or_nothing():
-            with torch.enable_grad():
-                closure()
-            self._descend(self.variant.sharp, "s")
-        return loss
+            for look in plan.looks:
+                if look.ascent is not None:
+                    self._ascend(look.ascent)
+                with torch.enable_grad():
+                    loss = closure()
+                first_loss = loss if look is plan.looks[0] else first_loss
+                self._collect(plan, look)
+            self._descend(plan)
+        return first_loss
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> bool:
@@ -131,17 +146,20 @@ class SharpnessAware(Optimizer):
         Returns:
             Whether a second backward, and ``second_step``, must follow.
         """
-        if self._ascended is not None:
+        if self._moved:
             raise RuntimeError("first_step() twice; call second_step() after the second backward")
-        sharp = self.needs_second_pass
-        if sharp:
-            self._ascend(keep_grad=not zero_grad)
-        else:
+        plan = self._plan
+        if len(plan.looks) == 1:
             self.step()
             self._done_in_first = True
             if zero_grad:
                 self.zero_grad()
-        return sharp
+            return False
+        first, second = self._two_looks(plan)
+        with self._all_or_nothing():
+            self._collect(plan, first, keep_grad=not zero_grad)
+            self._ascend(second.ascent)
+        return True
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -150,7 +168,7 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: no ``first_step`` came before.
         """
-        if self._ascended is not None:
+        if self._moved:
             self.step()
         elif not self._done_in_first:
             raise RuntimeError("second_step() without first_step(); call first_step() after the first backward")
@@ -161,10 +179,7 @@ class SharpnessAware(Optimizer):
     @property
     def needs_second_pass(self) -> bool:
         """Does the step that is coming, or under way, need a second forward and backward?"""
-        if self._ascended is not None:
-            return True
-        group = self.param_groups[0]
-        return self.variant.ascent is not None and group["phase"] % group["k"] == 0
+        return len(self._plan.looks) > 1
 
     @property
     def base_optimizer(self) -> Optimizer:
@@ -189,57 +204,78 @@ class SharpnessAware(Optimizer):
             group["phase"] = self.param_groups[0]["phase"]
         self._table = None
 
-    # The two halves of a step ---------------------------------------------------------------------------------------
+    # The parts of a step --------------------------------------------------------------------------------------------
 
-    def _ascend(self, keep_grad: bool = False) -> None:
-        """Measures g and moves the weights up. The gradients are set aside, not copied, unless they must also stay."""
-        assert self.variant.ascent is not None
-        table = self._bind("g", need_backup=True)
-        adaptive = self._adaptive()
-        rule = self.variant.ascent if adaptive is None else "asam"
-        sums, coefficients = ops.measure(table, rule, self._hyper(), adaptive=adaptive)
+    @property
+    def _plan(self) -> Plan:
+        group = self.param_groups[0]
+        return self.variant.sharp if group["phase"] % group.get("k", 1) == 0 else self.variant.cheap
+
+    def _two_looks(self, plan: Plan) -> tuple[Look, Look]:
+        if len(plan.looks) != 2 or plan.looks[0].ascent is not None:
+            raise RuntimeError(f"{type(self).__name__} has no first_step and second_step; call step(closure)")
+        return plan.looks[0], plan.looks[1]
+
+    def _collect(self, plan: Plan, look: Look, keep_grad: bool = False) -> None:
+        """Takes the gradients of now into the table: the tensors themselves, or copies where they must also stay."""
+        ascends = any(other.ascent is not None for other in plan.looks)
+        last = look is plan.looks[-1]
+        table = self._bind(look.column, ascends, DESCENTS[plan.descent].writes if last else None)
         if keep_grad:
-            table["g"] = [g if g is None else g.clone() for g in table["g"]]
-        else:
+            table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
+        elif not last:
             for p in self._params:
                 p.grad = None
-        self._ascended = sums, coefficients
-        with self._all_or_nothing():
-            ops.perturb(table, coefficients, adaptive)
+
+    def _ascend(self, rule: str | None) -> None:
+        """Measures the gradients collected so far and moves the weights."""
+        assert rule is not None
+        table, adaptive = self._bound(), self._adaptive()
+        if adaptive is not None and rule == "sam":
+            rule = "asam"
+        coefficients = self._measure(rule, adaptive)
+        self._moved = True
+        ops.perturb(table, coefficients, adaptive)
         torch.clear_autocast_cache()
 
-    def _descend(self, rule: str, column: str) -> None:
-        """Measures the gradients that are there now, combines, updates; ends the step."""
-        writes_q = DESCENTS[rule].writes_q
-        table = self._bind(column, need_q=writes_q)
-        known, before = self._ascended or (None, None)
-        groups = self._hyper()
-        _, coefficients = ops.measure(
-            table,
-            rule,
-            groups,
-            known=known,
-            found_inf=None if before is None else before.found_inf,
-            max_grad_norm=self.param_groups[0]["max_grad_norm"],
-        )
+    def _descend(self, plan: Plan) -> None:
+        """Measures what is still unknown, combines, restores and updates; ends the step."""
+        table, groups = self._bound(), self._hyper()
+        coefficients = self._measure(plan.descent, None, self.param_groups[0]["max_grad_norm"])
         if isinstance(self._base, bases.Fused):
             ops.step(table, self._base.name, coefficients, groups)
         else:
             ops.step(table, "grad", coefficients, groups)
             self._step_inner(coefficients)
-        if self._ascended is not None:
+        if self._moved:
             torch.clear_autocast_cache()
         self._end()
         for group in self.param_groups:
             group["phase"] = (group["phase"] + 1) % group.get("k", 1)
 
+    def _measure(
+        self, rule: str, adaptive: list[float | None] | None, max_grad_norm: float | None = None
+    ) -> Coefficients:
+        """The scalars of a rule; sums and found_inf go on from one look to the next."""
+        self._sums, coefficients = ops.measure(
+            self._bound(),
+            rule,
+            self._hyper(),
+            known=self._sums,
+            adaptive=adaptive,
+            found_inf=self._found_inf,
+            max_grad_norm=max_grad_norm,
+        )
+        self._found_inf = coefficients.found_inf
+        return coefficients
+
     def _step_on_gradients(self) -> None:
         """step() without a closure: ends a two-call step, does a cheap one, or only creates the state."""
-        if self._ascended is not None:
+        plan = self._plan
+        if self._moved or len(plan.looks) == 1:
             with self._all_or_nothing():
-                self._descend(self.variant.sharp, "s")
-        elif not self.needs_second_pass:
-            self._descend(self.variant.cheap, "g")
+                self._collect(plan, plan.looks[-1])
+                self._descend(plan)
         elif all(p.grad is None or not p.grad.any() for p in self._params):
             self._create_state()
         else:
@@ -271,10 +307,10 @@ class SharpnessAware(Optimizer):
             raise
 
     def _end(self) -> None:
-        self._ascended = None
+        self._moved, self._sums, self._found_inf = False, None, None
         if self._table is not None:
-            for column in ("g", "s"):
-                self._table.drop(column)
+            for look in (*self.variant.sharp.looks, *self.variant.cheap.looks):
+                self._table.drop(look.column)
 
     # The table and the state ----------------------------------------------------------------------------------------
 
@@ -288,7 +324,7 @@ class SharpnessAware(Optimizer):
         self._backup = {}
         self._aside = {}
         self._prepared = []
-        self._ascended = None
+        self._moved, self._sums, self._found_inf = False, None, None
         self._done_in_first = False
 
     def _bound(self) -> TensorTable:
@@ -303,42 +339,41 @@ class SharpnessAware(Optimizer):
             self._set_columns(self._table)
         return self._table
 
-    def _bind(self, column: str, need_backup: bool = False, need_q: bool = False) -> TensorTable:
+    def _bind(self, column: str, need_backup: bool = False, writes: str | None = None) -> TensorTable:
         """The table with the gradients of now in ``column`` and with all that the parameters which have one need."""
         table = self._bound()
         table[column] = grads = [p.grad for p in self._params]
         momentum = [bool(g.get("momentum")) for g in self.param_groups]
-        asked = (need_backup, need_q, momentum, [g is not None for g in grads])
+        asked = (need_backup, writes, momentum, [g is not None for g in grads])
         if asked not in self._prepared:
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        self._prepare(p, group, need_backup, need_q)
+                        self._prepare(p, group, need_backup, writes)
             self._set_columns(table)
             self._prepared = [*self._prepared[-7:], asked]
         return table
 
-    def _prepare(self, p: Tensor, group: Group, need_backup: bool, need_q: bool) -> None:
+    def _prepare(self, p: Tensor, group: Group, need_backup: bool, writes: str | None) -> None:
         """Creates whatever p still lacks. A wrapped optimizer must find no state of ours when it creates its own, so
         ours stays aside until it has."""
-        fused = isinstance(self._base, bases.Fused)
         state = self.state.get(p, {})
         new_momentum = group.get("momentum") and "momentum_buffer" not in state
         if isinstance(self._base, bases.Fused) and ("step" not in state or new_momentum):
             self.state[p] = state = {**self._base.state_for(p, group), **state}
         if need_backup and p not in self._backup and "master_param" not in state:
             self._backup[p] = torch.empty_like(p)
-        if need_q and "q" not in state:
-            (state if fused else self._aside.setdefault(p, {})).update(
-                q=torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)),
-                q_norm_sq=torch.zeros((), dtype=torch.float64, device=p.device),
-            )
+        if writes is not None and writes not in state:
+            mine = state if isinstance(self._base, bases.Fused) else self._aside.setdefault(p, {})
+            mine[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            mine[f"{writes}_norm_sq"] = torch.zeros((), dtype=torch.float64, device=p.device)
 
     def _set_columns(self, table: TensorTable) -> None:
         rows = [{**self.state.get(p, {}), **self._aside.get(p, {})} for p in self._params]
-        names: tuple[str, ...] = ("q", "q_norm_sq")
+        written = {DESCENTS[plan.descent].writes for plan in self.variant} - {None}
+        names = [f"{column}{suffix}" for column in written for suffix in ("", "_norm_sq")]
         if isinstance(self._base, bases.Fused):
-            names += ("step", *ops.BASES[self._base.name])
+            names += ["step", *ops.BASES[self._base.name]]
         for name in names:
             table[name] = [row.get(name) for row in rows]
         table["b"] = [row.get("master_param", self._backup.get(p)) for p, row in zip(self._params, rows, strict=True)]
@@ -348,7 +383,7 @@ class SharpnessAware(Optimizer):
 
         torch.distributed.checkpoint asks for this, by a step with zero gradients on a fresh optimizer.
         """
-        self._bind("g", need_q=DESCENTS[self.variant.sharp].writes_q)
+        self._bind("g", writes=DESCENTS[self.variant.sharp.descent].writes)
         if isinstance(self._base, bases.Wrapped):
             lrs = [group["lr"] for group in self.param_groups]
             for group in self.param_groups:
@@ -395,7 +430,7 @@ class SharpnessAware(Optimizer):
     # Copies and checkpoints -----------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._ascended is not None:
+        if self._moved:
             raise RuntimeError("cannot copy or pickle between first_step and second_step: the weights are perturbed")
         own = {name: getattr(self, name) for name in ("variant", "_requested", "_base", "_inner")}
         return {**super().__getstate__(), **own}
@@ -410,7 +445,7 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: between ``first_step`` and ``second_step``, when the weights are perturbed.
         """
-        if self._ascended is not None:
+        if self._moved:
             raise RuntimeError("state_dict() between first_step and second_step: the weights are perturbed")
         return super().state_dict()
 

@@ -8,9 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from looksam.optimizer import SharpnessAware, Variant
+from looksam.optimizer import PLAIN, Look, Plan, SharpnessAware, Variant
 
 BaseOptimizer = str | type[Optimizer]
+
+REUSE = Plan((Look("g"),), "looksam_reuse")
+
+
+def _two_looks(ascent: str, descent: str) -> Plan:
+    """g at w, s at w + e."""
+    return Plan((Look("g"), Look("s", ascent)), descent)
 
 
 class SAM(SharpnessAware):
@@ -45,8 +52,8 @@ class SAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
-        rows = Variant(ascent="asam" if adaptive else "sam", sharp="second", cheap="first")
-        super().__init__(params, base_optimizer, rows, hyper, backend=backend, base_kwargs=base_kwargs)
+        variant = Variant(sharp=_two_looks("sam", "second"), cheap=PLAIN)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
 class LookSAM(SharpnessAware):
@@ -80,8 +87,8 @@ class LookSAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
-        rows = Variant(ascent="sam", sharp="looksam_refresh", cheap="looksam_reuse")
-        super().__init__(params, base_optimizer, rows, hyper, backend=backend, base_kwargs=base_kwargs)
+        variant = Variant(sharp=_two_looks("sam", "looksam_refresh"), cheap=REUSE)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
 class LayerSAM(SharpnessAware):
@@ -129,8 +136,8 @@ class LayerSAM(SharpnessAware):
             "layer_filter": layer_filter,
             "perturb_eps": perturb_eps,
         }
-        rows = Variant(ascent=layer_scale, sharp="second", cheap="first")
-        super().__init__(params, base_optimizer, rows, hyper, backend=backend, base_kwargs=base_kwargs)
+        variant = Variant(sharp=_two_looks(layer_scale, "second"), cheap=PLAIN)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
 class LookLayerSAM(SharpnessAware):
@@ -164,8 +171,8 @@ class LookLayerSAM(SharpnessAware):
             "layer_filter": layer_filter,
             "perturb_eps": perturb_eps,
         }
-        rows = Variant(ascent=layer_scale, sharp="looksam_refresh", cheap="looksam_reuse")
-        super().__init__(params, base_optimizer, rows, hyper, backend=backend, base_kwargs=base_kwargs)
+        variant = Variant(sharp=_two_looks(layer_scale, "looksam_refresh"), cheap=REUSE)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
 class LAMB(SharpnessAware):
@@ -207,8 +214,8 @@ class LAMB(SharpnessAware):
             "trust_clip": trust_clip,
             "maximize": maximize,
         }
-        rows = Variant(ascent=None, sharp="first", cheap="first")
-        super().__init__(params, "lamb", rows, {}, backend=backend, base_kwargs=base_kwargs)
+        variant = Variant(sharp=PLAIN, cheap=PLAIN)
+        super().__init__(params, "lamb", variant, {}, backend=backend, base_kwargs=base_kwargs)
 
 
 VARIANTS: dict[str, type[SharpnessAware]] = {
