@@ -3,7 +3,9 @@
 A *rule* says which columns enter a direction, which sums it needs and by which formula the sums become one coefficient
 a row for each input. Everything is vectorised over rows; a global norm is a total that every row shares.
 
-Notation: g gradient at w, s gradient at w + e, q LookSAM's orthogonal component, ``gg`` = <g,g>, and so on.
+Notation: g gradient at w, s gradient at w + e, r gradient at a third point, q LookSAM's orthogonal component, m a
+momentum of gradients, y a gradient carried to the next step. A loss scale is taken out before the formulas and put back
+into the coefficients after them, so the formulas know none.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 Pair = tuple[str, str]
+Row = Tensor | float
+"""One number a tensor, or the same for all."""
 Groups = Sequence[Mapping[str, Any]]
 
 
@@ -63,7 +67,8 @@ class Hyper:
         self, groups: Groups, group: Sequence[int], device: torch.device, grad_scale: Tensor | None = None
     ) -> None:
         self.groups, self.group, self.device = groups, group, device
-        self.inv_scale: Tensor | float = 1.0 if grad_scale is None else grad_scale.to(torch.float64).reciprocal()
+        one = torch.ones((), dtype=torch.float64, device=device)
+        self.inv_scale = one if grad_scale is None else one / grad_scale.to(device)
 
     def row(self, name: str) -> Tensor:
         """Shape [rows]."""
@@ -111,7 +116,7 @@ def trust_normalized(sums: Sums, hyper: Hyper) -> Tensor:
 
 def trust(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho L_p, so that ||e_p|| = rho ||w_p||."""
-    return hyper.row("rho") * _layer_ratio(sums, hyper) * hyper.inv_scale
+    return hyper.row("rho") * _layer_ratio(sums, hyper)
 
 
 def trust_global(sums: Sums, hyper: Hyper) -> Tensor:
@@ -126,24 +131,54 @@ def unit(sums: Sums, hyper: Hyper) -> Tensor:
     return _over_norm(hyper.row("rho"), norm, hyper)
 
 
+def opposite(sums: Sums, hyper: Hyper) -> Tensor:
+    """The point across: e = -rho g / (||g|| + perturb_eps). CR-SAM, Wu et al. 2024."""
+    return -sam(sums, hyper)
+
+
+def vasso(sums: Sums, hyper: Hyper) -> Tensor:
+    """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_descent` will write it. VaSSO,
+    Li & Giannakis 2023."""
+    return _over_combination((theta := _theta(sums, hyper), 1 - theta), ("g", "m"), sums, hyper)
+
+
+def friendly(sums: Sums, hyper: Hyper) -> Tensor:
+    """e = rho c / (||c|| + perturb_eps), c = g - sigma m. Friendly SAM, Li et al. 2024."""
+    return _over_combination((1.0, -hyper.row("sigma")), ("g", "m"), sums, hyper)
+
+
+def carried(sums: Sums, hyper: Hyper) -> Tensor:
+    """e = rho y / (||y|| + perturb_eps), y the gradient of the step before. SAMPa, Xie et al. 2024."""
+    return _over_norm(hyper.row("rho"), sums.total("y", "y").sqrt(), hyper)
+
+
+def ahead(sums: Sums, hyper: Hyper) -> Tensor:
+    """w - lr y: where plain gradient descent would be. SAMPa, Xie et al. 2024."""
+    return -hyper.row("lr")
+
+
+def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, hyper: Hyper) -> Tensor:
+    rows = _rows(c, sums)
+    return _over_norm(hyper.row("rho") * rows, direction_norm(inputs, rows, sums), hyper)
+
+
+def _theta(sums: Sums, hyper: Hyper) -> Tensor:
+    """VaSSO's weight of the new gradient; 1 where m is still zero, so that m starts as g."""
+    return torch.where(sums.of("m", "m") > 0, hyper.row("theta"), 1.0)
+
+
 def _over_norm(numerator: Tensor, norm: Tensor, hyper: Hyper) -> Tensor:
     return torch.where(norm > 0, numerator / (norm + hyper.common("perturb_eps", 0.0)), 0.0)
 
 
 def _layer_ratio(sums: Sums, hyper: Hyper) -> Tensor:
-    """L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and for tensors outside the layer filter; 0 where g_p = 0.
-
-    The 1 makes L depend on the size of g, so g enters unscaled: a loss scale must not move the perturbation.
-    """
-    ww, gg = sums.of("w", "w"), sums.of("g", "g") * hyper.inv_scale**2
+    """L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and for tensors outside the layer filter; 0 where g_p = 0."""
+    ww, gg = sums.of("w", "w"), sums.of("g", "g")
     scale = torch.where((ww > 0) & (hyper.row("layer_scaled") > 0), ratio(ww, gg).sqrt(), 1.0)
     return torch.where(gg > 0, scale, 0.0)
 
 
 # Descent: d = sum_i d_i x_i, and q = sum_i q_i x_i where it is written --------------------------------------------
-
-
-Row = Tensor | float
 
 
 class Direction(NamedTuple):
@@ -169,6 +204,58 @@ def looksam_reuse(sums: Sums, hyper: Hyper) -> Direction:
     """d = g + alpha (||g||/||q||) q; q's term is 0 where ||q|| = 0. LookSAM, Liu et al. 2022."""
     gg, qq = (_scoped(sums.of(x, x), hyper) for x in "gq")
     return Direction(d=(1.0, hyper.row("alpha") * ratio(gg, qq).sqrt()))
+
+
+def ssam(sums: Sums, hyper: Hyper) -> Direction:
+    """d = (||g|| / (||s|| + perturb_eps)) s. SSAM, Tan et al. 2024."""
+    return Direction(d=(_over_norm(sums.total("g", "g").sqrt(), sums.total("s", "s").sqrt(), hyper),))
+
+
+def gsam(sums: Sums, hyper: Hyper) -> Direction:
+    """d = (1 + alpha c) s - alpha g, c = <g,s> / (||s||^2 + perturb_eps): SAM's direction, less what of g is orthogonal to s. GSAM,
+    Zhuang et al. 2022."""
+    c = _over_norm(sums.total("g", "s"), sums.total("s", "s"), hyper)
+    return Direction(d=(1 + hyper.row("alpha") * c, -hyper.row("alpha")))
+
+
+def wsam(sums: Sums, hyper: Hyper) -> Direction:
+    """d = g, and after the base update w -= lr a (s - g), a = gamma / (1 - gamma). WSAM, Yue et al. 2023."""
+    pull = hyper.row("lr") * _gamma_odds(hyper)
+    return Direction(d=(0.0, 1.0), post=(-pull, pull))
+
+
+def wsam_coupled(sums: Sums, hyper: Hyper) -> Direction:
+    """d = a s + (1 - a) g, a = gamma / (1 - gamma). WSAM, Yue et al. 2023."""
+    return Direction(d=(_gamma_odds(hyper), 1 - _gamma_odds(hyper)))
+
+
+def crsam(sums: Sums, hyper: Hyper) -> Direction:
+    """d = (1 + gamma + beta) s + (gamma - beta) r - 2 gamma g, r the gradient at w - e. CR-SAM, Wu et al. 2024."""
+    beta, gamma = hyper.row("beta"), hyper.row("gamma")
+    return Direction(d=(gamma - beta, 1 + gamma + beta, -2 * gamma))
+
+
+def vasso_descent(sums: Sums, hyper: Hyper) -> Direction:
+    """d = s; m <- (1 - theta) m + theta g, the first time g. VaSSO, Li & Giannakis 2023."""
+    theta = _theta(sums, hyper)
+    return Direction(d=(1.0, 0.0, 0.0), q=(0.0, theta, 1 - theta))
+
+
+def friendly_descent(sums: Sums, hyper: Hyper) -> Direction:
+    """d = s; m <- lambda m + (1 - lambda) g. Friendly SAM, Li et al. 2024."""
+    keep = hyper.row("lambda_")
+    return Direction(d=(1.0, 0.0, 0.0), q=(0.0, 1 - keep, keep))
+
+
+def sampa(sums: Sums, hyper: Hyper) -> Direction:
+    """d = (1 - lambda) s + lambda r; y <- r. SAMPa, Xie et al. 2024."""
+    weight = hyper.row("lambda_")
+    return Direction(d=(weight, 1 - weight), q=(1.0, 0.0))
+
+
+def _gamma_odds(hyper: Hyper) -> Tensor:
+    gamma = hyper.row("gamma")
+    return gamma / (1 - gamma)
 
 
 def _scoped(x: Tensor, hyper: Hyper) -> Tensor:
@@ -197,23 +284,42 @@ class Descent(NamedTuple):
     """The column that takes the second combination; its ||.||^2 goes to ``<column>_norm_sq`` where there is one."""
 
 
-_GG, _GS, _SS, _GQ, _QQ, _WW = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("q", "q"), ("w", "w"))
+def _pairs(names: str) -> tuple[Pair, ...]:
+    """``"gg gs"`` -> (("g", "g"), ("g", "s"))"""
+    return tuple((name[0], name[1]) for name in names.split())
+
 
 ASCENTS = {
-    "sam": Ascent(sam, (_GG,)),
+    "sam": Ascent(sam, _pairs("gg")),
     "asam": Ascent(asam, (("Tg", "Tg"),)),
-    "trust_normalized": Ascent(trust_normalized, (_GG, _WW)),
-    "trust": Ascent(trust, (_GG, _WW)),
-    "trust_global": Ascent(trust_global, (_GG, _WW)),
-    "unit": Ascent(unit, (_GG,)),
+    "trust_normalized": Ascent(trust_normalized, _pairs("gg ww")),
+    "trust": Ascent(trust, _pairs("gg ww")),
+    "trust_global": Ascent(trust_global, _pairs("gg ww")),
+    "unit": Ascent(unit, _pairs("gg")),
+    "opposite": Ascent(opposite, _pairs("gg")),
+    "vasso": Ascent(vasso, _pairs("gg gm mm"), ("g", "m")),
+    "friendly": Ascent(friendly, _pairs("gg gm mm"), ("g", "m")),
+    "carried": Ascent(carried, _pairs("yy"), ("y",)),
+    "ahead": Ascent(ahead, _pairs("yy"), ("y",)),
 }
 
 DESCENTS = {
-    "first": Descent(as_is, ("g",), (_GG,)),
-    "second": Descent(as_is, ("s",), (_SS,)),
-    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), (_GG, _GS), (_SS,), writes="q"),
-    "looksam_reuse": Descent(looksam_reuse, ("g", "q"), (_GG, _QQ), (_GQ,)),
+    "first": Descent(as_is, ("g",), _pairs("gg")),
+    "second": Descent(as_is, ("s",), _pairs("ss")),
+    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q"),
+    "looksam_reuse": Descent(looksam_reuse, ("g", "q"), _pairs("gg qq"), _pairs("gq")),
+    "ssam": Descent(ssam, ("s",), _pairs("gg ss")),
+    "gsam": Descent(gsam, ("s", "g"), _pairs("gg gs ss")),
+    "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs")),
+    "wsam_coupled": Descent(wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs")),
+    "crsam": Descent(crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr")),
+    "vasso": Descent(vasso_descent, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
+    "friendly": Descent(friendly_descent, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
+    "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y"),
 }
+
+STORED = ("w", "q", "m", "y")
+"""Columns that carry no loss scale; all others are gradients of this step and do."""
 
 BASES = {
     "sgd": ("momentum_buffer",),
@@ -227,25 +333,42 @@ restores w, and leaves the rest to another optimizer."""
 
 
 def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor) -> Coefficients:
-    """The coefficients of e; all 0 after a non-finite sum."""
+    """The coefficients of e, for gradients as they are, loss scale and all; 0 after a non-finite sum."""
     rule = ASCENTS[name]
-    c = rule.formula(sums, hyper).reshape(len(rule.inputs), -1) * hyper.sign()
+    c = rule.formula(_unscaled(sums, hyper), hyper).reshape(len(rule.inputs), -1) * hyper.sign()
+    c = _for_scaled(rule.inputs, c, hyper)
     return Coefficients(rule.inputs, torch.where(found_inf > 0, 0.0, c), None, found_inf)
 
 
 def descent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, max_grad_norm: float | None) -> Coefficients:
-    """The coefficients of d, of what is written and of what is added after the update; all of them unscaled.
+    """The coefficients of d, of what is written and of what is added after the update, for gradients as they are.
 
     d is scaled by min(1, max_grad_norm / ||d||). ``maximize`` turns d and the addition round, not what is written.
     """
     rule = DESCENTS[name]
+    sums = _unscaled(sums, hyper)
     direction = rule.formula(sums, hyper)
-    d = _rows(direction.d, sums) * hyper.inv_scale
-    q, post = (None if x is None else _rows(x, sums) * hyper.inv_scale for x in direction[1:])
+    d = _rows(direction.d, sums)
+    q, post = (None if x is None else _rows(x, sums) for x in direction[1:])
     if max_grad_norm is not None:
-        d = d * ratio(torch.as_tensor(max_grad_norm, dtype=d.dtype), direction_norm(rule.inputs, d, sums)).clamp(max=1)
-    post = None if post is None else post * hyper.sign()
-    return Coefficients(rule.inputs, d * hyper.sign(), q, found_inf, post, rule.writes or "q")
+        norm = direction_norm(rule.inputs, d, sums)
+        d = d * ratio(torch.full_like(norm, max_grad_norm), norm).clamp(max=1)
+    d = _for_scaled(rule.inputs, d * hyper.sign(), hyper)
+    q = None if q is None else _for_scaled(rule.inputs, q, hyper)
+    post = None if post is None else _for_scaled(rule.inputs, post * hyper.sign(), hyper)
+    return Coefficients(rule.inputs, d, q, found_inf, post, rule.writes or "q")
+
+
+def _unscaled(sums: Sums, hyper: Hyper) -> Sums:
+    """The sums of gradients without their loss scale."""
+    powers = torch.tensor([sum(x not in STORED for x in pair) for pair in sums.pairs], device=hyper.device)
+    return Sums(sums.pairs, sums.values * (hyper.inv_scale**powers).reshape(-1, 1))
+
+
+def _for_scaled(inputs: tuple[str, ...], rows: Tensor, hyper: Hyper) -> Tensor:
+    """Coefficients of unscaled inputs -> coefficients of the inputs as they are."""
+    carries_scale = torch.tensor([x not in STORED for x in inputs], device=hyper.device)
+    return rows * torch.where(carries_scale, hyper.inv_scale, 1.0).reshape(-1, 1)
 
 
 def direction_norm(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
