@@ -43,6 +43,11 @@ class Method:
     base: str
     k: int | None = None
 
+    @property
+    def clips(self) -> bool:
+        """Whether the optimizer clips by itself: the variants clip the direction they hand to their base."""
+        return self.variant is not None or self.base == "lamb"
+
     def parameters(self) -> frozenset[str]:
         """Names of the keyword arguments that belong to the variant itself, not to its base."""
         if self.variant is None:
@@ -109,7 +114,7 @@ def check_options(methods: Iterable[str], options: dict[str, Any]) -> None:
 
 
 def build_optimizer(config: TrainConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of ``config``. A variant clips by itself; for a plain base the caller clips."""
+    """The optimizer of ``config``. Where ``Method.clips`` is false, the caller clips."""
     method = parse_method(config.method)
     base = BASES[method.base]
     arguments: dict[str, Any] = {
@@ -118,9 +123,11 @@ def build_optimizer(config: TrainConfig, params: Iterable[torch.nn.Parameter]) -
     }
     if method.base == "sgd":
         arguments["momentum"] = config.momentum
+    if config.clip is not None and method.clips:
+        arguments["max_grad_norm"] = config.clip
     if method.variant is None:
         return base.optimizer(params, **arguments)
-    arguments |= {"max_grad_norm": config.clip, "backend": config.backend} | dict(config.options)
+    arguments |= {"backend": config.backend} | dict(config.options)
     if method.k is not None:
         arguments["k"] = method.k
     return VARIANTS[method.variant](params, method.base, **arguments)  # type: ignore[arg-type]

@@ -115,8 +115,7 @@ class Trainer:
         self.generator = make_generator(config.seed, "batches")
         self.epoch = 0
         self.passes, self.pass_watch = 0, Stopwatch(self.device)
-        # The variants clip d's own norm inside step; a plain optimizer gets its gradient clipped before it.
-        self.clip = config.clip if parse_method(config.method).variant is None else None
+        self.clip = None if parse_method(config.method).clips else config.clip
 
     def state_dict(self) -> dict[str, Any]:
         return {

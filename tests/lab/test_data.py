@@ -1,0 +1,201 @@
+import gzip
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from looksam.lab import data
+from looksam.lab.cache import cache_folder
+from looksam.lab.config import DataConfig
+from looksam.lab.data import DataError, load_dataset, noisy_labels, read_idx
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; 3 training and 2 test images of 6x6 each, one of them grey, with distinct colours."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 3), ("test", 2)):
+        for label in ("cat", "dog"):
+            place = tmp_path / "pets" / split / label
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+                Image.fromarray(pixels if index else pixels[..., 0]).save(place / f"{index}.png")
+    (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path / "pets"
+
+
+def tensors(dataset):
+    return dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y
+
+
+def test_digits_split_is_fixed_and_stratified():
+    first, second = load_dataset(DataConfig(), 0), load_dataset(DataConfig(), 1)
+    assert first.train_x.shape == (1000, 1, 8, 8)
+    assert first.test_x.shape == (797, 1, 8, 8)
+    assert first.train_x.dtype == torch.uint8
+    assert int(first.train_x.max()) == 255
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+    assert int(first.train_y.bincount().min()) >= 96
+    together = torch.cat([first.train_x, first.test_x]).double().mean()
+    from sklearn.datasets import load_digits
+
+    assert float(together) == pytest.approx(load_digits().images.mean() * 255 / 16, abs=0.5)
+
+
+def test_statistics_normalise_the_training_images():
+    digits = load_dataset(DataConfig(), 0)
+    mean, std = digits.statistics()
+    x = (digits.train_x.float() / 255 - mean) / std
+    assert float(x.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(x.std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_folder_contents_and_order(folder):
+    pets = load_dataset(DataConfig(str(folder)), 0)
+    assert pets.classes == ("cat", "dog")
+    assert pets.train_y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert pets.test_y.tolist() == [0, 0, 1, 1]
+    assert pets.train_x.shape == (6, 3, 6, 6)
+    stored = np.asarray(Image.open(folder / "train" / "dog" / "2.png"))
+    assert np.array_equal(pets.train_x[5].permute(1, 2, 0).numpy(), stored)
+
+
+@pytest.mark.parametrize("mode", ["", "gz", "xz"])
+def test_tar_gives_the_same_arrays_as_the_folder(folder, tmp_path, mode):
+    path = tmp_path / f"pets.tar{'.' * bool(mode)}{mode}"
+    with tarfile.open(path, f"w:{mode}") as archive:
+        files = [f for f in folder.rglob("*") if f.is_file()]
+        for file in sorted(files, reverse=True):  # an order that is not the one wanted
+            archive.add(file, "some/leading/folders/" + str(file.relative_to(folder)))
+    from_tar, from_folder = load_dataset(DataConfig(str(path)), 0), load_dataset(DataConfig(str(folder)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(from_tar), tensors(from_folder), strict=True))
+    assert from_tar.classes == from_folder.classes
+
+
+def test_cache_is_used_until_a_file_changes(folder, monkeypatch):
+    before = load_dataset(DataConfig(str(folder)), 0)
+    assert len(list(cache_folder().glob("*.npz"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode_images", lambda *_: pytest.fail("decoded again"))
+        again = load_dataset(DataConfig(str(folder)), 0)
+    assert torch.equal(before.train_x, again.train_x)
+
+    changed = folder / "train" / "cat" / "0.png"
+    Image.new("L", (6, 6), 7).save(changed)
+    os.utime(changed, (1, 1))
+    assert int(load_dataset(DataConfig(str(folder)), 0).train_x[0].max()) == 7
+
+
+def test_image_size_resizes(folder):
+    with pytest.raises(DataError, match="--image-size"):
+        Image.new("RGB", (5, 6)).save(folder / "test" / "cat" / "odd.png")
+        load_dataset(DataConfig(str(folder)), 0)
+    assert load_dataset(DataConfig(str(folder), image_size=4), 0).train_x.shape == (6, 3, 4, 4)
+
+
+def test_grey_folder_has_one_channel(folder):
+    for file in folder.rglob("*.png"):
+        Image.open(file).convert("L").save(file)
+    assert load_dataset(DataConfig(str(folder)), 0).train_x.shape == (6, 1, 6, 6)
+
+
+def test_test_class_without_training_images(folder):
+    (folder / "test" / "cow").mkdir()
+    Image.new("RGB", (6, 6)).save(folder / "test" / "cow" / "0.png")
+    with pytest.raises(DataError, match="train/<class>"):
+        load_dataset(DataConfig(str(folder)), 0)
+
+
+def test_missing_and_broken_sources_name_the_remedy(tmp_path, folder):
+    with pytest.raises(DataError, match="must hold train/<class>"):
+        load_dataset(DataConfig(str(tmp_path / "nothing")), 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="train/<class>"):
+        load_dataset(DataConfig(str(tmp_path / "empty")), 0)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(DataError, match="not a tar file"):
+        load_dataset(DataConfig(str(tmp_path / "text")), 0)
+    (folder / "train" / "cat" / "0.png").write_bytes(b"no png")
+    with pytest.raises(DataError, match=r"cannot decode 0\.png"):
+        load_dataset(DataConfig(str(folder)), 0)
+    assert not list(cache_folder().glob("*"))
+
+
+def write_idx(path, array, compress):
+    raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    path.write_bytes(gzip.compress(raw) if compress else raw)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("layout", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_layouts(tmp_path, compress, layout):
+    place = tmp_path / layout
+    place.mkdir(parents=True, exist_ok=True)
+    images = np.arange(3 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(3, 28, 28)
+    for name in data.FASHION_FILES.values():
+        array = images if "images" in name else np.array([0, 9, 5], np.uint8)
+        write_idx(place / (name + (".gz" if compress else "")), array, compress)
+    fashion = load_dataset(DataConfig("fashion-mnist", str(tmp_path)), 0)
+    assert torch.equal(fashion.train_x[:, 0], torch.from_numpy(images))
+    assert fashion.test_y.tolist() == [0, 9, 5]
+    assert len(fashion.classes) == 10
+
+
+def test_fashion_mnist_missing_names_package_and_folder(tmp_path):
+    with pytest.raises(DataError, match="dataset-fashion-mnist.*FashionMNIST/raw.*--data-dir DIR"):
+        load_dataset(DataConfig("fashion-mnist", str(tmp_path)), 0)
+
+
+def test_truncated_idx(tmp_path):
+    write_idx(tmp_path / "x", np.zeros((2, 2), np.uint8), compress=False)
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    with pytest.raises(DataError, match="not a complete IDX file"):
+        read_idx(tmp_path / "x")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.4, 0.999])
+def test_label_noise_is_exact_reproducible_and_symmetric(fraction):
+    labels = torch.arange(10).repeat(1000)
+    noisy = noisy_labels(labels, fraction, 10, seed=3)
+    wrong = noisy != labels
+    assert int(wrong.sum()) == round(fraction * 10000)
+    assert torch.equal(noisy, noisy_labels(labels, fraction, 10, seed=3))
+    if fraction:
+        assert not torch.equal(noisy, noisy_labels(labels, fraction, 10, seed=4))
+        shift = ((noisy - labels) % 10)[wrong].bincount(minlength=10)
+        assert shift[0] == 0
+        expected = int(wrong.sum()) / 9
+        assert ((shift[1:] - expected).abs() < 5 * expected**0.5).all()
+    assert torch.equal(labels, torch.arange(10).repeat(1000))
+
+
+def test_label_noise_leaves_the_test_part_clean():
+    clean, noisy = load_dataset(DataConfig(), 0), load_dataset(DataConfig(label_noise=0.4), 0)
+    assert torch.equal(clean.test_y, noisy.test_y)
+    assert int((clean.train_y != noisy.train_y).sum()) == 400
+
+
+def test_train_size():
+    small = load_dataset(DataConfig(train_size=100, label_noise=0.25), 0)
+    assert small.train_x.shape == (100, 1, 8, 8)
+    assert torch.equal(small.train_x, load_dataset(DataConfig(train_size=100), 5).train_x)
+    clean = load_dataset(DataConfig(train_size=100), 0)
+    assert int((small.train_y != clean.train_y).sum()) == 25
+    with pytest.raises(DataError, match="--train-size 2000: digits has 1000"):
+        load_dataset(DataConfig(train_size=2000), 0)
+
+
+def test_image_mode_with_palette_becomes_rgb():
+    buffer = io.BytesIO()
+    Image.new("P", (4, 4), 3).save(buffer, "PNG")
+    assert data._decode(buffer, "p.png", None).shape == (4, 4, 3)

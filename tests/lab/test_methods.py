@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+import looksam
+from looksam.lab.config import TrainConfig
+from looksam.lab.methods import (
+    BASES,
+    VARIANTS,
+    Method,
+    build_optimizer,
+    canonical_name,
+    check_options,
+    parse_method,
+    select_options,
+)
+
+
+def params():
+    return [torch.nn.Parameter(torch.ones(3))]
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("sgd", Method(None, "sgd")),
+        ("LAMB", Method(None, "lamb")),
+        ("sam", Method("sam", "sgd")),
+        ("sam-5", Method("sam", "sgd", 5)),
+        ("LookSAM-10", Method("looksam", "sgd", 10)),
+        ("layersam+adamw", Method("layersam", "adamw")),
+        ("looklayersam-5+lamb", Method("looklayersam", "lamb", 5)),
+    ],
+)
+def test_grammar(text, method):
+    assert parse_method(text) == method
+
+
+def test_default_base_applies_to_variants_only():
+    assert parse_method("sam", "adamw").base == "adamw"
+    assert parse_method("sam+sgd", "adamw").base == "sgd"
+    assert parse_method("sgd", "adamw").base == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loksam-5", "unknown name 'loksam'; variants are .*looksam.*base optimizers are .*sgd"),
+        ("sam+momentum", "unknown base 'momentum'; bases are adam, adamw, lamb, sgd"),
+        ("sgd-5", "takes neither -K nor \\+BASE"),
+        ("sgd+adam", "takes neither -K nor \\+BASE"),
+        ("sam-0", "K must be at least 1"),
+        ("sam-", "not of the form"),
+        ("", "not of the form"),
+        ("sam-5-5", "not of the form"),
+    ],
+)
+def test_errors_say_what_is_valid(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_method(text)
+
+
+@pytest.mark.parametrize("text", ["sgd", "sam", "looksam-5", "looklayersam-3+lamb", "sam+adam"])
+def test_canonical_name_is_stable_and_parses_back(text):
+    assert canonical_name(text) == text
+    assert canonical_name(text.upper()) == text
+
+
+def test_canonical_name_states_the_default_base_unless_sgd():
+    assert canonical_name("looksam-5", "lamb") == "looksam-5+lamb"
+    assert canonical_name("looksam-5+sgd", "lamb") == "looksam-5"
+
+
+def test_every_variant_of_the_library_is_a_method():
+    assert set(looksam.VARIANTS) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_variant_builds_and_steps_on_every_base(variant, base):
+    weights = params()
+    optimizer = build_optimizer(TrainConfig(f"{variant}+{base}", lr=0.1, weight_decay=0.0, clip=1.0), weights)
+    assert type(optimizer) is VARIANTS[variant]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weights[0] ** 2).sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure).detach()) == 3.0
+    assert (weights[0] < 1).all()
+
+
+def test_values_reach_the_optimizer():
+    config = TrainConfig(
+        "looksam-7", lr=0.3, momentum=0.8, weight_decay=0.01, clip=2.0, options=(("alpha", 0.2), ("rho", 0.1))
+    )
+    group = build_optimizer(config, params()).param_groups[0]
+    expected = {
+        "k": 7,
+        "lr": 0.3,
+        "momentum": 0.8,
+        "weight_decay": 0.01,
+        "alpha": 0.2,
+        "rho": 0.1,
+        "max_grad_norm": 2.0,
+    }
+    assert {name: group[name] for name in expected} == expected
+
+
+def test_defaults_of_a_base():
+    group = build_optimizer(TrainConfig("sgd"), params()).param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+
+
+def test_options_go_to_the_methods_that_take_them():
+    options = {"looksam.rho": 0.2, "rho": 0.1, "alpha": 0.3}
+    assert select_options("sgd", options) == ()
+    assert select_options("sam", options) == (("rho", 0.1),)
+    assert select_options("looksam-5", options) == (("alpha", 0.3), ("rho", 0.2))
+
+
+def test_an_option_that_nobody_takes_is_an_error():
+    check_options(["sgd", "sam"], {"rho": 0.1})
+    with pytest.raises(ValueError, match="takes the option 'alpha'; they take: .*rho"):
+        check_options(["sgd", "sam"], {"alpha": 0.1})
+    with pytest.raises(ValueError, match="'looksam.rho'"):
+        check_options(["sam"], {"looksam.rho": 0.1})
