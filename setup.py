@@ -1,3 +1,114 @@
+"""Builds looksam_kernels._C where it can; everything else about the package is in pyproject.toml.
+
+LOOKSAM_NATIVE=auto (the default) builds the extension where torch and a C++ compiler are there, and says in one line what
+was built or why not; 0 leaves it out; 1 makes every reason not to build it an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 from setuptools import setup
 
-setup()
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/cpu/ops.cpp",
+    "csrc/cpu/baseline.cpp",
+    "csrc/cpu/avx2.cpp",
+    "csrc/cpu/avx512.cpp",
+]
+# No contraction to fused multiply-adds: all instruction sets then give the same bits.
+FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# For at::parallel_for in torch's headers. Only while compiling: linking it would bring a second OpenMP runtime with
+# threads of its own beside torch's.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+# The installed package tells from this file why it has no extension, since pip shows a build's output only on failure.
+WHY_NOT = Path("looksam_kernels", "native_build.txt")
+
+
+def why_not_buildable() -> str | None:
+    if os.environ.get("LOOKSAM_NATIVE", "auto") == "0":
+        return "it was installed with LOOKSAM_NATIVE=0"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        return f"no C++ compiler was there ({compiler} not found)"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError:
+        return "torch was not there while it was built; install torch first and pass --no-build-isolation to pip"
+    return None
+
+
+def say(line: str) -> None:
+    print(f"looksam-kernels: {line}", file=sys.stderr, flush=True)
+
+
+def without_extension(reason: str) -> None:
+    if os.environ.get("LOOKSAM_NATIVE", "auto") == "1":
+        raise SystemExit(f"looksam-kernels: no native backend: {reason} (LOOKSAM_NATIVE=0 installs without it)")
+    WHY_NOT.write_text(f"looksam_kernels has no compiled extension: {reason}\n")
+    say(f"no native backend: {reason}. The other backends work; LOOKSAM_NATIVE=0 leaves it out without this message.")
+
+
+@contextlib.contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Sends this process's and its children's output to a file: what a failing compiler said, to quote its end."""
+    sys.stdout.flush(), sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(saved[0], 1), os.dup2(saved[1], 2)
+            os.close(saved[0]), os.close(saved[1])
+
+
+def extension() -> dict[str, object]:
+    """setup()'s arguments that build the extension."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, ext: object) -> None:
+            log = Path(tempfile.gettempdir(), f"looksam-build-{os.getpid()}.log")
+            try:
+                with output_to(log):
+                    super().build_extension(ext)
+            except Exception as error:
+                lines = [line for line in log.read_text().splitlines() if line.strip()]
+                say("the compiler failed; its log ends:")
+                print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
+                errors = [line for line in lines if "error" in line.lower()]
+                without_extension(f"the compiler failed ({(errors or [str(error)])[0].strip()})")
+                ext.optional = True
+            else:
+                WHY_NOT.unlink(missing_ok=True)
+                say(f"native backend built for CPU with torch {torch.__version__}")
+            finally:
+                log.unlink(missing_ok=True)
+
+        def copy_extensions_to_source(self) -> None:
+            if not WHY_NOT.exists():
+                super().copy_extensions_to_source()
+
+    module = CppExtension(
+        "looksam_kernels._C",
+        SOURCES,
+        depends=[str(p) for p in Path("csrc").rglob("*.h")],
+        extra_compile_args=FLAGS + OPENMP,
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+
+reason = why_not_buildable()
+if reason is not None:
+    without_extension(reason)
+setup(**(extension() if reason is None else {}))

@@ -2,8 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.table import TensorTable
+
+try:
+    from looksam_kernels import _C
+except ImportError as error:
+    _C, _why_not = None, f"looksam_kernels was installed without its compiled extension ({error})"
+
+Adaptive = Sequence[float | None] | None
 
 
 def unavailable(device: torch.device) -> str | None:
-    return "looksam_kernels was installed without its compiled extension"
+    if _C is None:
+        return _why_not
+    return None if device.type == "cpu" else f"this build has no code for {device.type} tensors"
+
+
+def first_misfit(tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:
+    """The first row whose tensor may not fit its parameter (``scalar``: may not be 0-dim), or -1."""
+    return _C.first_misfit(tensors, weights, scalar)
+
+
+def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
+    return Sums(tuple(pairs), _synced(table).sums(pairs, adaptive))
+
+
+def coefficients(
+    table: TensorTable,
+    rule: str,
+    sums: Sums,
+    groups: Groups,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float | None,
+) -> Coefficients:
+    scalars = _synced(table).coefficients(rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm)
+    return Coefficients(_inputs(rule), *scalars)
+
+
+def measure(
+    table: TensorTable,
+    rule: str,
+    pairs: Sequence[Pair],
+    known: Sums | None,
+    groups: Groups,
+    adaptive: Adaptive,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float | None,
+) -> tuple[Sums, Coefficients]:
+    values, scalars = _synced(table).measure(rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
+    all_pairs = (known.pairs if known is not None else ()) + tuple(pairs)
+    return Sums(all_pairs, values), Coefficients(_inputs(rule), *scalars)
+
+
+def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive) -> None:
+    _synced(table).perturb(coefficients.inputs[0], coefficients.d, adaptive, table.perturbed)
+
+
+def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
+    inputs, d, q, found_inf = coefficients
+    _synced(table).step(base, inputs, d, q, found_inf, groups, table.perturbed)
+
+
+def restore(table: TensorTable) -> None:
+    _synced(table).restore(table.perturbed)
+
+
+def _inputs(rule: str) -> tuple[str, ...]:
+    return ASCENTS[rule].inputs if rule in ASCENTS else DESCENTS[rule].inputs
+
+
+def _synced(table: TensorTable) -> Any:
+    """The C++ table, with the columns that were set since the last op."""
+    if table.handle is None:
+        table.handle = _C.Table(table.group)
+    for name in table.dirty:
+        table.handle.set(name, table[name] if name in table else None)
+    table.dirty.clear()
+    return table.handle

@@ -1,0 +1,547 @@
+// looksam_kernels._C: takes tensors apart for csrc/cpu and checks them; no arithmetic in here.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <optional>
+#include <unordered_map>
+
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+
+namespace looksam {
+namespace {
+
+using Pair = std::pair<std::string, std::string>;
+using Tensors = std::vector<at::Tensor>;  // undefined where a row has none
+using Mask = std::vector<char>;           // one flag a row
+
+const at::Tensor& unpack(py::handle object) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("expected a torch.Tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
+
+// Numbers, and tensors that hold one.
+double number(py::handle object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+py::object item(py::handle group, const char* name) {
+  PyObject* value = PyMapping_GetItemString(group.ptr(), name);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+bool flag(py::handle group, const char* name) { return PyObject_IsTrue(item(group, name).ptr()) == 1; }
+
+std::optional<Dtype> dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kDouble: return Dtype::f64;
+    case at::kHalf: return Dtype::f16;
+    case at::kBFloat16: return Dtype::bf16;
+    default: return std::nullopt;
+  }
+}
+
+double* doubles(const at::Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
+
+bool is_true(const at::Tensor& scalar) { return scalar.item().toDouble() > 0; }
+
+// A number in a 0-dim tensor of any dtype.
+double read_scalar(const at::Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return *static_cast<const float*>(x.const_data_ptr());
+  if (x.scalar_type() == at::kDouble) return *static_cast<const double*>(x.const_data_ptr());
+  return x.item().toDouble();
+}
+
+void write_scalar(const at::Tensor& x, double value) {
+  if (x.scalar_type() == at::kFloat) {
+    *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
+  } else if (x.scalar_type() == at::kDouble) {
+    *static_cast<double*>(x.mutable_data_ptr()) = value;
+  } else {
+    x.fill_(value);
+    return;
+  }
+  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+}
+
+void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body) {
+  at::parallel_for(0, count, grain, body);
+}
+
+// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one?
+bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
+  if (x.is_contiguous() && w.is_contiguous()) return true;
+  if (!w.is_non_overlapping_and_dense()) return x.is_contiguous();
+  for (std::int64_t i = 0; i < w.dim(); ++i)
+    if (w.size(i) > 1 && x.stride(i) != w.stride(i)) return false;
+  return true;
+}
+
+enum class Access { read, overwrite, update };
+
+// A column for the length of one op. Tensors in another order than their row's are read from and written to a copy.
+class Lease {
+ public:
+  Lease() = default;
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+  void take(const Tensors& tensors, const Tensors& w, Access access, const Mask* rows) {
+    data_.assign(w.size(), nullptr);
+    dtype_.assign(w.size(), Dtype::f32);
+    for (std::size_t row = 0; row < tensors.size(); ++row) {
+      const at::Tensor& x = tensors[row];
+      if (!x.defined()) continue;
+      if (!x.is_cpu()) throw py::type_error("row " + std::to_string(row) + " is on " + x.device().str() + ", not on the CPU");
+      const auto dtype = dtype_of(x);
+      if (!dtype) throw py::type_error("row " + std::to_string(row) + ": " + toString(x.scalar_type()) + " is not supported");
+      dtype_[row] = *dtype;
+      if (rows != nullptr && !(*rows)[row]) continue;
+      if (x.sizes() != w[row].sizes())
+        throw py::value_error("row " + std::to_string(row) + ": the shape has changed since the column was set");
+      at::Tensor copy;
+      if (!in_row_order(x, w[row])) {
+        copy = w[row].is_non_overlapping_and_dense() ? at::empty_strided(w[row].sizes(), w[row].strides(), x.options())
+                                                     : at::empty(w[row].sizes(), x.options());
+        if (access != Access::overwrite) copy.copy_(x);
+        copies_.emplace_back(x, copy);
+      }
+      const at::Tensor& source = copy.defined() ? copy : x;
+      data_[row] = access == Access::read ? const_cast<void*>(source.const_data_ptr()) : source.mutable_data_ptr();
+      if (access != Access::read && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+    }
+    writes_ = access != Access::read;
+  }
+
+  Column column() const { return {data_.data(), dtype_.data()}; }
+
+  void give_back() {
+    if (!writes_) return;
+    for (const auto& [x, copy] : copies_) x.copy_(copy);
+  }
+
+ private:
+  std::vector<void*> data_;
+  std::vector<Dtype> dtype_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
+  bool writes_ = false;
+};
+
+const RuleInfo& rule_named(const std::string& name) {
+  for (const RuleInfo& rule : kRules)
+    if (name == rule.name) return rule;
+  throw py::value_error("unknown rule '" + name + "'");
+}
+
+Base base_named(const std::string& name) {
+  if (name == "sgd") return Base::sgd;
+  if (name == "adam") return Base::adam;
+  if (name == "adamw") return Base::adamw;
+  if (name == "lamb") return Base::lamb;
+  if (name == "grad") return Base::grad;
+  throw py::value_error("unknown base '" + name + "'");
+}
+
+RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
+  RowHyper h = {};
+  if (rule.reads_rho) h.rho = number(item(group, "rho"));
+  if (rule.reads_alpha) h.alpha = number(item(group, "alpha"));
+  if (rule.reads_layer_scaled) h.layer_scaled = number(item(group, "layer_scaled")) > 0;
+  h.sign = py::bool_(group.attr("get")("maximize", false)) ? -1 : 1;
+  return h;
+}
+
+BaseHyper base_hyper(Base base, py::handle group) {
+  BaseHyper h = {};
+  if (base == Base::grad) return h;
+  h.lr = number(item(group, "lr"));
+  h.weight_decay = number(item(group, "weight_decay"));
+  if (base == Base::sgd) {
+    h.momentum = number(item(group, "momentum"));
+    h.dampening = number(item(group, "dampening"));
+    h.nesterov = flag(group, "nesterov");
+    return h;
+  }
+  const py::tuple betas(item(group, "betas"));
+  h.beta1 = number(betas[0]);
+  h.beta2 = number(betas[1]);
+  h.eps = number(item(group, "eps"));
+  if (base == Base::lamb) {
+    h.always_adapt = flag(group, "always_adapt");
+    h.trust_clip = flag(group, "trust_clip");
+  }
+  return h;
+}
+
+double Sums::*member_of(const Pair& pair) {
+  const auto is = [&](const char* x, const char* y) {
+    return (pair.first == x && pair.second == y) || (pair.first == y && pair.second == x);
+  };
+  if (is("g", "g")) return &Sums::gg;
+  if (is("g", "s")) return &Sums::gs;
+  if (is("s", "s")) return &Sums::ss;
+  if (is("g", "q")) return &Sums::gq;
+  if (is("q", "q")) return &Sums::qq;
+  if (is("w", "w")) return &Sums::ww;
+  if (is("Tg", "Tg")) return &Sums::tt;
+  return nullptr;
+}
+
+// The tensors of a TensorTable. Columns are set when they change; addresses are read anew by every op, because
+// `p.data = ...` moves them unseen.
+class Table {
+ public:
+  explicit Table(std::vector<int> group) : group_(std::move(group)) {}
+
+  // tensors: a list of tensors and None; None forgets the column.
+  void set(const std::string& name, py::handle tensors) {
+    if (tensors.is_none()) {
+      columns_.erase(name);
+      return;
+    }
+    Tensors& column = columns_[name];
+    column.clear();
+    for (const py::handle x : py::reinterpret_borrow<py::list>(tensors))
+      column.push_back(x.is_none() ? at::Tensor() : unpack(x));
+    if (column.size() != rows()) throw py::value_error("column '" + name + "' does not fit the table");
+  }
+
+  py::object sums(const std::vector<Pair>& pairs, py::handle adaptive) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor values = new_doubles(pairs.size());
+    add_up(pairs, adaptive, doubles(values));
+    return wrap(values);
+  }
+
+  // -> d, q or None, found_inf
+  py::tuple coefficients(const std::string& rule, const std::vector<Pair>& pairs, py::handle values, py::handle groups,
+                         py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor exact = unpack(values).to(at::kDouble).contiguous();
+    return to_scalars(rule_named(rule), pairs, doubles(exact), groups, grad_scale, found_inf, max_grad_norm);
+  }
+
+  // known: formulas.Sums or None. -> all sums, the known ones first, and coefficients().
+  py::tuple measure(const std::string& rule, const std::vector<Pair>& pairs, py::handle known, py::handle groups,
+                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
+    const at::NoGradGuard no_grad;
+    std::vector<Pair> all;
+    at::Tensor before;
+    if (!known.is_none()) {
+      all = known.attr("pairs").cast<std::vector<Pair>>();
+      before = unpack(known.attr("values")).to(at::kDouble).contiguous();
+    }
+    const std::size_t have = all.size() * rows();
+    all.insert(all.end(), pairs.begin(), pairs.end());
+    const at::Tensor values = new_doubles(all.size());
+    if (have > 0) std::memcpy(doubles(values), doubles(before), have * sizeof(double));
+    add_up(pairs, adaptive, doubles(values) + have);
+    return py::make_tuple(wrap(values), to_scalars(rule_named(rule), all, doubles(values), groups, grad_scale, found_inf,
+                                                   max_grad_norm));
+  }
+
+  // moved: the table's list of perturbed rows, in which the rows with an x are marked.
+  void perturb(const std::string& input, py::handle d, py::handle adaptive, py::list moved) {
+    const at::NoGradGuard no_grad;
+    const Mask moves = present(input);
+    Lease w, b, x;
+    lend("w", Access::update, &moves, w);
+    lend("b", Access::update, &moves, b);
+    lend(input, Access::read, nullptr, x);
+    const std::vector<double> eta = to_eta(adaptive);
+    const at::Tensor c = to_coefficients(d, 1);
+    const cpu::PerturbArgs args{chunks(),   w.column(),   b.column(),
+                                x.column(), eta.empty() ? nullptr : eta.data(), doubles(c)};
+    {
+      const py::gil_scoped_release release;
+      cpu::perturb(args, parallel_for);
+    }
+    w.give_back();
+    b.give_back();
+    for (std::size_t row = 0; row < rows(); ++row)
+      if (moves[row]) moved[row] = true;
+  }
+
+  void step(const std::string& base_name, const std::vector<std::string>& inputs, py::handle d, py::handle q,
+            py::handle found_inf, py::handle groups, py::list moved) {
+    const at::NoGradGuard no_grad;
+    const Base base = base_named(base_name);
+    if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("a step takes 1 to 3 inputs");
+    const bool keep = is_true(unpack(found_inf));
+    const bool writes_q = !q.is_none() && !keep;
+    const Tensors &weights = column("w"), &backups = column("b"), &firsts = column(inputs[0]), &counts = column("step");
+
+    std::vector<BaseHyper> hyper;
+    for (const py::handle group : groups) hyper.push_back(base_hyper(base, group));
+    std::vector<const BaseHyper*> hyper_of_row;
+    std::vector<cpu::StepRow> plan(rows());
+    std::vector<double> count(rows());
+    Mask updated(rows()), written(rows()), with_buffer(rows());
+    for (std::size_t row = 0; row < rows(); ++row) {
+      const BaseHyper& h = hyper.at(group_[row]);
+      hyper_of_row.push_back(&h);
+      const bool is_moved = PyObject_IsTrue(py::handle(moved[row]).ptr()) == 1;
+      updated[row] = !keep && firsts[row].defined();
+      written[row] = updated[row] || is_moved;
+      with_buffer[row] = updated[row] && h.momentum != 0;
+      plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
+      plan[row].from_b = is_moved || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
+      if (!updated[row] || base == Base::grad) continue;
+      count[row] = read_scalar(counts[row]) + 1;
+      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] && count[row] == count[row - 1];
+      plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row]);
+    }
+
+    Lease w, b, q_out, first_state, second_state, input[kMaxInputs];
+    lend("w", Access::update, &written, w);
+    lend("b", Access::update, &written, b, /*optional=*/true);
+    for (std::size_t i = 0; i < inputs.size(); ++i)
+      lend(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i], /*optional=*/true);
+    if (base == Base::sgd) {
+      lend("momentum_buffer", Access::update, &with_buffer, first_state);
+    } else if (base != Base::grad) {
+      lend("exp_avg", Access::update, &updated, first_state);
+      lend("exp_avg_sq", Access::update, &updated, second_state);
+    }
+    if (writes_q) lend("q", Access::overwrite, &updated, q_out);
+    const at::Tensor d_coefficient = to_coefficients(d, inputs.size());
+    const at::Tensor q_coefficient = writes_q ? to_coefficients(q, inputs.size()) : at::Tensor();
+    std::vector<double> q_sq(writes_q ? rows() : 0);
+
+    cpu::StepArgs args = {};
+    args.map = chunks();
+    args.base = base;
+    args.inputs = static_cast<int>(inputs.size());
+    for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = input[i].column();
+    args.d_coefficient = doubles(d_coefficient);
+    args.q_coefficient = writes_q ? doubles(q_coefficient) : nullptr;
+    args.w = w.column();
+    args.b = b.column();
+    args.q = q_out.column();
+    args.first_state = first_state.column();
+    args.second_state = second_state.column();
+    {
+      const py::gil_scoped_release release;
+      cpu::step(args, plan.data(), hyper_of_row.data(), writes_q ? q_sq.data() : nullptr, parallel_for);
+    }
+    for (Lease* lease : {&w, &b, &q_out, &first_state, &second_state, &input[0]}) lease->give_back();
+    for (std::size_t row = 0; row < rows(); ++row) {
+      if (!updated[row]) continue;
+      if (base != Base::grad) write_scalar(counts[row], count[row]);
+      if (writes_q) write_scalar(column("q_norm_sq")[row], q_sq[row]);
+    }
+  }
+
+  void restore(py::list moved) {
+    const at::NoGradGuard no_grad;
+    std::vector<cpu::StepRow> plan(rows());
+    Mask written(rows());
+    for (std::size_t row = 0; row < rows(); ++row) {
+      written[row] = PyObject_IsTrue(py::handle(moved[row]).ptr()) == 1;
+      plan[row].action = written[row] ? cpu::Action::restore : cpu::Action::skip;
+    }
+    Lease w, b;
+    lend("w", Access::update, &written, w);
+    lend("b", Access::read, &written, b);
+    cpu::StepArgs args = {};
+    args.map = chunks();
+    args.base = Base::grad;
+    args.w = w.column();
+    args.b = b.column();
+    {
+      const py::gil_scoped_release release;
+      cpu::step(args, plan.data(), nullptr, nullptr, parallel_for);
+    }
+    w.give_back();
+  }
+
+ private:
+  std::size_t rows() const { return group_.size(); }
+
+  const Tensors& column(const std::string& name) const {
+    const auto found = columns_.find(name);
+    return found != columns_.end() ? found->second : absent_;
+  }
+
+  Mask present(const std::string& name) const {
+    Mask rows;
+    for (const at::Tensor& x : column(name)) rows.push_back(x.defined());
+    return rows;
+  }
+
+  // Every row of the mask must have a tensor in the column, unless that is optional.
+  void lend(const std::string& name, Access access, const Mask* mask, Lease& lease, bool optional = false) const {
+    const Tensors& tensors = column(name);
+    for (std::size_t row = 0; row < rows() && mask != nullptr && !optional; ++row)
+      if ((*mask)[row] && !tensors[row].defined())
+        throw py::value_error("row " + std::to_string(row) + " takes part, but column '" + name + "' has no tensor for it");
+    lease.take(tensors, column("w"), access, mask);
+  }
+
+  ChunkMap chunks() {
+    std::vector<std::int64_t> numel;
+    for (const at::Tensor& w : column("w")) numel.push_back(w.numel());
+    if (numel != chunks_.numel) chunks_ = ChunkList(std::move(numel));
+    return chunks_.map();
+  }
+
+  at::Tensor new_doubles(std::size_t count) const {
+    return at::empty({static_cast<std::int64_t>(count), static_cast<std::int64_t>(rows())}, at::kDouble);
+  }
+
+  at::Tensor to_coefficients(py::handle object, std::size_t inputs) const {
+    const at::Tensor exact = unpack(object).to(at::kDouble).contiguous();
+    if (exact.numel() != static_cast<std::int64_t>(inputs * rows()))
+      throw py::value_error("the coefficients do not fit the inputs and rows of this table");
+    return exact;
+  }
+
+  // NaN in rows where T = 1; empty where it is 1 in all.
+  std::vector<double> to_eta(py::handle adaptive) const {
+    std::vector<double> eta;
+    if (adaptive.is_none()) return eta;
+    for (const py::handle value : adaptive) eta.push_back(value.is_none() ? std::nan("") : number(value));
+    if (eta.size() != rows()) throw py::value_error("adaptive does not have one entry a row");
+    return eta;
+  }
+
+  // values [pairs, rows]. In batches, should there be more pairs than one pass takes.
+  void add_up(const std::vector<Pair>& pairs, py::handle adaptive, double* values) {
+    const std::vector<double> eta = to_eta(adaptive);
+    Lease w;
+    lend("w", Access::read, nullptr, w);
+    for (std::size_t next = 0; next < pairs.size();) {
+      cpu::SumsArgs args = {};
+      args.map = chunks();
+      args.w = w.column();
+      args.eta = eta.empty() ? nullptr : eta.data();
+      Lease lease[cpu::kMaxOperands];
+      std::vector<std::string> operands;
+      const auto operand = [&](const std::string& name) {
+        for (std::size_t k = 0; k < operands.size(); ++k)
+          if (operands[k] == name) return static_cast<int>(k);
+        const std::size_t k = operands.size();
+        operands.push_back(name);
+        lend(name == "Tg" ? "g" : name, Access::read, nullptr, lease[k]);
+        args.operand[k] = {lease[k].column(), name == "Tg"};
+        return static_cast<int>(k);
+      };
+      double* const batch = values + next * rows();
+      for (; next < pairs.size() && args.pairs < cpu::kMaxPairs && operands.size() + 2 <= cpu::kMaxOperands; ++next) {
+        const auto& [x, y] = pairs[next];
+        if (x == "q" && y == "q") {
+          if (args.pairs > 0) break;
+          cached_q_sq(values + next * rows());
+          ++next;
+          break;
+        }
+        args.x[args.pairs] = operand(x);
+        args.y[args.pairs] = operand(y);
+        ++args.pairs;
+      }
+      args.operands = static_cast<int>(operands.size());
+      if (args.pairs == 0) continue;
+      const py::gil_scoped_release release;
+      cpu::sums(args, batch, parallel_for);
+    }
+  }
+
+  void cached_q_sq(double* values) const {
+    const Tensors &q_sq = column("q_norm_sq"), &g = column("g");
+    for (std::size_t row = 0; row < rows(); ++row)
+      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row]) : 0;
+  }
+
+  py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
+                       py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) const {
+    std::vector<Sums> sums(rows());
+    bool bad = !found_inf.is_none() && is_true(unpack(found_inf));
+    for (std::size_t p = 0; p < pairs.size(); ++p) {
+      double Sums::*const member = member_of(pairs[p]);
+      for (std::size_t row = 0; row < rows(); ++row) {
+        const double value = values[p * rows() + row];
+        bad = bad || !std::isfinite(value);
+        if (member != nullptr) sums[row].*member = value;
+      }
+    }
+    std::vector<RowHyper> hyper;
+    CommonHyper common = {1, 0, -1, false};
+    for (const py::handle group : groups) {
+      if (hyper.empty()) {
+        common.perturb_eps = number(group.attr("get")("perturb_eps", 0.0));
+        common.tensor_scope = py::str("tensor").equal(group.attr("get")("norm_scope", "global"));
+      }
+      hyper.push_back(rule_hyper(rule, group));
+    }
+    if (!grad_scale.is_none()) common.inv_scale = 1 / number(grad_scale);
+    if (!max_grad_norm.is_none()) common.max_grad_norm = number(max_grad_norm);
+    std::vector<const RowHyper*> hyper_of_row;
+    for (const int group : group_) hyper_of_row.push_back(&hyper.at(group));
+
+    const at::Tensor d = new_doubles(rule.inputs), q = rule.writes_q ? new_doubles(rule.inputs) : at::Tensor();
+    cpu::coefficients(rule, sums.data(), hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), doubles(d),
+                      rule.writes_q ? doubles(q) : nullptr);
+    const at::Tensor not_finite = at::empty({}, at::kFloat);
+    *static_cast<float*>(not_finite.mutable_data_ptr()) = bad ? 1.0f : 0.0f;
+    return py::make_tuple(wrap(d), rule.writes_q ? wrap(q) : py::none(), wrap(not_finite));
+  }
+
+  std::vector<int> group_;
+  Tensors absent_ = Tensors(group_.size());
+  std::unordered_map<std::string, Tensors> columns_;
+  ChunkList chunks_;
+};
+
+// The first row whose tensor is not plainly one for its parameter, or -1. table.py finds the words for what is wrong.
+int first_misfit(const py::list& tensors, const py::list& weights, bool scalar) {
+  for (std::size_t row = 0; row < tensors.size(); ++row) {
+    const py::handle x_object = tensors[row], w_object = weights[row];
+    if (x_object.is_none() || w_object.is_none()) continue;
+    const at::Tensor &x = unpack(x_object), &w = unpack(w_object);
+    if (x.layout() != at::kStrided || !dtype_of(x) || x.device() != w.device() ||
+        (scalar ? x.dim() != 0 : x.sizes() != w.sizes()))
+      return static_cast<int>(row);
+  }
+  return -1;
+}
+
+}  // namespace
+}  // namespace looksam
+
+PYBIND11_MODULE(_C, module) {
+  using looksam::Table;
+  py::class_<Table>(module, "Table")
+      .def(py::init<std::vector<int>>())
+      .def("set", &Table::set)
+      .def("sums", &Table::sums)
+      .def("coefficients", &Table::coefficients)
+      .def("measure", &Table::measure)
+      .def("perturb", &Table::perturb)
+      .def("step", &Table::step)
+      .def("restore", &Table::restore);
+  module.def("first_misfit", &looksam::first_misfit);
+  module.def("isas", [] {
+    std::vector<std::string> names;
+    for (const auto* kernels : looksam::cpu::available_isas()) names.emplace_back(kernels->name);
+    return names;
+  });
+  module.def("isa", [] { return std::string(looksam::cpu::isa().name); });
+  module.def("use_isa", [](const std::string& name) {
+    if (!looksam::cpu::use_isa(name)) throw py::value_error("no instruction set '" + name + "' on this processor");
+  });
+}

@@ -1,0 +1,397 @@
+// The chunk bodies. Compiled once per instruction set, by baseline.cpp, avx2.cpp and avx512.cpp, which define
+// LOOKSAM_ISA and include nothing else after switching the target: no std template may be instantiated in here.
+//
+// A chunk is worked off in tiles that stay in the first-level cache. A column of the arithmetic's own type is used in
+// place; any other is converted tile by tile. So each loop below exists for float and for double only, whatever the mix
+// of dtypes, and memory sees each column once. Lanes of sums are fixed, and nothing is contracted to fused multiply-adds:
+// all instruction sets give the same bits.
+
+#include "../core/vec.h"
+#include "kernels.h"
+
+#if !defined(LOOKSAM_ISA)
+#error "define LOOKSAM_ISA"
+#endif
+
+#define LOOKSAM_VECTORIZE _Pragma("GCC ivdep")
+
+namespace looksam::cpu {
+namespace {
+
+constexpr int kTile = 1024;
+
+template <class T>
+struct alignas(64) Tile {
+  T at[kTile];
+};
+
+// One tensor, from the current tile on.
+struct Span {
+  void* data;
+  Dtype dtype;
+};
+
+inline Span span(const Column& column, std::int32_t row, std::int64_t offset) {
+  if (!column.has(row)) return {nullptr, Dtype::f32};
+  const Dtype dtype = column.dtype[row];
+  return {static_cast<char*>(column.data[row]) + offset * size_of(dtype), dtype};
+}
+
+template <class T>
+constexpr Dtype dtype_of = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+
+template <class To, class From>
+inline void convert(To* to, const From* from, int size) {
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) to[i] = as<To>(from[i]);
+}
+
+template <class T>
+void widen_to(T* to, Span from, int size) {
+  switch (from.dtype) {
+    case Dtype::f32: return convert(to, static_cast<const float*>(from.data), size);
+    case Dtype::f64: return convert(to, static_cast<const double*>(from.data), size);
+    case Dtype::f16: return convert(to, static_cast<const float16*>(from.data), size);
+    case Dtype::bf16: return convert(to, static_cast<const bfloat16*>(from.data), size);
+  }
+}
+
+template <class T>
+void narrow_to(Span to, const T* from, int size) {
+  switch (to.dtype) {
+    case Dtype::f32: return convert(static_cast<float*>(to.data), from, size);
+    case Dtype::f64: return convert(static_cast<double*>(to.data), from, size);
+    case Dtype::f16: return convert(static_cast<float16*>(to.data), from, size);
+    case Dtype::bf16: return convert(static_cast<bfloat16*>(to.data), from, size);
+  }
+}
+
+// Reading: the tensor itself where it has the type of the arithmetic, else its values in `tile`.
+template <class T>
+inline T* values(Span x, int size, Tile<T>& tile) {
+  if (x.data == nullptr) return nullptr;
+  if (x.dtype == dtype_of<T>) return static_cast<T*>(x.data);
+  widen_to(tile.at, x, size);
+  return tile.at;
+}
+
+// Writing: where results for `x` go, and, once they are there, x <- results unless they went straight into it.
+template <class T>
+inline T* room(Span x, Tile<T>& tile) {
+  return x.dtype == dtype_of<T> ? static_cast<T*>(x.data) : tile.at;
+}
+template <class T>
+inline void put(Span x, const T* results, int size) {
+  if (x.data != nullptr && x.data != results) narrow_to(x, results, size);
+}
+
+// to <- from of one dtype, past the caches.
+inline void stream(Span to, const void* from, int size) {
+  switch (size_of(to.dtype)) {
+    case 2: return stream_copy(static_cast<std::uint16_t*>(to.data), static_cast<const std::uint16_t*>(from), size);
+    case 4: return stream_copy(static_cast<float*>(to.data), static_cast<const float*>(from), size);
+    default: return stream_copy(static_cast<double*>(to.data), static_cast<const double*>(from), size);
+  }
+}
+
+// An inner product in double, in 32 fixed lanes.
+struct InnerProduct {
+  typedef double Eight __attribute__((vector_size(64)));
+  Eight lane[4] = {};
+
+  template <class T>
+  inline void add(const T* x, const T* y, int size) {
+    typedef T Narrow __attribute__((vector_size(8 * sizeof(T))));
+    Eight sum[4] = {lane[0], lane[1], lane[2], lane[3]};
+    int i = 0;
+    for (; i + 32 <= size; i += 32) {
+      for (int k = 0; k < 4; ++k) {
+        Narrow a, b;
+        __builtin_memcpy(&a, x + i + 8 * k, sizeof a);
+        __builtin_memcpy(&b, y + i + 8 * k, sizeof b);
+        sum[k] += __builtin_convertvector(a, Eight) * __builtin_convertvector(b, Eight);
+      }
+    }
+    for (int k = 0; k < 4; ++k) lane[k] = sum[k];
+    for (int k = 0; i < size; ++i, ++k) lane[k / 8][k % 8] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  }
+
+  double total() const {
+    double sum = 0;
+    for (int k = 0; k < 32; ++k) sum += lane[k / 8][k % 8];
+    return sum;
+  }
+};
+
+// sums ------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void sums_chunk(const SumsArgs& a, std::int64_t index) {
+  const Chunk chunk = a.map.at(index);
+  Tile<T> tile[kMaxOperands], weights;
+  InnerProduct product[kMaxPairs];
+  for (int begin = 0; begin < chunk.size; begin += kTile) {
+    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+    const std::int64_t offset = chunk.offset + begin;
+    const T* x[kMaxOperands];
+    for (int k = 0; k < a.operands; ++k) {
+      x[k] = values(span(a.operand[k].column, chunk.row, offset), size, tile[k]);
+      if (x[k] == nullptr || !a.operand[k].adaptive || a.eta == nullptr || a.eta[chunk.row] != a.eta[chunk.row]) continue;
+      const T eta = static_cast<T>(a.eta[chunk.row]);
+      const T* w = values(span(a.w, chunk.row, offset), size, weights);
+      T* scaled = tile[k].at;
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], eta) * x[k][i];
+      x[k] = scaled;
+    }
+    for (int p = 0; p < a.pairs; ++p)
+      if (x[a.x[p]] != nullptr && x[a.y[p]] != nullptr) product[p].add(x[a.x[p]], x[a.y[p]], size);
+  }
+  for (int p = 0; p < a.pairs; ++p) a.partial[p * a.map.chunks + index] = product[p].total();
+}
+
+void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
+  for (std::int64_t i = first; i < last; ++i)
+    a.w.dtype[a.map.row_of[i]] == Dtype::f64 ? sums_chunk<double>(a, i) : sums_chunk<float>(a, i);
+}
+
+// perturb ---------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
+  const bool master = is_master(a.b, a.w, chunk.row);
+  const double eta = a.eta != nullptr ? a.eta[chunk.row] : __builtin_nan("");
+  const T c = static_cast<T>(a.c[chunk.row]);
+  Tile<T> x_tile, w_tile, origin_tile, out_tile;
+  for (int begin = 0; begin < chunk.size; begin += kTile) {
+    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+    const std::int64_t offset = chunk.offset + begin;
+    const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
+    if (!master) stream(b_span, w_span.data, size);
+    const T* w = values(w_span, size, w_tile);
+    const T* origin = master ? values(b_span, size, origin_tile) : w;
+    const T* x = values(span(a.x, chunk.row, offset), size, x_tile);
+    T* out = room(w_span, out_tile);
+    if (eta != eta) {
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], c, T(1), x[i]);
+    } else {
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], c, adaptive_scale(w[i], static_cast<T>(eta)), x[i]);
+    }
+    put(w_span, out, size);
+  }
+}
+
+void perturb(const PerturbArgs& a, std::int64_t first, std::int64_t last) {
+  for (std::int64_t i = first; i < last; ++i) {
+    const Chunk chunk = a.map.at(i);
+    if (!a.x.has(chunk.row)) continue;
+    in_double(a.w, a.b, chunk.row) ? perturb_chunk<double>(a, chunk) : perturb_chunk<float>(a, chunk);
+  }
+  stream_fence();
+}
+
+// step ------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Combination {
+  int terms = 0;
+  int input[kMaxInputs] = {};
+  T c[kMaxInputs] = {};
+
+  Combination(const StepArgs& a, const double* coefficient, std::int32_t row) {
+    for (int i = 0; i < a.inputs; ++i) {
+      c[terms] = static_cast<T>(coefficient[i * a.map.rows + row]);
+      input[terms] = i;
+      terms += c[terms] != T(0) && a.input[i].has(row);  // a zero takes its input out, whatever that holds
+    }
+  }
+
+  // sum_i c_i x_i; the input itself where it is the only term, times 1.
+  const T* of(const T* const* x, int size, Tile<T>& tile) const {
+    T* out = tile.at;
+    if (terms == 1 && c[0] == T(1)) return x[input[0]];
+    const T *x0 = x[input[0]], *x1 = x[input[1]], *x2 = x[input[2]];
+    const T c0 = c[0], c1 = c[1], c2 = c[2];
+    switch (terms) {
+      case 0:
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) out[i] = T(0);
+        break;
+      case 1:
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) out[i] = c0 * x0[i];
+        break;
+      case 2:
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) out[i] = c0 * x0[i] + c1 * x1[i];
+        break;
+      default:
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) out[i] = c0 * x0[i] + c1 * x1[i] + c2 * x2[i];
+    }
+    return out;
+  }
+};
+
+// w <- b, bit for bit, or rounded from the master copy.
+template <class T>
+inline void restore(Span w, Span b, int size, Tile<T>& tile) {
+  if (w.dtype == b.dtype) {
+    __builtin_memcpy(w.data, b.data, static_cast<std::size_t>(size) * size_of(w.dtype));
+  } else {
+    put(w, values(b, size, tile), size);
+  }
+}
+
+template <class T>
+void restore_chunk(const StepArgs& a, const Chunk chunk) {
+  Tile<T> tile;
+  for (int begin = 0; begin < chunk.size; begin += kTile) {
+    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+    const std::int64_t offset = chunk.offset + begin;
+    restore(span(a.w, chunk.row, offset), span(a.b, chunk.row, offset), size, tile);
+  }
+}
+
+// The new weights go into the master copy where there is one, and from there to w; room() and put() of both.
+template <class T>
+struct Weights {
+  Span w, b;
+  Tile<T>& tile;
+
+  T* room_for_new() const { return b.data != nullptr ? room(b, tile) : room(w, tile); }
+  void put_new(const T* results, int size) const {
+    put(b, results, size);
+    put(w, results, size);
+  }
+};
+
+template <class T>
+void step_chunk(const StepArgs& a, std::int64_t index) {
+  const Chunk chunk = a.map.at(index);
+  const StepRow& row = a.row[chunk.row];
+  const UpdateScalars<T> h = row.scalars.to<T>();
+  const Combination<T> direction(a, a.d_coefficient, chunk.row);
+  const bool writes_q = a.q_coefficient != nullptr;
+  const Combination<T> orthogonal(a, writes_q ? a.q_coefficient : a.d_coefficient, chunk.row);
+  const bool master = is_master(a.b, a.w, chunk.row);
+  InnerProduct qq, ww, uu;
+  Tile<T> input_tile[kMaxInputs], d_tile, origin_tile, out_tile, first_tile, second_tile;
+
+  for (int begin = 0; begin < chunk.size; begin += kTile) {
+    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+    const std::int64_t offset = chunk.offset + begin;
+    const T* x[kMaxInputs] = {};
+    for (int i = 0; i < a.inputs; ++i) x[i] = values(span(a.input[i], chunk.row, offset), size, input_tile[i]);
+
+    if (writes_q) {
+      const T* q = orthogonal.of(x, size, d_tile);
+      qq.add(q, q, size);
+      const Span target = span(a.q, chunk.row, offset);
+      if (target.dtype == dtype_of<T>) {
+        stream(target, q, size);
+      } else {
+        put(target, q, size);
+      }
+    }
+    const T* d = direction.of(x, size, d_tile);
+
+    const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
+    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
+    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, out_tile};
+    T* out = target.room_for_new();
+    const Span first_span = span(a.first_state, chunk.row, offset), second_span = span(a.second_state, chunk.row, offset);
+    T* m = values(first_span, size, first_tile);
+    T* v = values(second_span, size, second_tile);
+
+    switch (a.base) {
+      case Base::sgd:
+        if (m == nullptr) {
+          LOOKSAM_VECTORIZE
+          for (int i = 0; i < size; ++i) out[i] = sgd(w[i], d[i], h);
+        } else {
+          LOOKSAM_VECTORIZE
+          for (int i = 0; i < size; ++i) out[i] = sgd_momentum(w[i], d[i], m[i], h);
+        }
+        break;
+      case Base::adam:
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) out[i] = adam(w[i], d[i], m[i], v[i], h);
+        break;
+      case Base::adamw:
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) out[i] = adamw(w[i], d[i], m[i], v[i], h);
+        break;
+      case Base::lamb: {
+        T* u = out_tile.at;
+        LOOKSAM_VECTORIZE
+        for (int i = 0; i < size; ++i) {
+          adam_moments(d[i], m[i], v[i], h);
+          u[i] = lamb_direction(w[i], m[i], v[i], h);
+        }
+        ww.add(w, w, size);
+        uu.add(u, u, size);
+        break;
+      }
+      case Base::grad:
+        if (row.from_b) restore(w_span, b_span, size, out_tile);
+        put(span(a.input[0], chunk.row, offset), d, size);
+    }
+    if (a.base != Base::lamb && a.base != Base::grad) target.put_new(out, size);
+    put(first_span, m, size);
+    put(second_span, v, size);
+  }
+  if (writes_q) a.q_sq[index] = qq.total();
+  if (a.base == Base::lamb) a.w_sq[index] = ww.total(), a.u_sq[index] = uu.total();
+}
+
+void step(const StepArgs& a, std::int64_t first, std::int64_t last) {
+  for (std::int64_t i = first; i < last; ++i) {
+    const Chunk chunk = a.map.at(i);
+    const bool wide = in_double(a.w, a.b, chunk.row);
+    switch (a.row[chunk.row].action) {
+      case Action::skip: break;
+      case Action::restore: wide ? restore_chunk<double>(a, chunk) : restore_chunk<float>(a, chunk); break;
+      case Action::update: wide ? step_chunk<double>(a, i) : step_chunk<float>(a, i);
+    }
+  }
+  stream_fence();
+}
+
+template <class T>
+void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
+  const StepRow& row = a.row[chunk.row];
+  const UpdateScalars<T> h = row.scalars.to<T>();
+  const T trust_ratio = static_cast<T>(row.trust_ratio);
+  const bool master = is_master(a.b, a.w, chunk.row);
+  Tile<T> origin_tile, out_tile, first_tile, second_tile;
+  for (int begin = 0; begin < chunk.size; begin += kTile) {
+    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+    const std::int64_t offset = chunk.offset + begin;
+    const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
+    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
+    const T* m = values(span(a.first_state, chunk.row, offset), size, first_tile);
+    const T* v = values(span(a.second_state, chunk.row, offset), size, second_tile);
+    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, out_tile};
+    T* out = target.room_for_new();
+    LOOKSAM_VECTORIZE
+    for (int i = 0; i < size; ++i) out[i] = lamb(w[i], m[i], v[i], trust_ratio, h);
+    target.put_new(out, size);
+  }
+}
+
+void lamb_apply(const StepArgs& a, std::int64_t first, std::int64_t last) {
+  for (std::int64_t i = last - 1; i >= first; --i) {
+    const Chunk chunk = a.map.at(i);
+    if (a.row[chunk.row].action != Action::update) continue;
+    in_double(a.w, a.b, chunk.row) ? lamb_apply_chunk<double>(a, chunk) : lamb_apply_chunk<float>(a, chunk);
+  }
+}
+
+}  // namespace
+
+const Kernels LOOKSAM_ISA = {LOOKSAM_ISA_NAME, sums, perturb, step, lamb_apply};
+
+}  // namespace looksam::cpu

@@ -1,0 +1,144 @@
+#include "ops.h"
+
+#include <algorithm>
+
+namespace looksam::cpu {
+
+namespace {
+
+constexpr std::int64_t kGrain = 4;  // chunks; below 32 K elements a second thread costs more than it brings
+
+// Rows of at most this many chunks do both phases of lamb on one thread, so that w, d, m and v of the row (16 bytes an
+// element, 1 MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of sums.
+constexpr std::int64_t kCachedChunks = 8;
+
+double total(const double* partial, const ChunkMap& map, std::int64_t row) {
+  double sum = 0;
+  for (std::int64_t i = map.first[row]; i < map.first[row + 1]; ++i) sum += partial[i];
+  return sum;
+}
+
+void step_lamb(const StepArgs& args, StepRow* rows, const BaseHyper* const* base_of_row, const ParallelFor& parallel_for) {
+  const Kernels& kernels = isa();
+  const ChunkMap& map = args.map;
+  const auto chunks_of = [&](std::int64_t row) { return map.first[row + 1] - map.first[row]; };
+  const auto find_trust_ratio = [&](std::int64_t row) {
+    if (rows[row].action == Action::update)
+      rows[row].trust_ratio = trust_ratio(total(args.w_sq, map, row), total(args.u_sq, map, row), *base_of_row[row]);
+  };
+  std::vector<std::int64_t> small, large;
+  for (std::int64_t row = 0; row < map.rows; ++row) (chunks_of(row) <= kCachedChunks ? small : large).push_back(row);
+
+  parallel_for(static_cast<std::int64_t>(small.size()), kGrain, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) {
+      const std::int64_t row = small[i];
+      kernels.step(args, map.first[row], map.first[row + 1]);
+      find_trust_ratio(row);
+      kernels.lamb_apply(args, map.first[row], map.first[row + 1]);
+    }
+  });
+  for (const std::int64_t row : large) {
+    const std::int64_t begin = map.first[row];
+    parallel_for(chunks_of(row), kGrain, [&](std::int64_t first, std::int64_t last) {
+      kernels.step(args, begin + first, begin + last);
+    });
+    find_trust_ratio(row);
+    parallel_for(chunks_of(row), kGrain, [&](std::int64_t first, std::int64_t last) {
+      kernels.lamb_apply(args, begin + first, begin + last);
+    });
+  }
+}
+
+const Kernels*& selected_isa() {
+  static const Kernels* selected = available_isas().back();
+  return selected;
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& available_isas() {
+  static const std::vector<const Kernels*> available = [] {
+    std::vector<const Kernels*> found = {&baseline};
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2")) found.push_back(&avx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      found.push_back(&avx512);
+#endif
+    return found;
+  }();
+  return available;
+}
+
+const Kernels& isa() { return *selected_isa(); }
+
+bool use_isa(const std::string& name) {
+  for (const Kernels* kernels : available_isas()) {
+    if (name != kernels->name) continue;
+    selected_isa() = kernels;
+    return true;
+  }
+  return false;
+}
+
+void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
+  const Kernels& kernels = isa();
+  std::vector<double> partial(static_cast<std::size_t>(args.pairs * args.map.chunks));
+  args.partial = partial.data();
+  if (args.pairs > 0)
+    parallel_for(args.map.chunks, kGrain, [&](std::int64_t first, std::int64_t last) { kernels.sums(args, first, last); });
+  for (std::int64_t p = 0; p < args.pairs; ++p)
+    for (std::int64_t row = 0; row < args.map.rows; ++row)
+      values[p * args.map.rows + row] = total(args.partial + p * args.map.chunks, args.map, row);
+}
+
+void perturb(const PerturbArgs& args, const ParallelFor& parallel_for) {
+  const Kernels& kernels = isa();
+  parallel_for(args.map.chunks, kGrain, [&](std::int64_t first, std::int64_t last) { kernels.perturb(args, first, last); });
+}
+
+void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
+          const ParallelFor& parallel_for) {
+  const Kernels& kernels = isa();
+  const auto chunks = static_cast<std::size_t>(args.map.chunks);
+  std::vector<double> q_sq(q_sq_of_row != nullptr ? chunks : 0), squares(args.base == Base::lamb ? 2 * chunks : 0);
+  args.row = rows;
+  args.q_sq = q_sq.data();
+  args.w_sq = squares.data();
+  args.u_sq = squares.data() + args.map.chunks;
+  if (args.base == Base::lamb) {
+    step_lamb(args, rows, base_of_row, parallel_for);
+  } else {
+    parallel_for(args.map.chunks, kGrain, [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });
+  }
+  for (std::int64_t row = 0; row < args.map.rows && q_sq_of_row != nullptr; ++row)
+    if (rows[row].action == Action::update) q_sq_of_row[row] = total(args.q_sq, args.map, row);
+}
+
+void coefficients(const RuleInfo& rule, const Sums* sums, const RowHyper* const* hyper, const CommonHyper& common,
+                  bool found_inf, std::int32_t rows, double* d, double* q) {
+  Sums total = {};
+  for (std::int32_t row = 0; row < rows; ++row) {
+    total.add(sums[row]);
+    total.layer += layer_sq(sums[row], *hyper[row], common);
+  }
+  if (rule.is_ascent) {
+    for (std::int32_t row = 0; row < rows; ++row)
+      d[row] = found_inf ? 0 : ascent(rule.rule, sums[row], total, *hyper[row], common);
+    return;
+  }
+  double square = 0;
+  for (std::int32_t row = 0; row < rows; ++row) {
+    const Direction direction = descent(rule.rule, sums[row], total, *hyper[row], common);
+    square += direction_sq(rule, direction, sums[row]);
+    for (int i = 0; i < rule.inputs; ++i) {
+      d[i * rows + row] = direction.d[i];
+      if (q != nullptr) q[i * rows + row] = direction.q[i];
+    }
+  }
+  if (common.max_grad_norm < 0) return;
+  const double factor = clip_factor(square, common);
+  std::for_each(d, d + rule.inputs * rows, [factor](double& c) { c *= factor; });
+}
+
+}  // namespace looksam::cpu
