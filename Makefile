@@ -3,6 +3,7 @@ PYTEST_ARGS ?=
 DEMO := looksam compare sgd sam sam-5 looksam-5 --data digits --label-noise 0.4 --seeds 4 --epochs 50
 
 BIN := .venv/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -34,6 +35,7 @@ format: .venv/installed-dev ## rewrite the Python files in the project's style
 
 clean: ## remove the environment, builds and caches; results under runs/ stay
 	rm -rf .venv build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
+	rm -f looksam_kernels/*.so looksam_kernels/native_build.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find looksam_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -49,10 +51,10 @@ clean: ## remove the environment, builds and caches; results under runs/ stay
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # The project is built against the torch in .venv: build isolation would fetch a second one and ignores the constraints.
-.venv/installed: pyproject.toml constraints.txt setup.py | .venv/bin/pip
+.venv/installed: pyproject.toml constraints.txt setup.py $(NATIVE) | .venv/bin/pip
 	@echo '== torch and build tools into .venv (torch is a large download)'
 	@$(PIP) torch 'setuptools>=77' wheel ninja pybind11
-	@echo '== looksam-kernels with what its lab and tests need'
+	@echo '== looksam-kernels, compiled where a C++ compiler is there, with what its lab and tests need'
 	@$(PIP) --no-build-isolation --editable '.[test]'
 	@echo '== timm, a peer in the tests, without its torchvision'
 	@$(PIP) --no-deps timm
