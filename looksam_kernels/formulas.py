@@ -137,7 +137,7 @@ def opposite(sums: Sums, hyper: Hyper) -> Tensor:
 
 
 def vasso(sums: Sums, hyper: Hyper) -> Tensor:
-    """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_descent` will write it. VaSSO,
+    """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_second` will write it. VaSSO,
     Li & Giannakis 2023."""
     return _over_combination((theta := _theta(sums, hyper), 1 - theta), ("g", "m"), sums, hyper)
 
@@ -235,13 +235,13 @@ def crsam(sums: Sums, hyper: Hyper) -> Direction:
     return Direction(d=(gamma - beta, 1 + gamma + beta, -2 * gamma))
 
 
-def vasso_descent(sums: Sums, hyper: Hyper) -> Direction:
+def vasso_second(sums: Sums, hyper: Hyper) -> Direction:
     """d = s; m <- (1 - theta) m + theta g, the first time g. VaSSO, Li & Giannakis 2023."""
     theta = _theta(sums, hyper)
     return Direction(d=(1.0, 0.0, 0.0), q=(0.0, theta, 1 - theta))
 
 
-def friendly_descent(sums: Sums, hyper: Hyper) -> Direction:
+def friendly_second(sums: Sums, hyper: Hyper) -> Direction:
     """d = s; m <- lambda m + (1 - lambda) g. Friendly SAM, Li et al. 2024."""
     keep = hyper.row("lambda_")
     return Direction(d=(1.0, 0.0, 0.0), q=(0.0, 1 - keep, keep))
@@ -313,8 +313,8 @@ DESCENTS = {
     "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs")),
     "wsam_coupled": Descent(wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs")),
     "crsam": Descent(crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr")),
-    "vasso": Descent(vasso_descent, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
-    "friendly": Descent(friendly_descent, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
+    "vasso_second": Descent(vasso_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
+    "friendly_second": Descent(friendly_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
     "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y"),
 }
 
