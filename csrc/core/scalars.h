@@ -1,10 +1,11 @@
 // Sums -> coefficients of every rule, in double, with all zero rules in one place: the twin of formulas.py.
 //
 // All functions work on one row and the totals over all rows, so that a host loop and a thread block can both drive them:
-//   1. add up the rows' Sums to the total, and layer_sq() of the rows to total.layer
-//   2. ascent() or descent() of each row; when clipping, add up direction_sq() over the rows
-//   3. multiply d by clip_factor()
-// A new rule is one line in kRules and one case in ascent() or descent().
+//   1. unscale() each row's sums and add them up to the total
+//   2. direction() of each row; add up its direction_sq() over the rows
+//   3. finish() each row's direction
+// A new rule is a name in Rule, a line in kRules and a case in direction(); an ascent that is not divided by the norm of
+// its own direction also has a case in length().
 #pragma once
 
 #include "update.h"
@@ -13,72 +14,118 @@ namespace looksam {
 
 inline constexpr int kMaxInputs = 3;
 
-enum class Input : std::uint8_t { g, s, q };
+// Columns by what they hold: g gradient at w, s at w + e, r at a third point; q LookSAM's orthogonal component, m a
+// momentum of gradients, y a gradient carried to the next step. Tg is ASAM's T times g.
+enum Col : std::uint8_t { g, s, r, q, m, y, w, Tg };
+inline constexpr int kCols = 8;
+inline constexpr const char* kColNames[kCols] = {"g", "s", "r", "q", "m", "y", "w", "Tg"};
+
+// Gradients of this step carry the loss scale, columns that outlive it do not.
+LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg; }
 
 enum class Rule : std::uint8_t {
-  sam, asam, trust_normalized, trust, trust_global, unit,  // ascents: the first direction of a step, e = c T^2 g
-  first, second, looksam_refresh, looksam_reuse,           // descents: d, and q where it is written
+  // ascents, e = T^2 sum_i c_i x_i
+  sam, asam, trust_normalized, trust, trust_global, unit, opposite, vasso_ascent, friendly_ascent, carried, ahead,
+  // descents, d and what is written or added beside it
+  as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso, friendly, sampa,
+};
+
+enum Parameter : std::uint32_t {
+  kRho = 1, kAlpha = 2, kBeta = 4, kGamma = 8, kTheta = 16, kSigma = 32, kLambda = 64, kLr = 128, kLayerScaled = 256,
 };
 
 struct RuleInfo {
   const char* name;
   Rule rule;
-  bool is_ascent;
-  bool writes_q;
   int inputs;
-  Input input[kMaxInputs];
-  // Which hyper-parameters of the groups it reads.
-  bool reads_rho, reads_alpha, reads_layer_scaled;
+  Col input[kMaxInputs];
+  std::uint32_t reads;  // which Parameters of the groups
+  bool writes;          // a second combination
+  bool posts;           // a third one, added to w after the base update
 };
 
-inline constexpr RuleInfo kRules[] = {
-    {"sam", Rule::sam, true, false, 1, {Input::g}, true, false, false},
-    {"asam", Rule::asam, true, false, 1, {Input::g}, true, false, false},
-    {"trust_normalized", Rule::trust_normalized, true, false, 1, {Input::g}, true, false, true},
-    {"trust", Rule::trust, true, false, 1, {Input::g}, true, false, true},
-    {"trust_global", Rule::trust_global, true, false, 1, {Input::g}, true, false, true},
-    {"unit", Rule::unit, true, false, 1, {Input::g}, true, false, true},
-    {"first", Rule::first, false, false, 1, {Input::g}, false, false, false},
-    {"second", Rule::second, false, false, 1, {Input::s}, false, false, false},
-    {"looksam_refresh", Rule::looksam_refresh, false, true, 2, {Input::s, Input::g}, false, false, false},
-    {"looksam_reuse", Rule::looksam_reuse, false, false, 2, {Input::g, Input::q}, false, true, false},
+inline constexpr RuleInfo kAscents[] = {
+    {"sam", Rule::sam, 1, {g}, kRho, false, false},
+    {"asam", Rule::asam, 1, {g}, kRho, false, false},
+    {"trust_normalized", Rule::trust_normalized, 1, {g}, kRho | kLayerScaled, false, false},
+    {"trust", Rule::trust, 1, {g}, kRho | kLayerScaled, false, false},
+    {"trust_global", Rule::trust_global, 1, {g}, kRho | kLayerScaled, false, false},
+    {"unit", Rule::unit, 1, {g}, kRho | kLayerScaled, false, false},
+    {"opposite", Rule::opposite, 1, {g}, kRho, false, false},
+    {"vasso", Rule::vasso_ascent, 2, {g, m}, kRho | kTheta, false, false},
+    {"friendly", Rule::friendly_ascent, 2, {g, m}, kRho | kSigma, false, false},
+    {"carried", Rule::carried, 1, {y}, kRho, false, false},
+    {"ahead", Rule::ahead, 1, {y}, kLr, false, false},
 };
 
-// Inner products of one row, or their totals over all rows; those that a rule does not ask for are 0.
+inline constexpr RuleInfo kDescents[] = {
+    {"first", Rule::as_is, 1, {g}, 0, false, false},
+    {"second", Rule::as_is, 1, {s}, 0, false, false},
+    {"looksam_refresh", Rule::looksam_refresh, 2, {s, g}, 0, true, false},
+    {"looksam_reuse", Rule::looksam_reuse, 2, {g, q}, kAlpha, false, false},
+    {"ssam", Rule::ssam, 1, {s}, 0, false, false},
+    {"gsam", Rule::gsam, 2, {s, g}, kAlpha, false, false},
+    {"wsam", Rule::wsam, 2, {s, g}, kGamma | kLr, false, true},
+    {"wsam_coupled", Rule::wsam_coupled, 2, {s, g}, kGamma, false, false},
+    {"crsam", Rule::crsam, 3, {r, s, g}, kBeta | kGamma, false, false},
+    {"vasso", Rule::vasso, 3, {s, g, m}, kTheta, true, false},
+    {"friendly", Rule::friendly, 3, {s, g, m}, kLambda, true, false},
+    {"sampa", Rule::sampa, 2, {r, s}, kLambda, true, false},
+};
+
+// Inner products <x, y> of one row, or their totals over all rows; 0 for pairs that the rule does not ask for.
 struct Sums {
-  double gg, gs, ss, gq, qq, ww;
-  double tt;     // <T g, T g>
-  double layer;  // layer_sq(), in totals only
+  double at[kCols * (kCols + 1) / 2];
+
+  static LOOKSAM_HD constexpr int index(Col x, Col y) { return x < y ? y * (y + 1) / 2 + x : x * (x + 1) / 2 + y; }
+  LOOKSAM_HD double of(Col x, Col y) const { return at[index(x, y)]; }
+  LOOKSAM_HD void set(Col x, Col y, double value) { at[index(x, y)] = value; }
 
   LOOKSAM_HD void add(const Sums& row) {
-    gg += row.gg, gs += row.gs, ss += row.ss, gq += row.gq, qq += row.qq, ww += row.ww, tt += row.tt;
-    layer += row.layer;
+    for (int i = 0; i < kCols * (kCols + 1) / 2; ++i) at[i] += row.at[i];
   }
 
-  LOOKSAM_HD double of(Input x, Input y) const {
-    if (x == y) return x == Input::g ? gg : x == Input::s ? ss : qq;
-    if (x != Input::g && y != Input::g) return 0;  // <s,q>: no rule has both
-    return x == Input::s || y == Input::s ? gs : gq;
+  // The sums of gradients without their loss scale.
+  LOOKSAM_HD void unscale(double inv_scale) {
+    for (int i = 0; i < kCols; ++i)
+      for (int j = 0; j <= i; ++j)
+        at[index(Col(i), Col(j))] *= (is_scaled(Col(i)) ? inv_scale : 1) * (is_scaled(Col(j)) ? inv_scale : 1);
   }
 };
 
 // A row's hyper-parameters; all are its group's.
 struct RowHyper {
-  double rho, alpha;
-  double sign;        // -1 in groups that maximize
-  bool layer_scaled;  // inside the layer filter
+  double rho, alpha, beta, gamma, theta, sigma, lambda, lr;
+  double layer_scaled;  // 1 inside the layer filter, else 0
+  double sign;          // -1 in groups that maximize
+};
+
+struct ParameterField {
+  const char* name;
+  Parameter bit;
+  double RowHyper::*field;
+};
+
+inline constexpr ParameterField kParameters[] = {
+    {"rho", kRho, &RowHyper::rho},          {"alpha", kAlpha, &RowHyper::alpha},
+    {"beta", kBeta, &RowHyper::beta},       {"gamma", kGamma, &RowHyper::gamma},
+    {"theta", kTheta, &RowHyper::theta},    {"sigma", kSigma, &RowHyper::sigma},
+    {"lambda_", kLambda, &RowHyper::lambda}, {"lr", kLr, &RowHyper::lr},
+    {"layer_scaled", kLayerScaled, &RowHyper::layer_scaled},
 };
 
 struct CommonHyper {
-  double inv_scale;      // 1 / loss scale
+  double inv_scale;  // 1 / loss scale
   double perturb_eps;
   double max_grad_norm;  // negative: no clipping
   bool tensor_scope;     // norm_scope = "tensor"
 };
 
+// Coefficients of each input in d (an ascent's e), in what is written, and in what is added to w after the base update.
 struct Direction {
   double d[kMaxInputs];
   double q[kMaxInputs];
+  double post[kMaxInputs];
 };
 
 // a / b where b > 0, else 0: a zero denominator never makes NaN.
@@ -88,53 +135,47 @@ LOOKSAM_HD double over_norm(double numerator, double norm, double perturb_eps) {
   return norm > 0 ? numerator / (norm + perturb_eps) : 0;
 }
 
-// L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and outside the layer filter; 0 where g_p = 0. The 1 makes L depend on
-// the size of g, so g enters unscaled: a loss scale must not move the perturbation.
-LOOKSAM_HD double layer_ratio(const Sums& row, const RowHyper& h, const CommonHyper& common) {
-  const double gg = row.gg * (common.inv_scale * common.inv_scale);
-  if (!(gg > 0)) return 0;
-  return row.ww > 0 && h.layer_scaled ? sqrt(row.ww / gg) : 1;
+LOOKSAM_HD double root(double square) { return square > 0 ? sqrt(square) : 0; }
+
+// L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and outside the layer filter; 0 where g_p = 0.
+LOOKSAM_HD double layer_ratio(const Sums& row, const RowHyper& h) {
+  if (!(row.of(g, g) > 0)) return 0;
+  return row.of(w, w) > 0 && h.layer_scaled > 0 ? sqrt(row.of(w, w) / row.of(g, g)) : 1;
 }
 
-// ||L_p g_p||^2
-LOOKSAM_HD double layer_sq(const Sums& row, const RowHyper& h, const CommonHyper& common) {
-  const double l = layer_ratio(row, h, common);
-  return l * l * row.gg;
-}
+// VaSSO's weight of the new gradient; 1 where m is still zero, so that m starts as g.
+LOOKSAM_HD double first_theta(const Sums& row, const RowHyper& h) { return row.of(m, m) > 0 ? h.theta : 1; }
 
-// c of e_p = c T^2 g_p.
-LOOKSAM_HD double ascent(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common) {
-  const double eps = common.perturb_eps;
-  double c = 0;
-  switch (rule) {
-    case Rule::sam: c = over_norm(h.rho, sqrt(total.gg), eps); break;
-    case Rule::asam: c = over_norm(h.rho, sqrt(total.tt), eps); break;
-    case Rule::trust_normalized: c = over_norm(h.rho * layer_ratio(row, h, common), sqrt(total.layer), eps); break;
-    case Rule::trust: c = h.rho * layer_ratio(row, h, common) * common.inv_scale; break;
-    case Rule::trust_global: c = over_norm(h.rho * layer_ratio(row, h, common), sqrt(total.gg), eps); break;
-    case Rule::unit: c = over_norm(h.rho, sqrt(h.layer_scaled ? row.gg : total.gg), eps); break;
-    default: break;
-  }
-  return c * h.sign;
-}
-
-// d and q, unscaled; d is not clipped yet.
-LOOKSAM_HD Direction descent(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common) {
+// d, q and post of a row, of unscaled inputs; an ascent's d is still without its length.
+LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common) {
   const Sums& scoped = common.tensor_scope ? row : total;
-  Direction direction = {{1, 0, 0}, {0, 0, 0}};
+  const double eps = common.perturb_eps;
+  const double gamma_odds = h.gamma / (1 - h.gamma);
   switch (rule) {
-    case Rule::looksam_refresh:
-      direction.q[0] = 1;
-      direction.q[1] = -ratio(scoped.gs, scoped.gg);
-      break;
-    case Rule::looksam_reuse: direction.d[1] = h.alpha * sqrt(ratio(scoped.gg, scoped.qq)); break;
-    default: break;
+    case Rule::sam:
+    case Rule::asam:
+    case Rule::unit:
+    case Rule::carried:
+    case Rule::as_is: return {{1}, {}, {}};
+    case Rule::trust_normalized:
+    case Rule::trust:
+    case Rule::trust_global: return {{layer_ratio(row, h)}, {}, {}};
+    case Rule::opposite: return {{-1}, {}, {}};
+    case Rule::vasso_ascent: return {{first_theta(row, h), 1 - first_theta(row, h)}, {}, {}};
+    case Rule::friendly_ascent: return {{1, -h.sigma}, {}, {}};
+    case Rule::ahead: return {{-h.lr}, {}, {}};
+    case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
+    case Rule::looksam_reuse: return {{1, h.alpha * sqrt(ratio(scoped.of(g, g), scoped.of(q, q)))}, {}, {}};
+    case Rule::ssam: return {{over_norm(root(total.of(g, g)), root(total.of(s, s)), eps)}, {}, {}};
+    case Rule::gsam: return {{1 + h.alpha * over_norm(total.of(g, s), total.of(s, s), eps), -h.alpha}, {}, {}};
+    case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
+    case Rule::wsam_coupled: return {{gamma_odds, 1 - gamma_odds}, {}, {}};
+    case Rule::crsam: return {{h.gamma - h.beta, 1 + h.gamma + h.beta, -2 * h.gamma}, {}, {}};
+    case Rule::vasso: return {{1, 0, 0}, {0, first_theta(row, h), 1 - first_theta(row, h)}, {}};
+    case Rule::friendly: return {{1, 0, 0}, {0, 1 - h.lambda, h.lambda}, {}};
+    case Rule::sampa: return {{h.lambda, 1 - h.lambda}, {1, 0}, {}};
   }
-  for (int i = 0; i < kMaxInputs; ++i) {
-    direction.d[i] *= common.inv_scale * h.sign;
-    direction.q[i] *= common.inv_scale;
-  }
-  return direction;
+  return {};
 }
 
 // ||d_p||^2 from the inner products alone.
@@ -146,10 +187,38 @@ LOOKSAM_HD double direction_sq(const RuleInfo& rule, const Direction& direction,
   return square;
 }
 
-// min(1, max_grad_norm / ||d||)
-LOOKSAM_HD double clip_factor(double direction_sq_total, const CommonHyper& common) {
-  const double factor = ratio(common.max_grad_norm, sqrt(direction_sq_total > 0 ? direction_sq_total : 0));
-  return factor < 1 ? factor : 1;
+LOOKSAM_HD bool is_ascent(Rule rule) { return rule < Rule::as_is; }
+
+// What a row's d is still multiplied by: an ascent's length, or the descent's min(1, max_grad_norm / ||d||).
+// direction_sq_total: direction_sq() over all rows.
+LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common,
+                         double direction_sq_total) {
+  const double eps = common.perturb_eps;
+  if (!is_ascent(rule)) {
+    if (common.max_grad_norm < 0) return 1;
+    const double clip = ratio(common.max_grad_norm, root(direction_sq_total));
+    return clip < 1 ? clip : 1;
+  }
+  switch (rule) {
+    case Rule::ahead: return 1;
+    case Rule::trust: return h.rho;
+    case Rule::trust_global: return over_norm(h.rho, root(total.of(g, g)), eps);
+    case Rule::unit: return over_norm(h.rho, root(h.layer_scaled > 0 ? row.of(g, g) : total.of(g, g)), eps);
+    case Rule::asam: return over_norm(h.rho, root(total.of(Tg, Tg)), eps);
+    default: return over_norm(h.rho, root(direction_sq_total), eps);
+  }
+}
+
+// The coefficients of the inputs as they are, loss scale and all; an ascent's are 0 after a non-finite sum.
+LOOKSAM_HD void finish(const RuleInfo& rule, Direction& direction, double length, const RowHyper& h,
+                       const CommonHyper& common, bool found_inf) {
+  for (int i = 0; i < rule.inputs; ++i) {
+    const double unscaled = is_scaled(rule.input[i]) ? common.inv_scale : 1;
+    direction.d[i] *= length * h.sign * unscaled;
+    direction.q[i] *= unscaled;
+    direction.post[i] *= h.sign * unscaled;
+    if (is_ascent(rule.rule) && found_inf) direction.d[i] = 0;
+  }
 }
 
 // The base's hyper-parameters of one group, by torch.optim's names.

@@ -97,22 +97,16 @@ LOOKSAM_HD T lamb(T w, T m, T v, T trust_ratio, const UpdateScalars<T>& h) {
   return w - h.lr * trust_ratio * lamb_direction(w, m, v, h);
 }
 
-// One term of a linear combination. A zero coefficient takes its input out of it, whatever the input holds.
-template <class T>
-LOOKSAM_HD T term(T c, T x) {
-  return c != T(0) ? c * x : T(0);
-}
-
 // ASAM's T = |w| + eta. Kwon et al. 2021.
 template <class T>
 LOOKSAM_HD T adaptive_scale(T w, T eta) {
   return absolute(w) + eta;
 }
 
-// w + c T^2 x, and w itself where c = 0.
+// w + T^2 e
 template <class T>
-LOOKSAM_HD T perturbed(T w, T c, T scale, T x) {
-  return c != T(0) ? w + c * (scale * scale) * x : w;
+LOOKSAM_HD T perturbed(T w, T scale, T e) {
+  return w + scale * scale * e;
 }
 
 }  // namespace looksam
