@@ -97,8 +97,8 @@ def test_cache_is_used_until_a_file_changes(folder, monkeypatch):
 
 
 def test_image_size_resizes(folder):
+    Image.new("RGB", (5, 6)).save(folder / "test" / "cat" / "odd.png")
     with pytest.raises(DataError, match="--image-size"):
-        Image.new("RGB", (5, 6)).save(folder / "test" / "cat" / "odd.png")
         load_dataset(DataConfig(str(folder)), 0)
     assert load_dataset(DataConfig(str(folder), image_size=4), 0).train_x.shape == (6, 3, 4, 4)
 
@@ -152,7 +152,7 @@ def test_fashion_mnist_layouts(tmp_path, compress, layout):
 
 
 def test_fashion_mnist_missing_names_package_and_folder(tmp_path):
-    with pytest.raises(DataError, match="dataset-fashion-mnist.*FashionMNIST/raw.*--data-dir DIR"):
+    with pytest.raises(DataError, match=r"dataset-fashion-mnist.*FashionMNIST/raw.*--data-dir DIR"):
         load_dataset(DataConfig("fashion-mnist", str(tmp_path)), 0)
 
 

@@ -122,7 +122,7 @@ def test_options_go_to_the_methods_that_take_them():
 
 def test_an_option_that_nobody_takes_is_an_error():
     check_options(["sgd", "sam"], {"rho": 0.1})
-    with pytest.raises(ValueError, match="takes the option 'alpha'; they take: .*rho"):
+    with pytest.raises(ValueError, match=r"takes the option 'alpha'; they take: .*rho"):
         check_options(["sgd", "sam"], {"alpha": 0.1})
-    with pytest.raises(ValueError, match="'looksam.rho'"):
+    with pytest.raises(ValueError, match=r"'looksam\.rho'"):
         check_options(["sam"], {"looksam.rho": 0.1})
