@@ -20,7 +20,7 @@ demo: .venv/installed ## train a small network with SGD, SAM, SAM-5 and LookSAM-
 test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options on
 	@$(BIN)/pytest -q $(PYTEST_ARGS)
 
-lint: .venv/installed-dev ## check style (ruff), types (mypy) and import arrows (import-linter)
+lint: .venv/installed ## check style (ruff), types (mypy) and import arrows (import-linter)
 	@echo '== ruff'
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -29,7 +29,7 @@ lint: .venv/installed-dev ## check style (ruff), types (mypy) and import arrows 
 	@echo '== import-linter'
 	@$(BIN)/lint-imports --no-logo
 
-format: .venv/installed-dev ## rewrite the Python files in the project's style
+format: .venv/installed ## rewrite the Python files in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -54,13 +54,8 @@ clean: ## remove the environment, builds and caches; results under runs/ stay
 .venv/installed: pyproject.toml constraints.txt setup.py $(NATIVE) | .venv/bin/pip
 	@echo '== torch and build tools into .venv (torch is a large download)'
 	@$(PIP) torch 'setuptools>=77' wheel ninja pybind11
-	@echo '== looksam-kernels, compiled where a C++ compiler is there, with what its lab and tests need'
-	@$(PIP) --no-build-isolation --editable '.[test]'
+	@echo '== looksam-kernels, compiled where a C++ compiler is there, with what its lab, tests and lint need'
+	@$(PIP) --no-build-isolation --editable '.[test,dev]'
 	@echo '== timm, a peer in the tests, without its torchvision'
 	@$(PIP) --no-deps timm
-	@touch $@
-
-.venv/installed-dev: .venv/installed
-	@echo '== lint tools'
-	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
