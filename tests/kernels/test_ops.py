@@ -1,0 +1,513 @@
+"""Every op x case x rule or base x backend against the reference in float64, and the promises of ops.py one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import BASE_CASES, CASES, COMBINATIONS, F32, F64, RULE_GROUPS, TARGETS, Columns, Combination, Row, Target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import looksam_kernels as lk
+from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Sums
+from looksam_kernels.ops import pairs_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")
+
+UP = Combination(("g",), (0.05,))
+
+on_every_target = pytest.mark.parametrize("target", TARGETS)
+on_every_case = pytest.mark.parametrize("case", CASES)
+
+PAIRS = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("w", "w"), ("q", "q"))
+
+
+# The matrix ---------------------------------------------------------------------------------------------------------
+
+
+@on_every_target
+@on_every_case
+@pytest.mark.parametrize("pairs", [PAIRS, PAIRS[:1], (("Tg", "Tg"),)], ids=["all pairs", "gg", "asam"])
+def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> None:
+    rows = CASES[case]
+    cols = cases.columns(rows, target.device)
+    eta = cases.eta(rows) if ("Tg", "Tg") in pairs else None
+    found = lk.sums(cases.table(rows, cols, target.backend), pairs, eta)
+    again = lk.sums(cases.table(rows, cases.copy(cols), target.backend), pairs, eta)
+
+    wide = {name: [None if x is None else x.to(F64) for x in column] for name, column in cols.items()}
+    truth = lk.sums(cases.table(rows, wide, "reference"), pairs, eta)
+
+    assert found.pairs == pairs
+    assert found.values.shape == (len(pairs), len(rows))
+    assert found.values.dtype == F64
+    assert torch.equal(found.values, again.values), "same inputs, other bits"
+    for i, (x, y) in enumerate(pairs):
+        for row in range(len(rows)):
+            value, expected = found.values[i, row].item(), truth.values[i, row].item()
+            a, b = (cols["g" if name == "Tg" else name][row] for name in (x, y))
+            if a is None or b is None or (x, y) == ("q", "q"):
+                assert value == expected
+                continue
+            if eta is not None and eta[row] is not None:
+                a = b = (cols["w"][row].double().abs() + eta[row]) * a
+            tolerance = cases.sum_tolerance(a, b, cases.arithmetic(rows[row].dtype))
+            assert abs(value - expected) <= tolerance, f"<{x}, {y}> of row {row}: {value}, not {expected}"
+
+
+@on_every_target
+@on_every_case
+@pytest.mark.parametrize("inputs", ["c g", "T^2 c g", "c g + c q", "c g from b"])
+def test_perturb(target: Target, case: str, inputs: str) -> None:
+    rows = CASES[case]
+    eta = cases.eta(rows) if inputs == "T^2 c g" else None
+    start = cases.columns(rows, target.device)
+    several = Combination(("g", "q"), (0.05, -0.02)) if inputs == "c g + c q" else UP
+    c = several.coefficients(rows, target.device)
+    moved = [x is not None for x in start["g"]]
+    again = inputs == "c g from b"
+
+    def run(backend: str, cols: Columns) -> Columns:
+        made = cases.table(rows, cols, backend, moved if again else None)
+        storage = [w.data_ptr() for w in cols["w"]]
+        lk.perturb(made, c, eta)
+        assert made.perturbed == moved
+        assert [w.data_ptr() for w in cols["w"]] == storage
+        return cols
+
+    found = run(target.backend, cases.copy(start))
+    assert cases.same_bits(found, run(target.backend, cases.copy(start))), "same inputs, other bits"
+    baseline = run("reference", cases.copy(start))
+    truth = run("reference", cases.widened(start))
+
+    untouched = [name for name in start if name not in ("w", "b")]
+    assert cases.same_bits({n: found[n] for n in untouched}, {n: start[n] for n in untouched})
+    for row, takes_part in enumerate(moved):
+        if not takes_part:
+            assert cases.same_bits({"w": [found["w"][row]]}, {"w": [start["w"][row]]})
+            continue
+        saved = start["b" if rows[row].master or again else "w"][row]
+        assert cases.same_bits({"b": [found["b"][row]]}, {"b": [saved]}), "the backup is not exact"
+        cases.assert_close(f"w of row {row}", found["w"][row], baseline["w"][row], truth["w"][row])
+
+
+@on_every_target
+@on_every_case
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("base", BASE_CASES)
+def test_step(target: Target, case: str, base: str, combination: str) -> None:
+    rows = CASES[case]
+    name, groups = BASE_CASES[base]
+    c = COMBINATIONS[combination].coefficients(rows, target.device)
+    start = _complete(cases.columns(rows, target.device), c)
+    away = [not COMBINATIONS[combination].at_w and i % 3 != 2 for i in range(len(rows))]
+
+    def run(backend: str, cols: Columns) -> Columns:
+        for w, b, moved in zip(cols["w"], cols["b"], away, strict=True):
+            if moved:
+                b.copy_(w if b.dtype == w.dtype else b)
+                w.add_(0.25)
+        made = cases.table(rows, cols, backend, away)
+        lk.step(made, name, c, groups)
+        assert not any(made.perturbed)
+        return cols
+
+    found = run(target.backend, cases.copy(start))
+    assert cases.same_bits(found, run(target.backend, cases.copy(start))), "same inputs, other bits"
+    baseline = run("reference", cases.copy(start))
+    truth = run("reference", cases.widened(start))
+
+    written = {"w", *BASES[name], *(["q", "q_norm_sq"] if c.q is not None else [])}
+    written |= {c.inputs[0]} if name == "grad" else {"step"}
+    for column in start:
+        for row in range(len(rows)):
+            x = found[column][row]
+            if x is None:
+                assert start[column][row] is None
+            elif column not in written and column != "b":
+                assert cases.same_bits({column: [x]}, {column: [start[column][row]]}), f"{column} of row {row}"
+            elif column == "step":
+                assert x.item() == truth[column][row].item()
+            elif column == "q_norm_sq":
+                q, precision = truth["q"][row], cases.arithmetic(rows[row].dtype)
+                error = abs(x.item() - truth[column][row].item())
+                of_q = 2 * cases.FEW_ULPS * torch.finfo(precision).eps * q.abs().clamp(min=1).mul(q.abs()).sum().item()
+                assert error <= cases.sum_tolerance(q, q, precision) + of_q, f"row {row}"
+            elif column == "b":
+                if rows[row].master:
+                    cases.assert_close(f"master of row {row}", x, baseline["b"][row], truth["w"][row])
+            else:
+                cases.assert_close(f"{column} of row {row}", x, baseline[column][row], truth[column][row])
+
+
+def _complete(cols: Columns, c: Coefficients) -> Columns:
+    """Rows that take part and write q have one."""
+    if c.q is not None:
+        for row, x in enumerate(cols[c.inputs[0]]):
+            if x is not None and cols["q"][row] is None:
+                cols["q"][row] = torch.zeros_like(cols["exp_avg"][row])
+                cols["q_norm_sq"][row] = torch.zeros((), dtype=F64, device=x.device)
+    return cols
+
+
+RULE_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grad_scale": {"grad_scale": 1024.0},
+    "clipped": {"max_grad_norm": 0.5},
+    "clipped, grad_scale": {"max_grad_norm": 0.5, "grad_scale": 8.0},
+    "loosely clipped": {"max_grad_norm": 1e9},
+    "found_inf": {"found_inf": 1.0},
+    "not found_inf": {"found_inf": 0.0},
+    "per tensor": {"norm_scope": "tensor"},
+    "per tensor, clipped": {"norm_scope": "tensor", "max_grad_norm": 0.5},
+}
+
+
+@on_every_target
+@pytest.mark.parametrize("options", RULE_OPTIONS)
+@pytest.mark.parametrize("rule", [*(("ascent", r) for r in ASCENTS), *(("descent", r) for r in DESCENTS)], ids=" ".join)
+def test_coefficients(target: Target, rule: tuple[str, str], options: str) -> None:
+    kind, name = rule
+    chosen = dict(RULE_OPTIONS[options])
+    scope = chosen.pop("norm_scope", "global")
+    if kind == "ascent":
+        chosen.pop("max_grad_norm", None)
+    for scalar in ("grad_scale", "found_inf"):
+        if scalar in chosen:
+            chosen[scalar] = torch.tensor(chosen[scalar], device=target.device)
+    groups = [{**group, "norm_scope": scope} for group in RULE_GROUPS]
+    pairs = pairs_of(name, clip="max_grad_norm" in chosen)
+
+    for values in ("numbers", "zeros", "a row of zeros", "one zero", "not finite", "no rows"):
+        rows = [Row((3,), group=i % 3) for i in range(0 if values == "no rows" else 7)]
+        sums = Sums(pairs, _inner_products(pairs, len(rows)).to(target.device))
+        if values == "zeros":
+            sums.values.zero_()
+        if values == "a row of zeros":
+            sums.values[:, 1] = 0
+        if values == "one zero":
+            sums.values[0, 2] = sums.values[-1, 4] = 0
+        if values == "not finite":
+            sums.values[-1, -1] = math.inf
+        cols = cases.columns(rows, target.device)
+        found = lk.coefficients(cases.table(rows, cols, target.backend), name, sums, groups, **chosen)
+        truth = lk.coefficients(cases.table(rows, cols, "reference"), name, sums, groups, **chosen)
+        assert (found.inputs, found.writes) == (truth.inputs, truth.writes)
+        assert found.found_inf.dtype == F32
+        assert found.found_inf.shape == ()
+        assert found.found_inf.item() == truth.found_inf.item()
+        if values == "not finite" and kind == "descent":
+            continue  # nothing reads them
+        for field in ("d", "q", "post"):
+            mine, theirs = getattr(found, field), getattr(truth, field)
+            assert (mine is None) == (theirs is None), field
+            if theirs is not None:
+                assert mine.dtype == F64
+                assert mine.shape == theirs.shape
+                allowed = ROUNDINGS * torch.finfo(F64).eps * theirs.abs()
+                assert ((mine - theirs).abs() <= allowed).all(), (field, values, mine, theirs)
+
+
+ROUNDINGS = 40
+"""A clipped direction of three inputs: nine terms of three roundings, a sum over seven rows, a root, a quotient."""
+
+
+def _inner_products(pairs: Sequence[tuple[str, str]], rows: int) -> Tensor:
+    """Of vectors whose angles are 60 degrees, so that no total cancels."""
+    length = {x: 0.5 + torch.rand(rows, dtype=F64, generator=torch.Generator().manual_seed(ord(x[0]))) for x in NAMES}
+    return torch.stack([length[x] * length[y] * (1.0 if x == y else 0.5) for x, y in pairs])
+
+
+NAMES = ("w", "g", "s", "q", "m", "y", "r", "Tg")
+
+
+# Promises -----------------------------------------------------------------------------------------------------------
+
+
+def _whole_step(target: Target, rows: list[Row], cols: Columns, base: str = "adamw", **options: Any) -> Columns:
+    """LookSAM's refresh through all ops, with the gradients at w + e taken as given."""
+    name, groups = BASE_CASES[base]
+    made = cases.table(rows, cols, target.backend)
+    found, up = lk.measure(made, "sam", RULE_GROUPS, grad_scale=options.get("grad_scale"))
+    lk.perturb(made, up)
+    _, down = lk.measure(made, "looksam_refresh", RULE_GROUPS, known=found, found_inf=up.found_inf, **options)
+    lk.step(made, name, down, groups)
+    return cols
+
+
+ROWS = [Row((5,), group=0), Row((), group=1), Row((300,), group=2), Row((4, 3), torch.bfloat16, master=True)]
+
+
+@on_every_target
+@pytest.mark.parametrize("base", BASE_CASES)
+@pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w+e"])
+def test_found_inf_leaves_everything_as_before_the_perturbation(target: Target, base: str, perturbed: bool) -> None:
+    name, groups = BASE_CASES[base]
+    cols = cases.columns(ROWS, target.device)
+    before = cases.copy(cols)
+    made = cases.table(ROWS, cols, target.backend)
+    if perturbed:
+        lk.perturb(made, UP.coefficients(ROWS, target.device))
+    lk.step(made, name, COMBINATIONS["s, q = s - c g"].coefficients(ROWS, target.device, found_inf=1.0), groups)
+    saved = cols.pop("b"), before.pop("b")
+    assert cases.same_bits(cols, before)
+    masters = [[b for b, row in zip(column, ROWS, strict=True) if row.master] for column in saved]
+    assert cases.same_bits({"b": masters[0]}, {"b": masters[1]})
+
+
+@on_every_target
+@pytest.mark.parametrize("case", ["shapes", "unaligned", "channels last", "dtypes", "master copies", "not dense"])
+def test_restore_is_exact_and_in_place(target: Target, case: str) -> None:
+    rows = CASES[case]
+    cols = cases.columns(rows, target.device)
+    before = cases.copy({"w": cols["w"]})
+    storage = [w.data_ptr() for w in cols["w"]]
+    made = cases.table(rows, cols, target.backend)
+    lk.perturb(made, UP.coefficients(rows, target.device))
+    assert not cases.same_bits({"w": cols["w"]}, before)
+    lk.restore(made)
+    assert cases.same_bits({"w": cols["w"]}, before)
+    assert [w.data_ptr() for w in cols["w"]] == storage
+    assert not any(made.perturbed)
+
+
+@on_every_target
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_c_0_leaves_the_bits_of_w_whatever_g_holds(target: Target, value: float) -> None:
+    rows = [Row((33,)), Row((5,), torch.float16), Row((5,), torch.bfloat16, master=True)]
+    cols = cases.columns(rows, target.device)
+    for w, g in zip(cols["w"], cols["g"], strict=True):
+        g.fill_(value)
+        w[0] = -0.0
+    cols["b"][2].copy_(cols["w"][2])
+    before = cases.copy({"w": cols["w"]})
+    zero = Coefficients(("g",), torch.zeros(1, 3, dtype=F64, device=target.device), None, _number(0.0, target))
+    lk.perturb(cases.table(rows, cols, target.backend), zero, cases.eta(rows))
+    assert cases.same_bits({"w": cols["w"]}, before)
+
+
+@on_every_target
+def test_a_non_finite_input_with_coefficient_0_does_not_enter_the_direction(target: Target) -> None:
+    rows = [Row((33,))]
+    cols = cases.columns(rows, target.device)
+    cols["q"][0].fill_(math.inf)
+    d = torch.tensor([[1.0], [0.0]], dtype=F64, device=target.device)
+    name, groups = BASE_CASES["adamw"]
+    lk.step(
+        cases.table(rows, cols, target.backend),
+        name,
+        Coefficients(("g", "q"), d, None, _number(0.0, target)),
+        groups,
+    )
+    assert all(cols[n][0].isfinite().all() for n in ("w", "exp_avg", "exp_avg_sq"))
+
+
+@on_every_target
+def test_perturbed_rows_without_the_first_input_are_restored_only(target: Target) -> None:
+    rows = [Row((9,), absent=("s",)), Row((9,)), Row((9,), torch.bfloat16, master=True, absent=("s",))]
+    cols = cases.columns(rows, target.device)
+    before = cases.copy(cols)
+    made = cases.table(rows, cols, target.backend)
+    lk.perturb(made, UP.coefficients(rows, target.device))
+    name, groups = BASE_CASES["adam"]
+    lk.step(made, name, COMBINATIONS["s"].coefficients(rows, target.device), groups)
+    for row in (0, 2):
+        for column in ("w", "exp_avg", "step"):
+            assert cases.same_bits({"x": [cols[column][row]]}, {"x": [before[column][row]]})
+    assert not torch.equal(cols["w"][1], before["w"][1])
+
+
+@on_every_target
+@pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "lamb"])
+def test_hyper_parameters_may_be_tensors(target: Target, base: str) -> None:
+    name, groups = BASE_CASES[base]
+    tensors = [{**h, "lr": torch.tensor(h["lr"], dtype=F64, device=target.device)} for h in groups]
+    results = []
+    for chosen in (groups, tensors):
+        cols = cases.columns(CASES["groups"], target.device)
+        lk.step(
+            cases.table(CASES["groups"], cols, target.backend),
+            name,
+            COMBINATIONS["g + c q"].coefficients(CASES["groups"], target.device),
+            chosen,
+        )
+        results.append(cols["w"])
+    for x, y in zip(*results, strict=True):
+        assert (x - y).abs().max() <= 2 * torch.finfo(F32).eps * y.abs().max()
+
+
+@on_every_target
+def test_hyper_parameters_are_read_each_step(target: Target) -> None:
+    """One table, several learning rates: what a backend keeps of a table holds no hyper-parameter."""
+    rows = CASES["groups"]
+    once, each = (cases.columns(rows, target.device) for _ in range(2))
+    kept = cases.table(rows, once, target.backend)
+    name, groups = BASE_CASES["adam"]
+    for lr in (0.1, 0.01, 0.02):
+        chosen = [{**h, "lr": lr, "betas": (0.9, 1 - lr)} for h in groups]
+        lk.step(kept, name, COMBINATIONS["s"].coefficients(rows, target.device), chosen)
+        lk.step(
+            cases.table(rows, each, target.backend), name, COMBINATIONS["s"].coefficients(rows, target.device), chosen
+        )
+    assert cases.same_bits(once, each)
+
+
+@on_every_target
+def test_a_table_follows_its_columns(target: Target) -> None:
+    """Other tensors, another layout, another dtype, no tensor: set between two calls, seen by the second."""
+    rows = [Row((40,)), Row((3, 4)), Row((3, 4, 2, 2), memory="channels_last")]
+    cols = cases.columns(rows, target.device)
+    made = cases.table(rows, cols, target.backend)
+    replacements: list[list[Tensor | None]] = [
+        cases.columns(rows, target.device, seed=1)["g"],
+        [x.double() for x in cols["g"]],
+        [x.half() for x in cols["g"]],
+        [None, *cols["g"][1:]],
+        [torch.cat([x.reshape(-1), x.reshape(-1)[:1]])[1:].view(x.shape) for x in cols["g"]],
+        [cols["g"][0], cols["g"][1].t().contiguous().t(), cols["g"][2].contiguous()],
+        cols["g"],
+    ]
+    for g in replacements:
+        made["g"] = g
+        found = lk.sums(made, PAIRS[:1]).values
+        fresh = lk.sums(cases.table(rows, {**cols, "g": g}, target.backend), PAIRS[:1]).values
+        assert torch.equal(found, fresh)
+
+
+@on_every_target
+def test_a_table_follows_parameters_whose_data_was_replaced(target: Target) -> None:
+    rows = [Row((40,)), Row((3, 4))]
+    cols = cases.columns(rows, target.device)
+    cols["w"] = [torch.nn.Parameter(w) for w in cols["w"]]
+    made = cases.table(rows, cols, target.backend)
+    lk.sums(made, (("w", "w"),))
+    kept = [w.data for w in cols["w"]]
+    for w in cols["w"]:
+        w.data = w.data * 2
+    assert torch.allclose(
+        lk.sums(made, (("w", "w"),)).values[0], 4 * torch.stack([x.double().square().sum() for x in kept])
+    )
+
+
+@on_every_target
+def test_measure_is_sums_then_coefficients(target: Target) -> None:
+    rows = CASES["groups"]
+    cols = cases.columns(rows, target.device)
+    made = cases.table(rows, cols, target.backend)
+    known = lk.sums(made, (("g", "g"),))
+    both, fused = lk.measure(made, "looksam_refresh", RULE_GROUPS, known=known, max_grad_norm=1.0)
+    pairs = pairs_of("looksam_refresh", clip=True)
+    apart = lk.coefficients(made, "looksam_refresh", lk.sums(made, pairs), RULE_GROUPS, max_grad_norm=1.0)
+    assert set(both.pairs) == set(pairs)
+    assert torch.allclose(fused.d, apart.d, rtol=1e-14)
+    assert torch.allclose(fused.q, apart.q, rtol=1e-14)
+
+
+@on_every_target
+def test_all_reduce_sees_the_new_sums_once(target: Target) -> None:
+    rows = CASES["groups"]
+    made = cases.table(rows, cases.columns(rows, target.device), target.backend)
+    seen = []
+
+    def all_reduce(sums: Sums) -> Sums:
+        seen.append(sums.pairs)
+        return Sums(sums.pairs, 4 * sums.values)
+
+    _, alone = lk.measure(made, "sam", RULE_GROUPS)
+    _, reduced = lk.measure(made, "sam", RULE_GROUPS, all_reduce=all_reduce)
+    assert seen == [(("g", "g"),)]
+    assert torch.allclose(reduced.d, alone.d / 2, rtol=1e-12)
+
+
+@on_every_target
+def test_errors(target: Target) -> None:
+    rows = [Row((4,))]
+    cols = cases.columns(rows, target.device)
+    c = COMBINATIONS["s, q = s - c g"].coefficients(rows, target.device)
+    name, groups = BASE_CASES["adam"]
+    for absent, message in (("exp_avg", "exp_avg"), ("step", "step"), ("q", "'q'")):
+        made = cases.table(rows, {**cols, absent: [None]}, target.backend)
+        with pytest.raises(ValueError, match=message):
+            lk.step(made, name, c, groups)
+    with pytest.raises(ValueError, match="'b'"):
+        lk.perturb(cases.table(rows, {**cols, "b": [None]}, target.backend), c)
+    with pytest.raises(ValueError, match="unknown base"):
+        lk.step(cases.table(rows, cols, target.backend), "adagrad", c, groups)
+    with pytest.raises(ValueError, match="unknown rule"):
+        lk.measure(cases.table(rows, cols, target.backend), "look", groups)
+
+
+def _number(value: float, target: Target) -> Tensor:
+    return torch.tensor(value, device=target.device)
+
+
+# Properties ---------------------------------------------------------------------------------------------------------
+
+ON_G = ["sam", "asam", "trust_normalized", "trust", "trust_global", "unit"]
+few_examples = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+shapes = st.lists(st.sampled_from([(0,), (1,), (), (3,), (130,), (4, 5)]), min_size=1, max_size=5)
+
+
+@on_every_target
+@few_examples
+@given(shapes=shapes, order=st.randoms(use_true_random=False), base=st.sampled_from(["sgd-nesterov", "adamw", "lamb"]))
+def test_permuting_the_tensors_changes_nothing_per_tensor(target: Target, shapes: Any, order: Any, base: str) -> None:
+    """Up to the order in which the total over tensors is added."""
+    rows = [Row(shape, group=i % 3) for i, shape in enumerate(shapes)]
+    places = list(range(len(rows)))
+    order.shuffle(places)
+    straight = cases.columns(rows, target.device)
+    shuffled = {name: [x[i] for i in places] for name, x in cases.copy(straight).items()}
+    _whole_step(target, rows, straight, base)
+    _whole_step(target, [rows[i] for i in places], shuffled, base)
+    for name in ("w", "q", "exp_avg", "step"):
+        for position, i in enumerate(places):
+            torch.testing.assert_close(shuffled[name][position], straight[name][i], rtol=1e-6, atol=1e-6)
+
+
+@on_every_target
+@few_examples
+@given(shapes=shapes, exponent=st.integers(-8, 8), rule=st.sampled_from(ON_G))
+def test_a_loss_scale_does_not_move_the_ascent(target: Target, shapes: Any, exponent: int, rule: str) -> None:
+    rows = [Row(shape, group=i % 3) for i, shape in enumerate(shapes)]
+    results = []
+    for scale in (1.0, 2.0**exponent):
+        cols = cases.columns(rows, target.device)
+        for g in cols["g"]:
+            g.mul_(scale)
+        made = cases.table(rows, cols, target.backend)
+        groups = [{**h, "perturb_eps": 0.0} for h in RULE_GROUPS]
+        eta = cases.eta(rows) if rule == "asam" else None
+        _, c = lk.measure(made, rule, groups, adaptive=eta, grad_scale=_number(scale, target))
+        lk.perturb(made, c, eta)
+        results.append(cols["w"])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-7, atol=2e-7)
+
+
+@on_every_target
+@few_examples
+@given(
+    row=st.integers(0, len(ROWS) - 1),
+    column=st.sampled_from(["g", "s"]),
+    value=st.sampled_from([math.inf, -math.inf, math.nan]),
+    base=st.sampled_from(list(BASE_CASES)),
+    max_grad_norm=st.sampled_from([None, 1.0]),
+)
+def test_a_non_finite_value_anywhere_leaves_every_tensor_untouched(
+    target: Target, row: int, column: str, value: float, base: str, max_grad_norm: float | None
+) -> None:
+    cols = cases.columns(ROWS, target.device)
+    cols[column][row].reshape(-1)[-1] = value
+    before = cases.copy(cols)
+    _whole_step(target, ROWS, cols, base, max_grad_norm=max_grad_norm)
+    for place, of in enumerate(ROWS):
+        if not of.master:
+            cols["b"][place] = before["b"][place] = None
+    assert cases.same_bits(cols, before)
