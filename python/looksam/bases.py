@@ -19,6 +19,11 @@ NOT_FUSED = ("amsgrad",)
 """Options of torch's classes that the fused updates leave to the class itself."""
 
 
+def is_low_precision(p: Tensor) -> bool:
+    """Does the parameter need a float32 master?"""
+    return p.dtype not in (torch.float32, torch.float64)
+
+
 class Fused(NamedTuple):
     """A base update that runs inside :func:`looksam_kernels.step`."""
 
@@ -36,7 +41,7 @@ class Fused(NamedTuple):
         for name in ops.BASES[self.name]:
             if name != "momentum_buffer" or group["momentum"] != 0:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if p.dtype != dtype:
+        if is_low_precision(p):
             state["master_param"] = p.detach().to(dtype)
         return state
 
@@ -53,6 +58,8 @@ class Wrapped(NamedTuple):
     def build(self, groups: list[Group], state: Any) -> Optimizer:
         """The inner optimizer, on our own groups and state; its constructor's errors are raised as they are."""
         inner = self.cls([{"params": list(g["params"])} for g in groups], **self.kwargs)
+        for p, eager in inner.state.items():
+            state[p].update(eager)
         inner.param_groups, inner.state = groups, state
         return inner
 
@@ -64,6 +71,7 @@ class Wrapped(NamedTuple):
             step = inspect.unwrap(step, stop=lambda f: not getattr(f, "hooked", False))
         with self._own_names(groups):
             step(inner)
+        inner._opt_called = True  # type: ignore[attr-defined]  # what a scheduler on the inner optimizer asks for
 
     @contextmanager
     def _own_names(self, groups: list[Group]) -> Iterator[None]:

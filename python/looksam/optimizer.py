@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from looksam import bases
+from looksam.amp import ScaledGradients
+from looksam.distributed import Replicas, Whole, shards_of
+from looksam.masters import Masters
+from looksam.passes import Passes
 from looksam_kernels import TensorTable, ops
 from looksam_kernels.formulas import DESCENTS, Coefficients, Sums
 
@@ -45,7 +49,7 @@ PLAIN = Plan((Look("g"),), "first")
 """A step of the base optimizer."""
 
 
-class SharpnessAware(Optimizer):
+class SharpnessAware(ScaledGradients, Optimizer):
     """A base optimizer that steps down along a gradient taken further up.
 
     Two call styles. ``loss = opt.step(closure)``, where the closure zeroes the gradients, computes the loss, calls
@@ -63,7 +67,8 @@ class SharpnessAware(Optimizer):
         hyper: the variant's own hyper-parameters and their defaults.
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
         base_kwargs: the base's arguments; ``base_<name>`` where the variant has an argument of that name. All bases
-            take ``max_grad_norm``: the norm of the direction is clipped there (``None``: not; 1.0 for LAMB).
+            take ``max_grad_norm``: the norm of the direction is clipped there (``None``: not; 1.0 for LAMB). And, for
+            the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.Passes`.
 
     State per parameter: the base's, and ``q``, ``q_norm_sq`` where the variant reuses a gradient component. The place in
     the cycle of k steps is ``phase`` in every group.
@@ -74,6 +79,10 @@ class SharpnessAware(Optimizer):
     """
 
     _table: TensorTable | None
+    _pointers: list[int]
+    """Where the parameters of the table were: a model that moves its parameters gets a new table."""
+    _shards: Whole
+    _masters: Masters
     _backup: dict[Tensor, Tensor]
     _aside: dict[Tensor, dict[str, Tensor]]
     _prepared: list[Any]
@@ -99,7 +108,9 @@ class SharpnessAware(Optimizer):
     ) -> None:
         self.variant = variant
         self._requested = backend
-        self._base = bases.resolve(base_optimizer, dict(base_kwargs), reserved=set(hyper) | {"k", "phase"})
+        base_kwargs = dict(base_kwargs)
+        self._passes = Passes(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
+        self._base = bases.resolve(base_optimizer, base_kwargs, reserved=set(hyper) | {"k", "phase"})
         self._forget()
         super().__init__(params, {"phase": 0, **hyper, **self._base.defaults})
         self._inner = None
@@ -126,14 +137,15 @@ class SharpnessAware(Optimizer):
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
         plan, first_loss = self._plan, None
         with self._all_or_nothing():
-            for look in plan.looks:
+            scale = self._grad_scale(new_gradients=True)
+            for number, look in enumerate(plan.looks):
                 if look.ascent is not None:
-                    self._ascend(look.ascent)
+                    self._ascend(look.ascent, scale)
                 with torch.enable_grad():
-                    loss = closure()
-                first_loss = loss if look is plan.looks[0] else first_loss
+                    loss = self._passes.run(closure, number, len(plan.looks))
+                first_loss = loss if number == 0 else first_loss
                 self._collect(plan, look)
-            self._descend(plan)
+            self._descend(plan, scale)
         return first_loss
 
     @torch.no_grad()
@@ -158,7 +170,8 @@ class SharpnessAware(Optimizer):
         first, second = self._two_looks(plan)
         with self._all_or_nothing():
             self._collect(plan, first, keep_grad=not zero_grad)
-            self._ascend(second.ascent)
+            self._ascend(second.ascent, None)
+            self._passes.open()
         return True
 
     @torch.no_grad()
@@ -175,6 +188,11 @@ class SharpnessAware(Optimizer):
         self._done_in_first = False
         if zero_grad:
             self.zero_grad()
+
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Goes back to where the step began: for a second forward or backward, after ``first_step``, that failed."""
+        self._restore()
 
     @property
     def needs_second_pass(self) -> bool:
@@ -198,11 +216,23 @@ class SharpnessAware(Optimizer):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if callable(accepts := group.get("layer_filter", 0)) or accepts is None:
-            group["layer_filter"] = [accepts is None or bool(accepts(p)) for p in group["params"]]
+        self._apply_layer_filter(group)
+        for p in group["params"]:
+            if p.is_complex() or p.layout is not torch.strided:
+                self.param_groups.pop()
+                raise TypeError(
+                    f"{p.dtype} parameters of layout {p.layout} are not supported; only dense real ones are"
+                )
         if len(self.param_groups) > 1:
             group["phase"] = self.param_groups[0]["phase"]
         self._table = None
+
+    @staticmethod
+    def _apply_layer_filter(group: Group) -> None:
+        """The function of the constructor -> what it says of each parameter, which a checkpoint can hold."""
+        accepts = group.get("layer_filter", [])
+        if not isinstance(accepts, list):
+            group["layer_filter"] = [accepts is None or bool(accepts(p)) for p in group["params"]]
 
     # The parts of a step --------------------------------------------------------------------------------------------
 
@@ -221,48 +251,63 @@ class SharpnessAware(Optimizer):
         ascends = any(other.ascent is not None for other in plan.looks)
         last = look is plan.looks[-1]
         table = self._bind(look.column, ascends, DESCENTS[plan.descent].writes if last else None)
-        if keep_grad:
+        if keep_grad or (not last and _are_views(table[look.column])):
             table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
-        elif not last:
+        if not (keep_grad or last):
             for p in self._params:
                 p.grad = None
 
-    def _ascend(self, rule: str | None) -> None:
+    def _ascend(self, rule: str | None, grad_scale: Tensor | None) -> None:
         """Measures the gradients collected so far and moves the weights."""
         assert rule is not None
         table, adaptive = self._bound(), self._adaptive()
         if adaptive is not None and rule == "sam":
             rule = "asam"
-        coefficients = self._measure(rule, adaptive)
+        coefficients = self._measure(rule, self._hyper(), grad_scale, adaptive)
         self._moved = True
         ops.perturb(table, coefficients, adaptive)
-        torch.clear_autocast_cache()
+        self._weights_changed()
 
-    def _descend(self, plan: Plan) -> None:
+    def _descend(self, plan: Plan, grad_scale: Tensor | None) -> None:
         """Measures what is still unknown, combines, restores and updates; ends the step."""
-        table, groups = self._bound(), self._hyper()
-        coefficients = self._measure(plan.descent, None, self.param_groups[0]["max_grad_norm"])
-        if isinstance(self._base, bases.Fused):
-            ops.step(table, self._base.name, coefficients, groups)
+        table, groups, base = self._bound(), self._hyper(), self._base
+        if self._passes.m_sharpness and self._moved:
+            replicas = Replicas(self._passes.model)
+            self._found_inf = replicas.agree(table, plan.descent, plan.looks[-1].column, self._found_inf)
+            self._sums = None
+        if isinstance(base, bases.Wrapped) and any(g.get("maximize") for g in groups):
+            groups = [{**g, "maximize": False} for g in groups]  # the wrapped optimizer turns the direction itself
+        clip = self.param_groups[0]["max_grad_norm"]
+        coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
+        if isinstance(base, bases.Fused):
+            self._shards.step(table, base.name, coefficients, groups)
         else:
-            ops.step(table, "grad", coefficients, groups)
-            self._step_inner(coefficients)
+            self._step_wrapped(coefficients, groups)
+        self._report(coefficients.found_inf)
         if self._moved:
-            torch.clear_autocast_cache()
+            self._weights_changed()
+        self._masters.written()
         self._end()
         for group in self.param_groups:
             group["phase"] = (group["phase"] + 1) % group.get("k", 1)
 
     def _measure(
-        self, rule: str, adaptive: list[float | None] | None, max_grad_norm: float | None = None
+        self,
+        rule: str,
+        groups: list[Group],
+        grad_scale: Tensor | None,
+        adaptive: list[float | None] | None,
+        max_grad_norm: float | None = None,
     ) -> Coefficients:
         """The scalars of a rule; sums and found_inf go on from one look to the next."""
         self._sums, coefficients = ops.measure(
             self._bound(),
             rule,
-            self._hyper(),
+            groups,
             known=self._sums,
             adaptive=adaptive,
+            all_reduce=self._shards.all_reduce,
+            grad_scale=grad_scale,
             found_inf=self._found_inf,
             max_grad_norm=max_grad_norm,
         )
@@ -272,25 +317,38 @@ class SharpnessAware(Optimizer):
     def _step_on_gradients(self) -> None:
         """step() without a closure: ends a two-call step, does a cheap one, or only creates the state."""
         plan = self._plan
-        if self._moved or len(plan.looks) == 1:
-            with self._all_or_nothing():
+        with self._all_or_nothing():
+            if self._moved or len(plan.looks) == 1:
+                self._passes.close()
                 self._collect(plan, plan.looks[-1])
-                self._descend(plan)
-        elif all(p.grad is None or not p.grad.any() for p in self._params):
-            self._create_state()
-        else:
-            raise RuntimeError(
-                "this step needs the gradient twice: call step(closure) with a closure that zeroes the gradients, "
-                "computes the loss, calls backward and returns the loss; or call first_step(), then backward again, "
-                "then second_step()"
-            )
+                self._descend(plan, self._grad_scale(new_gradients=False))
+            elif all(g is None or not g.any() for g in self._shards_of_now().local([p.grad for p in self._params])):
+                self._create_state()
+            else:
+                raise RuntimeError(
+                    "this step needs the gradient twice: call step(closure) with a closure that zeroes the gradients, "
+                    "computes the loss, calls backward and returns the loss; or call first_step(), then backward "
+                    "again, then second_step()"
+                )
 
-    def _step_inner(self, coefficients: Coefficients) -> None:
-        """The wrapped optimizer's step. Skipping it after an overflow takes the host: one read of found_inf."""
+    def _step_wrapped(self, coefficients: Coefficients, groups: list[Group]) -> None:
+        """d goes to ``.grad``; the wrapped optimizer does the rest. If it raises, what was written is as before."""
+        table = self._bound()
+        names = () if coefficients.q is None else (coefficients.writes, f"{coefficients.writes}_norm_sq")
+        written = [(x, x.clone()) for name in names for x in table[name] if x is not None]
+        self._shards.step(table, "grad", coefficients, groups)
+        try:
+            if not bool(coefficients.found_inf):  # the one read of the host: no wrapped optimizer can skip by itself
+                self._step_inner()
+        except BaseException:
+            for x, before in written:
+                x.copy_(before)
+            raise
+
+    def _step_inner(self) -> None:
         assert isinstance(self._base, bases.Wrapped)
         assert self._inner is not None
-        if not bool(coefficients.found_inf):
-            self._base.step(self._inner, self.param_groups, self.state)
+        self._base.step(self._inner, self.param_groups, self.state)
         for p, extra in self._aside.items():
             self.state[p].update(extra)
         self._aside.clear()
@@ -301,13 +359,26 @@ class SharpnessAware(Optimizer):
         try:
             yield
         except BaseException:
-            ops.restore(self._bound())
-            torch.clear_autocast_cache()
-            self._end()
+            self._restore()
+            self._hand_back()
             raise
+
+    def _restore(self) -> None:
+        if self._table is not None:
+            ops.restore(self._table)
+        if self._moved:
+            self._weights_changed()
+        self._masters.written()
+        self._end()
+
+    def _weights_changed(self) -> None:
+        """Copies of the weights that others keep are out of date: autocast's casts, gathered shards."""
+        torch.clear_autocast_cache()
+        self._shards.reshard(self._passes.model)
 
     def _end(self) -> None:
         self._moved, self._sums, self._found_inf = False, None, None
+        self._passes.close()
         if self._table is not None:
             for look in (*self.variant.sharp.looks, *self.variant.cheap.looks):
                 self._table.drop(look.column)
@@ -321,6 +392,8 @@ class SharpnessAware(Optimizer):
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""
         self._table = None
+        self._pointers = []
+        self._shards, self._masters = Whole(), Masters([])
         self._backup = {}
         self._aside = {}
         self._prepared = []
@@ -334,15 +407,30 @@ class SharpnessAware(Optimizer):
             outside = [not ok for g in self.param_groups for ok in g.get("layer_filter", [True] * len(g["params"]))]
             offset = len(self.param_groups)
             group = [i + offset * out for i, out in zip(group, outside, strict=True)]
-            self._table = TensorTable([p.detach() for p in self._params], group, backend=self._requested)
+            weights = self._shards_of_now().local([p.detach() for p in self._params])
+            self._pointers = _pointers(weights)
+            self._table = TensorTable([w for w in weights if w is not None], group, backend=self._requested)
             self._prepared = []
             self._set_columns(self._table)
         return self._table
 
+    def _shards_of_now(self) -> Whole:
+        if self._table is None:
+            self._shards = shards_of(self._params)
+        return self._shards
+
+    def _follow(self) -> None:
+        """At the begin of a step: what has changed outside since the last one."""
+        if self._table is not None and self._pointers != _pointers(self._shards.local(self._params)):
+            self._table, self._backup = None, {}
+        self._masters.follow()
+
     def _bind(self, column: str, need_backup: bool = False, writes: str | None = None) -> TensorTable:
         """The table with the gradients of now in ``column`` and with all that the parameters which have one need."""
+        if not self._moved:
+            self._follow()
         table = self._bound()
-        table[column] = grads = [p.grad for p in self._params]
+        table[column] = grads = self._shards.local([p.grad for p in self._params])
         momentum = [bool(g.get("momentum")) for g in self.param_groups]
         asked = (need_backup, writes, momentum, [g is not None for g in grads])
         if asked not in self._prepared:
@@ -359,7 +447,8 @@ class SharpnessAware(Optimizer):
         ours stays aside until it has."""
         state = self.state.get(p, {})
         new_momentum = group.get("momentum") and "momentum_buffer" not in state
-        if isinstance(self._base, bases.Fused) and ("step" not in state or new_momentum):
+        new_master = bases.is_low_precision(p) and "master_param" not in state
+        if isinstance(self._base, bases.Fused) and ("step" not in state or new_momentum or new_master):
             self.state[p] = state = {**self._base.state_for(p, group), **state}
         if need_backup and p not in self._backup and "master_param" not in state:
             self._backup[p] = torch.empty_like(p)
@@ -375,8 +464,12 @@ class SharpnessAware(Optimizer):
         if isinstance(self._base, bases.Fused):
             names += ["step", *ops.BASES[self._base.name]]
         for name in names:
-            table[name] = [row.get(name) for row in rows]
-        table["b"] = [row.get("master_param", self._backup.get(p)) for p, row in zip(self._params, rows, strict=True)]
+            table[name] = self._shards.local([row.get(name) for row in rows])
+        backups = [row.get("master_param", self._backup.get(p)) for p, row in zip(self._params, rows, strict=True)]
+        table["b"] = self._shards.local(backups)
+        own = zip(self._params, table["w"], table["b"], rows, strict=True)
+        self._masters = Masters((p, w, b) for p, w, b, row in own if "master_param" in row)
+        self._masters.follow()
 
     def _create_state(self) -> None:
         """Creates the state of all parameters that have a gradient; moves no weight and no phase.
@@ -389,7 +482,7 @@ class SharpnessAware(Optimizer):
             for group in self.param_groups:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             try:
-                self._step_inner(Coefficients((), torch.empty(0), None, torch.zeros(())))
+                self._step_inner()
             finally:
                 for group, lr in zip(self.param_groups, lrs, strict=True):
                     group["lr"] = lr
@@ -432,12 +525,18 @@ class SharpnessAware(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._moved:
             raise RuntimeError("cannot copy or pickle between first_step and second_step: the weights are perturbed")
-        own = {name: getattr(self, name) for name in ("variant", "_requested", "_base", "_inner")}
+        own = {name: getattr(self, name) for name in ("variant", "_requested", "_passes", "_base", "_inner")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)  # a checkpoint of the base alone can be loaded
+            self._apply_layer_filter(group)
+        if self._inner is not None:
+            self._inner.param_groups, self._inner.state = self.param_groups, self.state
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's.
@@ -467,8 +566,25 @@ class SharpnessAware(Optimizer):
         ids = chain.from_iterable(g["params"] for g in final["param_groups"])
         for key, p in zip(ids, self._params, strict=True):
             for name, value in final["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
-                    self.state[p][name] = value.to(p.device, copy=True)
+                mine = self.state[p].get(name)
+                if isinstance(value, Tensor) and isinstance(mine, Tensor) and value.dtype != mine.dtype:
+                    self.state[p][name] = mine = value.to(p.device, copy=True)
+                if isinstance(self._base, bases.Fused) and isinstance(mine, Tensor):
+                    self.state[p][name] = mine.to(p.device)  # torch leaves ``step`` where it was saved
 
 
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _are_views(gradients: Sequence[Tensor | None]) -> bool:
+    """Do gradients live in a larger buffer, which the next backward overwrites (DDP's ``gradient_as_bucket_view``)?
+
+    Buckets take all parameters of a model, so the first and the last gradient tell.
+    """
+    there = [g for g in gradients if g is not None]
+    return any(g.untyped_storage().nbytes() > g.numel() * g.element_size() for g in (*there[:1], *there[-1:]))
+
+
+PASSES = ("model", "same_rng", "m_sharpness")
 LAYER_SCALES = ("trust_normalized", "trust", "trust_global", "unit")

@@ -1,0 +1,213 @@
+"""Several processes: tensors of which each rank holds a shard, and passes of which each rank keeps its own gradient."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import Module
+
+from looksam_kernels import TensorTable, ops
+from looksam_kernels.formulas import DESCENTS, STORED, Coefficients, Groups, Sums
+
+MaybeTensors = Sequence[Tensor | None]
+
+
+class Whole:
+    """Parameters that every rank holds whole: nothing is to be added up."""
+
+    all_reduce: Callable[[Sums], Sums] | None = None
+
+    def local(self, tensors: MaybeTensors) -> MaybeTensors:
+        return tensors
+
+    def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
+        ops.step(table, base, coefficients, groups)
+
+    def reshard(self, model: Module | None) -> None:
+        """Gathered copies of the parameters are out of date after every write."""
+
+
+class Shards(Whole):
+    """DTensor parameters. The ops see the local shards, and sums are added up over the ranks that hold the others.
+
+    A sum is added over the mesh dimensions along which its tensor is sharded, so replicas are not counted twice. One
+    small all-reduce per op and sharded mesh dimension. State is DTensors again, sharded as the parameters are; cached
+    norms (``q_norm_sq``) are of the whole tensor.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        from torch.distributed.tensor import DTensor
+
+        self._is_sharded = lambda x: isinstance(x, DTensor)
+        members: dict[Any, list[int]] = {}
+        self._placements = []
+        for row, p in enumerate(params):
+            self._placements.append(p.placements if isinstance(p, DTensor) else None)
+            if not isinstance(p, DTensor):
+                continue
+            for dim, placement in enumerate(p.placements):
+                if not placement.is_replicate():
+                    members.setdefault(p.device_mesh.get_group(dim), []).append(row)
+        self._members = members
+        self.all_reduce = self._add_up
+
+    def local(self, tensors: MaybeTensors) -> MaybeTensors:
+        """Gradients are first laid out as their parameters are."""
+        return [self._local(x, placements) for x, placements in zip(tensors, self._placements, strict=True)]
+
+    def _local(self, x: Any, placements: Any) -> Any:
+        if not self._is_sharded(x):
+            return x
+        if x.placements != placements:
+            x = x.redistribute(placements=placements)
+        return x._local_tensor  # as to_local() under no_grad, without a Parameter around it
+
+    def _add_up(self, sums: Sums) -> Sums:
+        """Sums of the local shards -> sums of the whole tensors. Cached norms are that already."""
+        fresh = [i for i, (x, y) in enumerate(sums.pairs) if not (x == y == "q")]
+        if len(fresh) == len(sums.pairs):
+            return Sums(sums.pairs, self._over_ranks(sums.values))
+        values = sums.values.clone()
+        values[fresh] = self._over_ranks(values[fresh])
+        return Sums(sums.pairs, values)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Adds up ``values`` [..., rows] over the ranks that hold shards of each row."""
+        values = values.clone()
+        for group, rows in self._members.items():
+            part = values[..., rows].contiguous()
+            distributed.all_reduce(part, group=group)
+            values[..., rows] = part
+        return values
+
+    def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
+        takes_part = table.present(coefficients.inputs[0])
+        norms = table[f"{coefficients.writes}_norm_sq"]
+        written = [i for i, x in enumerate(norms) if x is not None and takes_part[i] and coefficients.q is not None]
+        before = [norms[i].clone() for i in written]
+        if base == "lamb":
+            self._lamb(table, coefficients, groups)
+        else:
+            ops.step(table, base, coefficients, groups)
+        if coefficients.q is not None:
+            local = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+            local[written] = torch.stack([norms[i] for i in written]) if written else local[:0]
+            whole = self._over_ranks(local)
+            for i, old in zip(written, before, strict=True):
+                norms[i].copy_(torch.where(coefficients.found_inf > 0, old, whole[i]))
+
+    def _lamb(self, table: TensorTable, coefficients: Coefficients, groups: Groups) -> None:
+        """LAMB with the norms of whole layers: the local part of u for all tensors, the norms, then the update.
+
+        Formula: :func:`looksam_kernels.step`. The fused update needs its norms at once, so here u is a temporary as
+        large as the local shards.
+        """
+        first = coefficients.inputs[0]
+        origins = [
+            None if x is None else (b if perturbed or _is_master(b, w) else w).clone()
+            for x, w, b, perturbed in zip(table[first], table["w"], table["b"], table.perturbed, strict=True)
+        ]
+        ops.step(table, "grad", coefficients, groups)
+        keep = coefficients.found_inf > 0
+        squares = torch.zeros(2, len(table), dtype=torch.float64, device=table.device)
+        updates: dict[int, tuple[Tensor, Tensor]] = {}
+        for row, origin in enumerate(origins):
+            if origin is not None:
+                w = origin.to(table["exp_avg"][row].dtype)
+                u = _lamb_direction(table, row, first, w, groups[table.group[row]], keep)
+                updates[row] = w, u
+                squares[:, row] = torch.stack([x.square().sum(dtype=torch.float64) for x in (w, u)])
+        w_norm, u_norm = self._over_ranks(squares).sqrt()
+        trust = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+        for row, (w, u) in updates.items():
+            group = groups[table.group[row]]
+            r = trust[row] if group["weight_decay"] != 0 or group["always_adapt"] else torch.ones_like(trust[row])
+            r = r.clamp(max=1) if group["trust_clip"] else r
+            new = torch.where(keep, w, w - group["lr"] * r.to(w.dtype) * u)
+            if _is_master(table["b"][row], table["w"][row]):
+                table["b"][row].copy_(new)
+            table["w"][row].copy_(new)
+
+    def reshard(self, model: Module | None) -> None:
+        """A module that keeps its gathered parameters after backward would run the next pass at the old weights."""
+        for module in _fsdp_modules(model):
+            module.reshard()
+
+
+def _lamb_direction(table: TensorTable, row: int, first: str, w: Tensor, group: Any, keep: Tensor) -> Tensor:
+    """Moves m, v and the count of one tensor; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w."""
+    m, v, count = table["exp_avg"][row], table["exp_avg_sq"][row], table["step"][row]
+    beta1, beta2 = group["betas"]
+    d = table[first][row].to(m.dtype)
+    m.copy_(torch.where(keep, m, torch.lerp(m, d, 1 - beta1)))
+    v.copy_(torch.where(keep, v, beta2 * v + (1 - beta2) * d * d))
+    count.copy_(torch.where(keep, count, count + 1))
+    t = count.double()
+    denominator = v.sqrt() / (1 - beta2**t).sqrt().to(v.dtype) + group["eps"]
+    return (m / (1 - beta1**t).to(m.dtype)) / denominator + group["weight_decay"] * w
+
+
+def _is_master(b: Tensor | None, w: Tensor) -> bool:
+    return b is not None and b.dtype != w.dtype
+
+
+def _fsdp_modules(model: Module | None) -> list[Any]:
+    """The FSDP2 modules in ``model``; of the whole process if it is not given."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if model is not None:
+        return [m for m in model.modules() if isinstance(m, FSDPModule)]
+    try:
+        from torch.distributed._composable_state import _module_state_mapping as states
+    except ImportError:
+        return []
+    return [m for m in list(states) if isinstance(m, FSDPModule)]
+
+
+def shards_of(params: Sequence[Tensor]) -> Whole:
+    """Where no tensor is a DTensor (whoever makes one has imported its module) the question costs nothing."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and any(isinstance(p, module.DTensor) for p in params):
+        return Shards(params)
+    return Whole()
+
+
+class Replicas:
+    """m-sharpness: the ranks climbed along gradients of their own, and must come down together.
+
+    Args:
+        model: a ``DistributedDataParallel``, for its process group; default: all ranks.
+    """
+
+    def __init__(self, model: Module | None) -> None:
+        self._group = getattr(model, "process_group", None)
+
+    def agree(self, table: TensorTable, descent: str, last: str, found_inf: Tensor | None) -> Tensor | None:
+        """Averages the gradients of earlier passes that the way down needs, in place, and ``found_inf``'s maximum.
+
+        Without it the replicas would drift: LookSAM's q is made of g and s, and s is already the average.
+        """
+        if not distributed.is_initialized():
+            return found_inf
+        known = [name for name in DESCENTS[descent].inputs if name != last and name not in STORED]
+        for name in known:
+            self._average([x for x in table[name] if x is not None])
+        if found_inf is not None:
+            found_inf = found_inf.clone()
+            distributed.all_reduce(found_inf, distributed.ReduceOp.MAX, group=self._group)
+        return found_inf
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """One all-reduce for each dtype."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for x in gradients:
+            by_dtype.setdefault(x.dtype, []).append(x)
+        for same in by_dtype.values():
+            flat = torch.cat([x.reshape(-1) for x in same]) / distributed.get_world_size(self._group)
+            distributed.all_reduce(flat, group=self._group)
+            for x, average in zip(same, flat.split([x.numel() for x in same]), strict=True):
+                x.copy_(average.view_as(x))

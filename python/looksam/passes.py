@@ -1,0 +1,108 @@
+"""What surrounds the forward and backward passes of one step: batch statistics, random numbers, gradient averaging."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextmanager
+def frozen_running_stats(model: Module) -> Iterator[None]:
+    """Batch and instance norms in training mode normalise as always, but their running statistics stay.
+
+    For the passes at perturbed weights, whose activations the model never has when it is used. (``momentum = 0`` would
+    not do: it still counts batches, and 0 times an overflow is NaN.)
+    """
+    stats = ("running_mean", "running_var", "num_batches_tracked")
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    buffers = [{name: m._buffers[name] for name in stats if name in m._buffers} for m in norms]
+    try:
+        for m, own in zip(norms, buffers, strict=True):
+            m.track_running_stats = False
+            m._buffers.update(dict.fromkeys(own))  # instance norms look at the buffers, not at the flag
+        yield
+    finally:
+        for m, own in zip(norms, buffers, strict=True):
+            m.track_running_stats = True
+            m._buffers.update(own)
+
+
+class Passes:
+    """Runs the closure of a step, once for each look.
+
+    Args:
+        model: from the second look on its running statistics are frozen, if it is given.
+        same_rng: every look draws the same random numbers (dropout), from torch's CPU and CUDA default generators.
+        m_sharpness: every rank looks with its own gradient; only the last look's is averaged. ``model`` is then a
+            ``DistributedDataParallel``, or the closure takes a keyword ``ddp_sync``.
+
+    Raises:
+        ValueError: ``m_sharpness`` with a ``model`` that has no ``no_sync``.
+    """
+
+    def __init__(self, model: Module | None = None, same_rng: bool = False, m_sharpness: bool = False) -> None:
+        if m_sharpness and model is not None and not hasattr(model, "no_sync"):
+            raise ValueError(f"m_sharpness needs a model with no_sync(), not {type(model).__name__}")
+        self.model, self.same_rng, self.m_sharpness = model, same_rng, m_sharpness
+        self._plain = model is None and not same_rng and not m_sharpness
+        self._generators: list[Tensor] = []
+        self._between = ExitStack()
+
+    def run(self, closure: Callable[..., Any], number: int, of: int) -> Any:
+        """Look ``number`` of a step with ``of`` looks: the closure's loss."""
+        if self._plain or of == 1:
+            return closure()
+        if self.same_rng:
+            self._rewind(first=number == 0)
+        with ExitStack() as stack:
+            if number > 0 and self.model is not None:
+                stack.enter_context(frozen_running_stats(self.model))
+            local = self.m_sharpness and number < of - 1
+            if local and self.model is not None:
+                stack.enter_context(self.model.no_sync())  # type: ignore[operator]
+            if self.m_sharpness and _takes_ddp_sync(closure):
+                return closure(ddp_sync=not local)
+            return closure()
+
+    def open(self) -> None:
+        """In the two-call style: the user's second pass begins.
+
+        Raises:
+            RuntimeError: ``same_rng``, as the first pass is over.
+        """
+        if self.same_rng:
+            raise RuntimeError("same_rng needs step(closure): before first_step() the random numbers are drawn already")
+        if self.model is not None:
+            self._between.enter_context(frozen_running_stats(self.model))
+
+    def close(self) -> None:
+        """The user's second pass is over."""
+        if not self._plain:
+            self._between.close()
+
+    def _rewind(self, first: bool) -> None:
+        if first:
+            self._generators = [torch.get_rng_state()]
+            if torch.cuda.is_initialized():
+                self._generators += torch.cuda.get_rng_state_all()
+        else:
+            torch.set_rng_state(self._generators[0])
+            if len(self._generators) > 1:
+                torch.cuda.set_rng_state_all(self._generators[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "same_rng": self.same_rng, "m_sharpness": self.m_sharpness}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Passes.__init__(self, **state)
+
+
+def _takes_ddp_sync(closure: Callable[..., Any]) -> bool:
+    return "ddp_sync" in inspect.signature(closure).parameters
