@@ -29,6 +29,7 @@ const at::Tensor& unpack(py::handle object) {
   return THPVariable_Unpack(object.ptr());
 }
 
+// None for an undefined tensor.
 py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
 // Numbers, and tensors that hold one.
@@ -44,7 +45,13 @@ py::object item(py::handle group, const char* name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
-bool flag(py::handle group, const char* name) { return PyObject_IsTrue(item(group, name).ptr()) == 1; }
+bool is_true(py::handle object) {
+  const int truth = PyObject_IsTrue(object.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
+
+bool flag(py::handle group, const char* name) { return is_true(item(group, name)); }
 
 std::optional<Dtype> dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
@@ -58,14 +65,14 @@ std::optional<Dtype> dtype_of(const at::Tensor& x) {
 
 double* doubles(const at::Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
 
-bool is_true(const at::Tensor& scalar) { return scalar.item().toDouble() > 0; }
-
 // A number in a 0-dim tensor of any dtype.
 double read_scalar(const at::Tensor& x) {
   if (x.scalar_type() == at::kFloat) return *static_cast<const float*>(x.const_data_ptr());
   if (x.scalar_type() == at::kDouble) return *static_cast<const double*>(x.const_data_ptr());
   return x.item().toDouble();
 }
+
+bool holds_true(const at::Tensor& x) { return read_scalar(x) > 0; }
 
 void write_scalar(const at::Tensor& x, double value) {
   if (x.scalar_type() == at::kFloat) {
@@ -159,9 +166,8 @@ Base base_named(const std::string& name) {
 
 RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
   RowHyper h = {};
-  if (rule.reads_rho) h.rho = number(item(group, "rho"));
-  if (rule.reads_alpha) h.alpha = number(item(group, "alpha"));
-  if (rule.reads_layer_scaled) h.layer_scaled = number(item(group, "layer_scaled")) > 0;
+  for (const ParameterField& parameter : kParameters)
+    if (rule.reads & parameter.bit) h.*parameter.field = number(item(group, parameter.name));
   h.sign = py::bool_(group.attr("get")("maximize", false)) ? -1 : 1;
   return h;
 }
@@ -188,18 +194,10 @@ BaseHyper base_hyper(Base base, py::handle group) {
   return h;
 }
 
-double Sums::*member_of(const Pair& pair) {
-  const auto is = [&](const char* x, const char* y) {
-    return (pair.first == x && pair.second == y) || (pair.first == y && pair.second == x);
-  };
-  if (is("g", "g")) return &Sums::gg;
-  if (is("g", "s")) return &Sums::gs;
-  if (is("s", "s")) return &Sums::ss;
-  if (is("g", "q")) return &Sums::gq;
-  if (is("q", "q")) return &Sums::qq;
-  if (is("w", "w")) return &Sums::ww;
-  if (is("Tg", "Tg")) return &Sums::tt;
-  return nullptr;
+std::optional<Col> column_named(const std::string& name) {
+  for (int i = 0; i < kCols; ++i)
+    if (name == kColNames[i]) return Col(i);
+  return std::nullopt;
 }
 
 // The tensors of a TensorTable. Columns are set when they change; addresses are read anew by every op, because
@@ -228,7 +226,7 @@ class Table {
     return wrap(values);
   }
 
-  // -> d, q or None, found_inf
+  // -> d, q or None, found_inf, post or None
   py::tuple coefficients(const std::string& rule, const std::vector<Pair>& pairs, py::handle values, py::handle groups,
                          py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
     const at::NoGradGuard no_grad;
@@ -251,22 +249,36 @@ class Table {
     const at::Tensor values = new_doubles(all.size());
     if (have > 0) std::memcpy(doubles(values), doubles(before), have * sizeof(double));
     add_up(pairs, adaptive, doubles(values) + have);
-    return py::make_tuple(wrap(values), to_scalars(rule_named(rule), all, doubles(values), groups, grad_scale, found_inf,
-                                                   max_grad_norm));
+    return py::make_tuple(wrap(values), to_scalars(rule_named(rule), all, doubles(values), groups, grad_scale,
+                                                   found_inf, max_grad_norm));
   }
 
-  // moved: the table's list of perturbed rows, in which the rows with an x are marked.
-  void perturb(const std::string& input, py::handle d, py::handle adaptive, py::list moved) {
+  // moved: the table's list of perturbed rows, in which the rows that have the first input are marked.
+  void perturb(const std::vector<std::string>& inputs, py::handle d, py::handle adaptive, py::list moved) {
     const at::NoGradGuard no_grad;
-    const Mask moves = present(input);
-    Lease w, b, x;
+    check_inputs(inputs);
+    const Tensors &weights = column("w"), &backups = column("b");
+    const Mask moves = present(inputs[0]);
+    std::vector<unsigned char> from_b(rows());
+    for (std::size_t row = 0; row < rows(); ++row)
+      from_b[row] = is_true(moved[row]) || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
+    Lease w, b, input[kMaxInputs];
     lend("w", Access::update, &moves, w);
     lend("b", Access::update, &moves, b);
-    lend(input, Access::read, nullptr, x);
+    cpu::PerturbArgs args = {};
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      lend(inputs[i], Access::read, &moves, input[i], /*optional=*/true);
+      args.input[i] = input[i].column();
+    }
     const std::vector<double> eta = to_eta(adaptive);
-    const at::Tensor c = to_coefficients(d, 1);
-    const cpu::PerturbArgs args{chunks(),   w.column(),   b.column(),
-                                x.column(), eta.empty() ? nullptr : eta.data(), doubles(c)};
+    const at::Tensor c = to_coefficients(d, inputs.size());
+    args.map = chunks();
+    args.w = w.column();
+    args.b = b.column();
+    args.from_b = from_b.data();
+    args.eta = eta.empty() ? nullptr : eta.data();
+    args.inputs = static_cast<int>(inputs.size());
+    args.c = doubles(c);
     {
       const py::gil_scoped_release release;
       cpu::perturb(args, parallel_for);
@@ -278,11 +290,11 @@ class Table {
   }
 
   void step(const std::string& base_name, const std::vector<std::string>& inputs, py::handle d, py::handle q,
-            py::handle found_inf, py::handle groups, py::list moved) {
+            py::handle found_inf, py::handle post, const std::string& writes, py::handle groups, py::list moved) {
     const at::NoGradGuard no_grad;
     const Base base = base_named(base_name);
-    if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("a step takes 1 to 3 inputs");
-    const bool keep = is_true(unpack(found_inf));
+    check_inputs(inputs);
+    const bool keep = holds_true(unpack(found_inf));
     const bool writes_q = !q.is_none() && !keep;
     const Tensors &weights = column("w"), &backups = column("b"), &firsts = column(inputs[0]), &counts = column("step");
 
@@ -295,7 +307,7 @@ class Table {
     for (std::size_t row = 0; row < rows(); ++row) {
       const BaseHyper& h = hyper.at(group_[row]);
       hyper_of_row.push_back(&h);
-      const bool is_moved = PyObject_IsTrue(py::handle(moved[row]).ptr()) == 1;
+      const bool is_moved = is_true(moved[row]);
       updated[row] = !keep && firsts[row].defined();
       written[row] = updated[row] || is_moved;
       with_buffer[row] = updated[row] && h.momentum != 0;
@@ -318,9 +330,10 @@ class Table {
       lend("exp_avg", Access::update, &updated, first_state);
       lend("exp_avg_sq", Access::update, &updated, second_state);
     }
-    if (writes_q) lend("q", Access::overwrite, &updated, q_out);
+    if (writes_q) lend(writes, Access::overwrite, &updated, q_out);
     const at::Tensor d_coefficient = to_coefficients(d, inputs.size());
     const at::Tensor q_coefficient = writes_q ? to_coefficients(q, inputs.size()) : at::Tensor();
+    const at::Tensor post_coefficient = !post.is_none() ? to_coefficients(post, inputs.size()) : at::Tensor();
     std::vector<double> q_sq(writes_q ? rows() : 0);
 
     cpu::StepArgs args = {};
@@ -328,11 +341,12 @@ class Table {
     args.base = base;
     args.inputs = static_cast<int>(inputs.size());
     for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = input[i].column();
-    args.d_coefficient = doubles(d_coefficient);
-    args.q_coefficient = writes_q ? doubles(q_coefficient) : nullptr;
+    args.d = doubles(d_coefficient);
+    args.q = writes_q ? doubles(q_coefficient) : nullptr;
+    args.post = !post.is_none() ? doubles(post_coefficient) : nullptr;
     args.w = w.column();
     args.b = b.column();
-    args.q = q_out.column();
+    args.written = q_out.column();
     args.first_state = first_state.column();
     args.second_state = second_state.column();
     {
@@ -340,10 +354,11 @@ class Table {
       cpu::step(args, plan.data(), hyper_of_row.data(), writes_q ? q_sq.data() : nullptr, parallel_for);
     }
     for (Lease* lease : {&w, &b, &q_out, &first_state, &second_state, &input[0]}) lease->give_back();
+    const Tensors& q_norm_sq = column(writes + "_norm_sq");
     for (std::size_t row = 0; row < rows(); ++row) {
       if (!updated[row]) continue;
       if (base != Base::grad) write_scalar(counts[row], count[row]);
-      if (writes_q) write_scalar(column("q_norm_sq")[row], q_sq[row]);
+      if (writes_q && q_norm_sq[row].defined()) write_scalar(q_norm_sq[row], q_sq[row]);
     }
   }
 
@@ -352,7 +367,7 @@ class Table {
     std::vector<cpu::StepRow> plan(rows());
     Mask written(rows());
     for (std::size_t row = 0; row < rows(); ++row) {
-      written[row] = PyObject_IsTrue(py::handle(moved[row]).ptr()) == 1;
+      written[row] = is_true(moved[row]);
       plan[row].action = written[row] ? cpu::Action::restore : cpu::Action::skip;
     }
     Lease w, b;
@@ -376,6 +391,10 @@ class Table {
   const Tensors& column(const std::string& name) const {
     const auto found = columns_.find(name);
     return found != columns_.end() ? found->second : absent_;
+  }
+
+  static void check_inputs(const std::vector<std::string>& inputs) {
+    if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("one to three inputs are combined");
   }
 
   Mask present(const std::string& name) const {
@@ -470,13 +489,13 @@ class Table {
   py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
                        py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) const {
     std::vector<Sums> sums(rows());
-    bool bad = !found_inf.is_none() && is_true(unpack(found_inf));
+    bool bad = !found_inf.is_none() && holds_true(unpack(found_inf));
     for (std::size_t p = 0; p < pairs.size(); ++p) {
-      double Sums::*const member = member_of(pairs[p]);
+      const auto x = column_named(pairs[p].first), y = column_named(pairs[p].second);
       for (std::size_t row = 0; row < rows(); ++row) {
         const double value = values[p * rows() + row];
         bad = bad || !std::isfinite(value);
-        if (member != nullptr) sums[row].*member = value;
+        if (x && y) sums[row].set(*x, *y, value);
       }
     }
     std::vector<RowHyper> hyper;
@@ -493,12 +512,14 @@ class Table {
     std::vector<const RowHyper*> hyper_of_row;
     for (const int group : group_) hyper_of_row.push_back(&hyper.at(group));
 
-    const at::Tensor d = new_doubles(rule.inputs), q = rule.writes_q ? new_doubles(rule.inputs) : at::Tensor();
+    const at::Tensor d = new_doubles(rule.inputs);
+    const at::Tensor q = rule.writes ? new_doubles(rule.inputs) : at::Tensor();
+    const at::Tensor post = rule.posts ? new_doubles(rule.inputs) : at::Tensor();
     cpu::coefficients(rule, sums.data(), hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), doubles(d),
-                      rule.writes_q ? doubles(q) : nullptr);
+                      rule.writes ? doubles(q) : nullptr, rule.posts ? doubles(post) : nullptr);
     const at::Tensor not_finite = at::empty({}, at::kFloat);
     *static_cast<float*>(not_finite.mutable_data_ptr()) = bad ? 1.0f : 0.0f;
-    return py::make_tuple(wrap(d), rule.writes_q ? wrap(q) : py::none(), wrap(not_finite));
+    return py::make_tuple(wrap(d), wrap(q), wrap(not_finite), wrap(post));
   }
 
   std::vector<int> group_;

@@ -25,9 +25,9 @@ LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg;
 
 enum class Rule : std::uint8_t {
   // ascents, e = T^2 sum_i c_i x_i
-  sam, asam, trust_normalized, trust, trust_global, unit, opposite, vasso_ascent, friendly_ascent, carried, ahead,
+  sam, asam, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, carried, ahead,
   // descents, d and what is written or added beside it
-  as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso, friendly, sampa,
+  as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso_second, friendly_second, sampa,
 };
 
 enum Parameter : std::uint32_t {
@@ -44,7 +44,8 @@ struct RuleInfo {
   bool posts;           // a third one, added to w after the base update
 };
 
-inline constexpr RuleInfo kAscents[] = {
+inline constexpr RuleInfo kRules[] = {
+    // ascents
     {"sam", Rule::sam, 1, {g}, kRho, false, false},
     {"asam", Rule::asam, 1, {g}, kRho, false, false},
     {"trust_normalized", Rule::trust_normalized, 1, {g}, kRho | kLayerScaled, false, false},
@@ -52,13 +53,11 @@ inline constexpr RuleInfo kAscents[] = {
     {"trust_global", Rule::trust_global, 1, {g}, kRho | kLayerScaled, false, false},
     {"unit", Rule::unit, 1, {g}, kRho | kLayerScaled, false, false},
     {"opposite", Rule::opposite, 1, {g}, kRho, false, false},
-    {"vasso", Rule::vasso_ascent, 2, {g, m}, kRho | kTheta, false, false},
-    {"friendly", Rule::friendly_ascent, 2, {g, m}, kRho | kSigma, false, false},
+    {"vasso", Rule::vasso, 2, {g, m}, kRho | kTheta, false, false},
+    {"friendly", Rule::friendly, 2, {g, m}, kRho | kSigma, false, false},
     {"carried", Rule::carried, 1, {y}, kRho, false, false},
     {"ahead", Rule::ahead, 1, {y}, kLr, false, false},
-};
-
-inline constexpr RuleInfo kDescents[] = {
+    // descents
     {"first", Rule::as_is, 1, {g}, 0, false, false},
     {"second", Rule::as_is, 1, {s}, 0, false, false},
     {"looksam_refresh", Rule::looksam_refresh, 2, {s, g}, 0, true, false},
@@ -68,8 +67,8 @@ inline constexpr RuleInfo kDescents[] = {
     {"wsam", Rule::wsam, 2, {s, g}, kGamma | kLr, false, true},
     {"wsam_coupled", Rule::wsam_coupled, 2, {s, g}, kGamma, false, false},
     {"crsam", Rule::crsam, 3, {r, s, g}, kBeta | kGamma, false, false},
-    {"vasso", Rule::vasso, 3, {s, g, m}, kTheta, true, false},
-    {"friendly", Rule::friendly, 3, {s, g, m}, kLambda, true, false},
+    {"vasso_second", Rule::vasso_second, 3, {s, g, m}, kTheta, true, false},
+    {"friendly_second", Rule::friendly_second, 3, {s, g, m}, kLambda, true, false},
     {"sampa", Rule::sampa, 2, {r, s}, kLambda, true, false},
 };
 
@@ -161,8 +160,8 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::trust:
     case Rule::trust_global: return {{layer_ratio(row, h)}, {}, {}};
     case Rule::opposite: return {{-1}, {}, {}};
-    case Rule::vasso_ascent: return {{first_theta(row, h), 1 - first_theta(row, h)}, {}, {}};
-    case Rule::friendly_ascent: return {{1, -h.sigma}, {}, {}};
+    case Rule::vasso: return {{first_theta(row, h), 1 - first_theta(row, h)}, {}, {}};
+    case Rule::friendly: return {{1, -h.sigma}, {}, {}};
     case Rule::ahead: return {{-h.lr}, {}, {}};
     case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
     case Rule::looksam_reuse: return {{1, h.alpha * sqrt(ratio(scoped.of(g, g), scoped.of(q, q)))}, {}, {}};
@@ -171,8 +170,8 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
     case Rule::wsam_coupled: return {{gamma_odds, 1 - gamma_odds}, {}, {}};
     case Rule::crsam: return {{h.gamma - h.beta, 1 + h.gamma + h.beta, -2 * h.gamma}, {}, {}};
-    case Rule::vasso: return {{1, 0, 0}, {0, first_theta(row, h), 1 - first_theta(row, h)}, {}};
-    case Rule::friendly: return {{1, 0, 0}, {0, 1 - h.lambda, h.lambda}, {}};
+    case Rule::vasso_second: return {{1, 0, 0}, {0, first_theta(row, h), 1 - first_theta(row, h)}, {}};
+    case Rule::friendly_second: return {{1, 0, 0}, {0, 1 - h.lambda, h.lambda}, {}};
     case Rule::sampa: return {{h.lambda, 1 - h.lambda}, {1, 0}, {}};
   }
   return {};

@@ -94,6 +94,26 @@ inline void stream(Span to, const void* from, int size) {
   }
 }
 
+// w <- b, bit for bit, or rounded from the master copy.
+template <class T>
+inline void restore(Span w, Span b, int size, Tile<T>& tile) {
+  if (w.dtype == b.dtype) {
+    __builtin_memcpy(w.data, b.data, static_cast<std::size_t>(size) * size_of(w.dtype));
+  } else {
+    put(w, values(b, size, tile), size);
+  }
+}
+
+// As put(), past the caches where nothing has to be converted.
+template <class T>
+inline void write_once(Span x, const T* results, int size) {
+  if (x.dtype == dtype_of<T>) {
+    stream(x, results, size);
+  } else {
+    put(x, results, size);
+  }
+}
+
 // An inner product in double, in 32 fixed lanes.
 struct InnerProduct {
   typedef double Eight __attribute__((vector_size(64)));
@@ -155,60 +175,22 @@ void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
     a.w.dtype[a.map.row_of[i]] == Dtype::f64 ? sums_chunk<double>(a, i) : sums_chunk<float>(a, i);
 }
 
-// perturb ---------------------------------------------------------------------------------------------------------------
-
-template <class T>
-void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
-  const bool master = is_master(a.b, a.w, chunk.row);
-  const double eta = a.eta != nullptr ? a.eta[chunk.row] : __builtin_nan("");
-  const T c = static_cast<T>(a.c[chunk.row]);
-  Tile<T> x_tile, w_tile, origin_tile, out_tile;
-  for (int begin = 0; begin < chunk.size; begin += kTile) {
-    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
-    const std::int64_t offset = chunk.offset + begin;
-    const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
-    if (!master) stream(b_span, w_span.data, size);
-    const T* w = values(w_span, size, w_tile);
-    const T* origin = master ? values(b_span, size, origin_tile) : w;
-    const T* x = values(span(a.x, chunk.row, offset), size, x_tile);
-    T* out = room(w_span, out_tile);
-    if (eta != eta) {
-      LOOKSAM_VECTORIZE
-      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], c, T(1), x[i]);
-    } else {
-      LOOKSAM_VECTORIZE
-      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], c, adaptive_scale(w[i], static_cast<T>(eta)), x[i]);
-    }
-    put(w_span, out, size);
-  }
-}
-
-void perturb(const PerturbArgs& a, std::int64_t first, std::int64_t last) {
-  for (std::int64_t i = first; i < last; ++i) {
-    const Chunk chunk = a.map.at(i);
-    if (!a.x.has(chunk.row)) continue;
-    in_double(a.w, a.b, chunk.row) ? perturb_chunk<double>(a, chunk) : perturb_chunk<float>(a, chunk);
-  }
-  stream_fence();
-}
-
-// step ------------------------------------------------------------------------------------------------------------------
-
+// sum_i c_i x_i over the inputs of one row.
 template <class T>
 struct Combination {
   int terms = 0;
   int input[kMaxInputs] = {};
   T c[kMaxInputs] = {};
 
-  Combination(const StepArgs& a, const double* coefficient, std::int32_t row) {
-    for (int i = 0; i < a.inputs; ++i) {
-      c[terms] = static_cast<T>(coefficient[i * a.map.rows + row]);
+  Combination(const double* coefficient, const Column* columns, int inputs, const ChunkMap& map, std::int32_t row) {
+    for (int i = 0; i < inputs && coefficient != nullptr; ++i) {
+      c[terms] = static_cast<T>(coefficient[i * map.rows + row]);
       input[terms] = i;
-      terms += c[terms] != T(0) && a.input[i].has(row);  // a zero takes its input out, whatever that holds
+      terms += c[terms] != T(0) && columns[i].has(row);  // a zero takes its input out, whatever that holds
     }
   }
 
-  // sum_i c_i x_i; the input itself where it is the only term, times 1.
+  // The values; the input itself where it is the only term, times 1.
   const T* of(const T* const* x, int size, Tile<T>& tile) const {
     T* out = tile.at;
     if (terms == 1 && c[0] == T(1)) return x[input[0]];
@@ -233,17 +215,67 @@ struct Combination {
     }
     return out;
   }
+
+  void add_to(T* out, const T* const* x, int size, Tile<T>& tile) const {
+    const T* added = of(x, size, tile);
+    LOOKSAM_VECTORIZE
+    for (int i = 0; i < size; ++i) out[i] += added[i];
+  }
 };
 
-// w <- b, bit for bit, or rounded from the master copy.
+// The inputs from one offset on; those that are not of the arithmetic's type are converted into `tile`.
 template <class T>
-inline void restore(Span w, Span b, int size, Tile<T>& tile) {
-  if (w.dtype == b.dtype) {
-    __builtin_memcpy(w.data, b.data, static_cast<std::size_t>(size) * size_of(w.dtype));
-  } else {
-    put(w, values(b, size, tile), size);
+struct Inputs {
+  const T* at[kMaxInputs] = {};
+
+  Inputs(const Column* columns, int inputs, std::int32_t row, std::int64_t offset, int size, Tile<T>* tile) {
+    for (int i = 0; i < inputs; ++i) at[i] = values(span(columns[i], row, offset), size, tile[i]);
+  }
+};
+
+// perturb ---------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
+  const bool from_b = a.from_b[chunk.row] != 0;
+  const double eta = a.eta != nullptr ? a.eta[chunk.row] : __builtin_nan("");
+  const Combination<T> ascent(a.c, a.input, a.inputs, a.map, chunk.row);
+  Tile<T> input_tile[kMaxInputs], e_tile, w_tile, origin_tile, out_tile;
+  for (int begin = 0; begin < chunk.size; begin += kTile) {
+    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+    const std::int64_t offset = chunk.offset + begin;
+    const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
+    if (!from_b) stream(b_span, w_span.data, size);
+    if (ascent.terms == 0) {
+      if (from_b) restore(w_span, b_span, size, out_tile);
+      continue;
+    }
+    const T* w = values(w_span, size, w_tile);
+    const T* origin = from_b ? values(b_span, size, origin_tile) : w;
+    const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
+    const T* e = ascent.of(x.at, size, e_tile);
+    T* out = room(w_span, out_tile);
+    if (eta != eta) {
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], T(1), e[i]);
+    } else {
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], adaptive_scale(w[i], static_cast<T>(eta)), e[i]);
+    }
+    put(w_span, out, size);
   }
 }
+
+void perturb(const PerturbArgs& a, std::int64_t first, std::int64_t last) {
+  for (std::int64_t i = first; i < last; ++i) {
+    const Chunk chunk = a.map.at(i);
+    if (!a.input[0].has(chunk.row)) continue;
+    in_double(a.w, a.b, chunk.row) ? perturb_chunk<double>(a, chunk) : perturb_chunk<float>(a, chunk);
+  }
+  stream_fence();
+}
+
+// step ------------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void restore_chunk(const StepArgs& a, const Chunk chunk) {
@@ -273,30 +305,20 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
   const Chunk chunk = a.map.at(index);
   const StepRow& row = a.row[chunk.row];
   const UpdateScalars<T> h = row.scalars.to<T>();
-  const Combination<T> direction(a, a.d_coefficient, chunk.row);
-  const bool writes_q = a.q_coefficient != nullptr;
-  const Combination<T> orthogonal(a, writes_q ? a.q_coefficient : a.d_coefficient, chunk.row);
+  const Combination<T> direction(a.d, a.input, a.inputs, a.map, chunk.row);
+  const Combination<T> second(a.q, a.input, a.inputs, a.map, chunk.row);
+  const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
   InnerProduct qq, ww, uu;
-  Tile<T> input_tile[kMaxInputs], d_tile, origin_tile, out_tile, first_tile, second_tile;
+  Tile<T> input_tile[kMaxInputs], d_tile, q_tile, origin_tile, out_tile, first_tile, second_tile;
 
   for (int begin = 0; begin < chunk.size; begin += kTile) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
     const std::int64_t offset = chunk.offset + begin;
-    const T* x[kMaxInputs] = {};
-    for (int i = 0; i < a.inputs; ++i) x[i] = values(span(a.input[i], chunk.row, offset), size, input_tile[i]);
-
-    if (writes_q) {
-      const T* q = orthogonal.of(x, size, d_tile);
-      qq.add(q, q, size);
-      const Span target = span(a.q, chunk.row, offset);
-      if (target.dtype == dtype_of<T>) {
-        stream(target, q, size);
-      } else {
-        put(target, q, size);
-      }
-    }
-    const T* d = direction.of(x, size, d_tile);
+    const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
+    const T* d = direction.of(x.at, size, d_tile);
+    // Before anything is written: what is written may be one of the inputs.
+    const T* q = a.q != nullptr ? second.of(x.at, size, q_tile) : nullptr;
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
@@ -339,11 +361,18 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
         if (row.from_b) restore(w_span, b_span, size, out_tile);
         put(span(a.input[0], chunk.row, offset), d, size);
     }
-    if (a.base != Base::lamb && a.base != Base::grad) target.put_new(out, size);
+    if (a.base != Base::lamb && a.base != Base::grad) {
+      if (post.terms > 0) post.add_to(out, x.at, size, d_tile);
+      target.put_new(out, size);
+    }
     put(first_span, m, size);
     put(second_span, v, size);
+    if (q != nullptr) {
+      qq.add(q, q, size);
+      write_once(span(a.written, chunk.row, offset), q, size);
+    }
   }
-  if (writes_q) a.q_sq[index] = qq.total();
+  if (a.q != nullptr) a.q_sq[index] = qq.total();
   if (a.base == Base::lamb) a.w_sq[index] = ww.total(), a.u_sq[index] = uu.total();
 }
 
@@ -365,8 +394,9 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
   const StepRow& row = a.row[chunk.row];
   const UpdateScalars<T> h = row.scalars.to<T>();
   const T trust_ratio = static_cast<T>(row.trust_ratio);
+  const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
-  Tile<T> origin_tile, out_tile, first_tile, second_tile;
+  Tile<T> input_tile[kMaxInputs], post_tile, origin_tile, out_tile, first_tile, second_tile;
   for (int begin = 0; begin < chunk.size; begin += kTile) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
     const std::int64_t offset = chunk.offset + begin;
@@ -378,6 +408,10 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
     T* out = target.room_for_new();
     LOOKSAM_VECTORIZE
     for (int i = 0; i < size; ++i) out[i] = lamb(w[i], m[i], v[i], trust_ratio, h);
+    if (post.terms > 0) {
+      const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
+      post.add_to(out, x.at, size, post_tile);
+    }
     target.put_new(out, size);
   }
 }

@@ -28,36 +28,39 @@ struct SumsArgs {
   double* partial;                 // [pairs, chunks], 0 where an operand is absent
 };
 
-// b <- w, w <- w + c T^2 x in the rows that have an x; where b is a master copy it is read and not written.
+// In the rows that have the first input: b <- w unless they start from b, then w <- origin + T^2 sum_i c_i x_i.
 struct PerturbArgs {
   ChunkMap map;
-  Column w, b, x;
-  const double* eta;
-  const double* c;  // [rows]
+  Column w, b;
+  const unsigned char* from_b;  // [rows], 1 where b is the origin: w is perturbed already, or b is its master copy
+  const double* eta;            // as in SumsArgs
+  int inputs;
+  Column input[kMaxInputs];
+  const double* c;  // [inputs, rows]
 };
 
 enum class Action : std::uint8_t { skip, restore, update };
 
 struct StepRow {
   Action action;
-  bool from_b;  // the step starts from b: w is perturbed, or b is its master copy
+  bool from_b;  // as in PerturbArgs
   double trust_ratio;
   UpdateScalars<double> scalars;
 };
 
-// d = sum_i d_i x_i, q <- sum_i q_i x_i, and the base update. grad writes d over the first input.
+// d = sum_i d_i x_i, the base update, w += sum_i post_i x_i, written <- sum_i q_i x_i. grad writes d over the first
+// input instead of updating. A combination without coefficients is left out.
 struct StepArgs {
   ChunkMap map;
   Base base;
   const StepRow* row;  // [rows]
   int inputs;
   Column input[kMaxInputs];
-  const double* d_coefficient;  // [inputs, rows]
-  const double* q_coefficient;  // null: q is not written
-  Column w, b, q;
+  const double *d, *q, *post;  // [inputs, rows]
+  Column w, b, written;
   Column first_state, second_state;  // momentum_buffer, or exp_avg and exp_avg_sq
-  double* q_sq;                      // [chunks]
-  double *w_sq, *u_sq;               // [chunks], lamb
+  double* q_sq;                      // [chunks], partial sums of ||q_p||^2
+  double *w_sq, *u_sq;               // [chunks], lamb's of ||w_p||^2 and ||u_p||^2
 };
 
 // Each function works on the chunks first .. last - 1.
@@ -65,9 +68,9 @@ struct Kernels {
   const char* name;
   void (*sums)(const SumsArgs&, std::int64_t first, std::int64_t last);
   void (*perturb)(const PerturbArgs&, std::int64_t first, std::int64_t last);
-  // The whole update; of lamb the first phase: d, q, moments and the squares of w and u.
+  // The whole update; of lamb the first phase: all but w and post.
   void (*step)(const StepArgs&, std::int64_t first, std::int64_t last);
-  // lamb's second phase, last chunk first, which is the one still in cache: w from the moments and the trust ratio.
+  // lamb's second phase, last chunk first, which is the one still in cache: w from moments and trust ratio, and post.
   void (*lamb_apply)(const StepArgs&, std::int64_t first, std::int64_t last);
 };
 

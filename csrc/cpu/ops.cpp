@@ -1,7 +1,5 @@
 #include "ops.h"
 
-#include <algorithm>
-
 namespace looksam::cpu {
 
 namespace {
@@ -115,30 +113,28 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
     if (rows[row].action == Action::update) q_sq_of_row[row] = total(args.q_sq, args.map, row);
 }
 
-void coefficients(const RuleInfo& rule, const Sums* sums, const RowHyper* const* hyper, const CommonHyper& common,
-                  bool found_inf, std::int32_t rows, double* d, double* q) {
+void coefficients(const RuleInfo& rule, Sums* sums, const RowHyper* const* hyper, const CommonHyper& common, bool found_inf,
+                  std::int32_t rows, double* d, double* q, double* post) {
   Sums total = {};
   for (std::int32_t row = 0; row < rows; ++row) {
+    sums[row].unscale(common.inv_scale);
     total.add(sums[row]);
-    total.layer += layer_sq(sums[row], *hyper[row], common);
   }
-  if (rule.is_ascent) {
-    for (std::int32_t row = 0; row < rows; ++row)
-      d[row] = found_inf ? 0 : ascent(rule.rule, sums[row], total, *hyper[row], common);
-    return;
-  }
+  std::vector<Direction> directions;
   double square = 0;
   for (std::int32_t row = 0; row < rows; ++row) {
-    const Direction direction = descent(rule.rule, sums[row], total, *hyper[row], common);
-    square += direction_sq(rule, direction, sums[row]);
+    directions.push_back(direction(rule.rule, sums[row], total, *hyper[row], common));
+    square += direction_sq(rule, directions.back(), sums[row]);
+  }
+  for (std::int32_t row = 0; row < rows; ++row) {
+    const double by = length(rule.rule, sums[row], total, *hyper[row], common, square);
+    finish(rule, directions[row], by, *hyper[row], common, found_inf);
     for (int i = 0; i < rule.inputs; ++i) {
-      d[i * rows + row] = direction.d[i];
-      if (q != nullptr) q[i * rows + row] = direction.q[i];
+      d[i * rows + row] = directions[row].d[i];
+      if (q != nullptr) q[i * rows + row] = directions[row].q[i];
+      if (post != nullptr) post[i * rows + row] = directions[row].post[i];
     }
   }
-  if (common.max_grad_norm < 0) return;
-  const double factor = clip_factor(square, common);
-  std::for_each(d, d + rule.inputs * rows, [factor](double& c) { c *= factor; });
 }
 
 }  // namespace looksam::cpu

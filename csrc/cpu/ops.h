@@ -23,10 +23,9 @@ void perturb(const PerturbArgs& args, const ParallelFor& parallel_for);
 void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
           const ParallelFor& parallel_for);
 
-// The coefficients of a rule for every row: d and q are [rule.inputs, rows]; q may be null. An ascent's c is d[0], and 0
-// with found_inf.
-void coefficients(const RuleInfo& rule, const Sums* sums, const RowHyper* const* hyper, const CommonHyper& common,
-                  bool found_inf, std::int32_t rows, double* d, double* q);
+// The coefficients of a rule for every row, each [rule.inputs, rows]; q and post may be null. Unscales the sums.
+void coefficients(const RuleInfo& rule, Sums* sums, const RowHyper* const* hyper, const CommonHyper& common, bool found_inf,
+                  std::int32_t rows, double* d, double* q, double* post);
 
 // The instruction sets that this processor runs, best last, and the one in use; use_isa returns false for another name.
 const std::vector<const Kernels*>& available_isas();

@@ -43,8 +43,10 @@ def coefficients(
     found_inf: Tensor | None,
     max_grad_norm: float | None,
 ) -> Coefficients:
-    scalars = _synced(table).coefficients(rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm)
-    return Coefficients(_inputs(rule), *scalars)
+    scalars = _synced(table).coefficients(
+        rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm
+    )
+    return _named(rule, scalars)
 
 
 def measure(
@@ -58,26 +60,29 @@ def measure(
     found_inf: Tensor | None,
     max_grad_norm: float | None,
 ) -> tuple[Sums, Coefficients]:
-    values, scalars = _synced(table).measure(rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
+    values, scalars = _synced(table).measure(
+        rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm
+    )
     all_pairs = (known.pairs if known is not None else ()) + tuple(pairs)
-    return Sums(all_pairs, values), Coefficients(_inputs(rule), *scalars)
+    return Sums(all_pairs, values), _named(rule, scalars)
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive) -> None:
-    _synced(table).perturb(coefficients.inputs[0], coefficients.d, adaptive, table.perturbed)
+    _synced(table).perturb(coefficients.inputs, coefficients.d, adaptive, table.perturbed)
 
 
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
-    inputs, d, q, found_inf = coefficients
-    _synced(table).step(base, inputs, d, q, found_inf, groups, table.perturbed)
+    _synced(table).step(base, *coefficients, groups, table.perturbed)
 
 
 def restore(table: TensorTable) -> None:
     _synced(table).restore(table.perturbed)
 
 
-def _inputs(rule: str) -> tuple[str, ...]:
-    return ASCENTS[rule].inputs if rule in ASCENTS else DESCENTS[rule].inputs
+def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | None]) -> Coefficients:
+    if rule in ASCENTS:
+        return Coefficients(ASCENTS[rule].inputs, *scalars)
+    return Coefficients(DESCENTS[rule].inputs, *scalars, DESCENTS[rule].writes or "q")
 
 
 def _synced(table: TensorTable) -> Any:

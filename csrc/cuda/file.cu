@@ -1,0 +1,45 @@
+#include "file.cuh"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "dispatch.cuh"
+
+namespace looksam::cuda {
+
+namespace {
+
+std::atomic<std::int64_t> launch_count{0};
+
+template <class Args>
+void file_words(std::uint32_t* to, const char* from, std::size_t words, Stream stream) {
+  Args args;
+  args.to = to;
+  args.words = static_cast<std::int32_t>(words);
+  std::memcpy(args.word, from, words * sizeof(std::uint32_t));
+  execute<FileBody<Args>>("filing the table", static_cast<std::int64_t>((words + kThreads - 1) / kThreads), args, stream);
+}
+
+}  // namespace
+
+void file(void* to, const void* from, std::size_t bytes, Stream stream) {
+  constexpr std::size_t kSmall = std::extent_v<decltype(SmallFile::word)>, kLarge = std::extent_v<decltype(LargeFile::word)>;
+  const std::size_t words = bytes / sizeof(std::uint32_t);
+  for (std::size_t done = 0; done < words; done += kLarge) {
+    const std::size_t count = std::min(kLarge, words - done);
+    const auto file_part = count <= kSmall ? file_words<SmallFile> : file_words<LargeFile>;
+    file_part(static_cast<std::uint32_t*>(to) + done, static_cast<const char*>(from) + done * sizeof(std::uint32_t), count, stream);
+  }
+}
+
+void index_chunks(const ChunkMap& map, std::int32_t* row_of, std::uint32_t* row_arrivals, std::uint32_t* arrivals,
+                  Stream stream) {
+  execute<IndexBody>("indexing the chunks", map.rows, IndexArgs{map, row_of, row_arrivals, arrivals}, stream);
+}
+
+void count_launch() { ++launch_count; }
+
+std::int64_t launches() { return launch_count; }
+
+}  // namespace looksam::cuda

@@ -1,0 +1,82 @@
+// perturb: b <- w, w <- w + T^2 sum_i c_i x_i, in the rows that have the first input.
+#pragma once
+
+#include <type_traits>
+
+#include "block.cuh"
+#include "table.cuh"
+
+namespace looksam::cuda {
+
+struct PerturbArgs {
+  ChunkMap map;
+  Rows rows;
+  std::int32_t inputs;
+  const Ref* input[kMaxInputs];
+  const Ref *w, *b;
+  const double* eta;  // [rows], NaN where T = 1; null: everywhere
+  const double* c;    // [inputs, rows of the whole table]
+  Bits perturbed;     // rows that start from b and leave it alone, as those do whose b is a master copy
+};
+
+template <class T>
+struct PerturbBody {
+  using Wide = typename T::Wide;
+  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+
+  struct Shared {};
+
+  template <class Block>
+  LOOKSAM_HD static void run(const Block& block, Shared&, const PerturbArgs& a) {
+    const Chunk chunk = a.map.at(a.rows.first_chunk + block.index());
+    if (!at(a.input[0], chunk.row).present()) return;
+    const Combination<T> combination(a.c, a.inputs, a.map.rows, chunk.row);
+    const auto span = [&](int i) {
+      return Span<T>(combination.c[i] != 0 ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
+    };
+    const Span<T> x[kMaxInputs] = {span(0), span(1), span(2)};
+    const Span<T> w(a.w[chunk.row], chunk.offset), b(a.b[chunk.row], chunk.offset);
+    const bool from_b = w.narrow() != b.narrow() || a.perturbed.has(chunk.row - a.rows.first);
+    const bool moves = !combination.is_zero();
+    const double eta = a.eta != nullptr ? a.eta[chunk.row] : 0;
+    const bool scaled = a.eta != nullptr && eta == eta;
+    const bool aligned = w.aligned() && b.aligned() && x[0].aligned() && x[1].aligned() && x[2].aligned();
+
+    for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
+      struct Loaded {
+        Raw<T> x[kMaxInputs], w, b;
+      };
+      const auto load = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        Loaded loaded = {{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
+                          x[2].template load<kWhole>(i, size)},
+                         w.template load<kWhole>(i, size),
+                         {}};
+        if (from_b) loaded.b = b.template load<kWhole>(i, size);
+        return loaded;
+      };
+      const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
+
+      const Vector<T> current = loaded.w.values();
+      const Vector<T> origin = from_b ? loaded.b.values() : current;
+      Vector<T> moved = origin;
+      if (moves) {
+        const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
+        const Vector<T> e = combination.of(inputs);
+#pragma unroll
+        for (int k = 0; k < T::lanes; ++k) {
+          const Wide scale = scaled ? adaptive_scale(current.lane[k], static_cast<Wide>(eta)) : Wide(1);
+          moved.lane[k] = looksam::perturbed(origin.lane[k], scale, e.lane[k]);
+        }
+      }
+      const auto store = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        if (!from_b) b.template store<kWhole, Cache::stream>(i, size, origin);
+        w.template store<kWhole>(i, size, moved);
+      };
+      whole ? store(std::true_type{}) : store(std::false_type{});
+    });
+  }
+};
+
+}  // namespace looksam::cuda

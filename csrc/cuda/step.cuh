@@ -1,0 +1,291 @@
+// step: d = sum_i d_i x_i and the base update in one pass, read from the backup where there is one, so that the restore is
+// free; on the way the second combination, and what is added after the update. LAMB's w needs ||w_p|| and ||u_p|| first, so
+// its update is this pass without w, and a second one that computes u again.
+#pragma once
+
+#include <type_traits>
+
+#include "block.cuh"
+#include "table.cuh"
+
+namespace looksam::cuda {
+
+struct StepGroup {
+  BaseHyper hyper;
+  Ref lr;  // a scalar on the device in place of hyper.lr; narrow: float, else double
+};
+
+inline constexpr int kStepGroups = 40;  // in one launch, whose arguments then fit in 4 KB
+
+struct StepArgs {
+  ChunkMap map;
+  Rows rows;
+  Base base;
+  std::int32_t inputs;
+  const Ref* input[kMaxInputs];   // null input[0]: perturbed rows are restored, nothing else happens
+  const double *d, *q, *post;     // [inputs, rows of the whole table]; q and post may be null
+  const float* found_inf;         // above 0: perturbed rows are restored, nothing else happens
+  const Ref *w, *b;
+  const Ref *first, *second;      // momentum_buffer, or exp_avg and exp_avg_sq
+  const Ref* count;               // scalars of type float
+  const Ref* written;             // receives the second combination
+  const Ref* written_norm_sq;     // scalars of type double; may be null
+  double* partial;                // [3, chunks]: squares of the second combination, of w, of u
+  std::uint32_t* row_arrivals;
+  double* trust_ratio;            // [rows of the whole table]
+  const std::int32_t* group;      // [rows of the whole table]
+  std::int32_t first_group;       // of the groups below
+  Bits perturbed;
+  StepGroup groups[kStepGroups];
+};
+static_assert(sizeof(StepArgs) <= 4096);
+
+// Where a row's step starts, and where it goes.
+template <class T>
+struct StepRow {
+  Span<T> w, b;
+  bool perturbed, master, from_b;
+
+  LOOKSAM_HD StepRow(const StepArgs& a, const Chunk& chunk)
+      : w(a.w[chunk.row], chunk.offset),
+        b(at(a.b, chunk.row), chunk.offset),
+        perturbed(a.perturbed.has(chunk.row - a.rows.first)),
+        master(b.present() && b.narrow() != w.narrow()),
+        from_b(perturbed || master) {}
+
+  template <class Block>
+  LOOKSAM_HD void restore(const Block& block, const Chunk& chunk) const {
+    for_each_vector<T>(block, chunk.size, w.aligned() && b.aligned(), [&](int i, int size, bool whole) {
+      if (whole) {
+        w.template store<true>(i, size, b.template load<true>(i, size).values());
+      } else {
+        w.template store<false>(i, size, b.template load<false>(i, size).values());
+      }
+    });
+  }
+};
+
+template <class T>
+struct StepShared {
+  SumScratch scratch;
+  UpdateScalars<typename T::Wide> scalars;
+};
+
+LOOKSAM_HD StepGroup group_of(const StepArgs& a, std::int32_t row) {
+  StepGroup group = a.groups[a.group[row] - a.first_group];
+  if (group.lr.present())
+    group.hyper.lr = group.lr.narrow() ? static_cast<double>(*reinterpret_cast<const float*>(group.lr.data()))
+                                       : *reinterpret_cast<const double*>(group.lr.data());
+  return group;
+}
+
+LOOKSAM_HD float* count_of(const StepArgs& a, std::int32_t row) { return reinterpret_cast<float*>(a.count[row].data()); }
+
+// The scalars of a row's update, made by one thread for all. updates: how many the row has had, this one included.
+template <class T, class Block>
+LOOKSAM_HD UpdateScalars<typename T::Wide> scalars_of(const Block& block, StepShared<T>& shared, const StepArgs& a,
+                                                      std::int32_t row, int updates_to_come) {
+  if (block.rank() == 0) {
+    const double updates = static_cast<double>(*count_of(a, row)) + updates_to_come;
+    shared.scalars = base_scalars(group_of(a, row).hyper, updates).template to<typename T::Wide>();
+  }
+  block.barrier();
+  return shared.scalars;
+}
+
+template <class T>
+struct StepBody {
+  using Wide = typename T::Wide;
+  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+  using Shared = StepShared<T>;
+
+  template <class Block>
+  LOOKSAM_HD static void run(const Block& block, Shared& shared, const StepArgs& a) {
+    const std::int64_t index = a.rows.first_chunk + block.index();
+    const Chunk chunk = a.map.at(index);
+    const StepRow<T> row(a, chunk);
+    const bool keep = a.input[0] == nullptr || *a.found_inf > 0 || !a.input[0][chunk.row].present();
+    if (keep) {
+      if (row.perturbed) row.restore(block, chunk);
+      return;
+    }
+    update(block, shared, a, row, chunk, index);
+    if (a.base == Base::grad && a.q == nullptr) return;
+    const std::int64_t begin = a.map.first[chunk.row], end = a.map.first[chunk.row + 1];
+    if (last_to_arrive(block, &a.row_arrivals[chunk.row], end - begin)) finish_row(block, shared, a, chunk.row, begin, end);
+  }
+
+ private:
+  struct Squares {
+    Wide written, w, u;
+  };
+
+  template <class Block>
+  LOOKSAM_HD static void update(const Block& block, Shared& shared, const StepArgs& a, const StepRow<T>& row,
+                                const Chunk& chunk, std::int64_t index) {
+    const Combination<T> direction(a.d, a.inputs, a.map.rows, chunk.row), second(a.q, a.inputs, a.map.rows, chunk.row),
+        post(a.post, a.inputs, a.map.rows, chunk.row);
+    const auto input = [&](int i) {
+      const bool needed = direction.c[i] != 0 || second.c[i] != 0 || post.c[i] != 0;
+      return Span<T>(i < a.inputs && needed ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
+    };
+    const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
+    const Span<T> written(a.q != nullptr ? a.written[chunk.row] : Ref{0}, chunk.offset);
+    const Span<T> output(a.base == Base::grad ? a.input[0][chunk.row] : Ref{0}, chunk.offset);
+#if defined(LOOKSAM_PLANTED_STATES)  // a fault that the tests must find: the two states are taken for each other
+    const Span<T> m(at(a.second, chunk.row), chunk.offset), v(at(a.first, chunk.row), chunk.offset);
+#else
+    const Span<T> m(at(a.first, chunk.row), chunk.offset), v(at(a.second, chunk.row), chunk.offset);
+#endif
+    const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
+                         written.aligned() && output.aligned() && m.aligned() && v.aligned();
+    const UpdateScalars<Wide> h =
+        a.base == Base::grad ? UpdateScalars<Wide>{} : scalars_of<T>(block, shared, a, chunk.row, 1);
+    const bool adds = a.base != Base::grad && !post.is_zero();
+    const bool has_momentum = a.base == Base::sgd && h.momentum != 0;
+    const bool has_states = a.base != Base::grad && a.base != Base::sgd;
+    const Span<T>& origin = row.from_b ? row.b : row.w;
+
+    Squares square = {};
+    for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
+      struct Loaded {
+        Raw<T> x[kMaxInputs], w, m, v;
+      };
+      const auto load = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        Loaded loaded = {{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
+                          x[2].template load<kWhole>(i, size)},
+                         origin.template load<kWhole>(i, size),
+                         {},
+                         {}};
+        if (has_momentum || has_states) loaded.m = m.template load<kWhole>(i, size);
+        if (has_states) loaded.v = v.template load<kWhole>(i, size);
+        return loaded;
+      };
+      const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
+
+      const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
+      const Vector<T> d = direction.of(inputs), q = second.of(inputs), added = post.of(inputs);
+      Vector<T> weight = loaded.w.values(), first = loaded.m.values(), variance = loaded.v.values();
+#pragma unroll
+      for (int k = 0; k < T::lanes; ++k) {
+        Wide &w_k = weight.lane[k], &m_k = first.lane[k], &v_k = variance.lane[k];
+        square.written += q.lane[k] * q.lane[k];
+        switch (a.base) {
+          case Base::sgd: w_k = has_momentum ? sgd_momentum(w_k, d.lane[k], m_k, h) : sgd(w_k, d.lane[k], h); break;
+          case Base::adam: w_k = adam(w_k, d.lane[k], m_k, v_k, h); break;
+          case Base::adamw: w_k = adamw(w_k, d.lane[k], m_k, v_k, h); break;
+          case Base::lamb: {
+            adam_moments(d.lane[k], m_k, v_k, h);
+            const Wide u = lamb_direction(w_k, m_k, v_k, h);
+            square.w += w_k * w_k;
+            square.u += u * u;
+            break;
+          }
+          case Base::grad: break;
+        }
+        if (adds) w_k += added.lane[k];
+      }
+
+      const auto store = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        if (written.present()) written.template store<kWhole, Cache::stream>(i, size, q);
+        if (output.present()) output.template store<kWhole>(i, size, d);
+        if (has_momentum || has_states) m.template store<kWhole>(i, size, first);
+        if (has_states) v.template store<kWhole>(i, size, variance);
+        if (a.base == Base::lamb) return;
+        if (a.base != Base::grad || row.from_b) row.w.template store<kWhole>(i, size, weight);
+        if (a.base != Base::grad && row.master) row.b.template store<kWhole>(i, size, weight);
+      };
+      whole ? store(std::true_type{}) : store(std::false_type{});
+    });
+
+    const auto put_partial = [&](int which, Wide sum) {
+      const double total = block_sum(block, shared.scratch, static_cast<double>(sum));
+      if (block.rank() == 0) a.partial[which * a.map.chunks + index] = total;
+    };
+    if (a.q != nullptr) put_partial(0, square.written);
+    if (a.base == Base::lamb) put_partial(1, square.w), put_partial(2, square.u);
+  }
+
+  // All blocks of the row have read its update count.
+  template <class Block>
+  LOOKSAM_HD static void finish_row(const Block& block, Shared& shared, const StepArgs& a, std::int32_t row,
+                                    std::int64_t begin, std::int64_t end) {
+    const auto total = [&](int which) {
+      double sum = 0;
+      for (std::int64_t i = begin + block.rank(); i < end; i += block.size()) sum += a.partial[which * a.map.chunks + i];
+      return block_sum(block, shared.scratch, sum);
+    };
+    if (a.q != nullptr) {
+      const double norm_sq = total(0);
+      const Ref target = at(a.written_norm_sq, row);
+      if (block.rank() == 0 && target.present()) *reinterpret_cast<double*>(target.data()) = norm_sq;
+    }
+    if (a.base == Base::lamb) {
+      const double w_sq = total(1), u_sq = total(2);
+      if (block.rank() == 0) a.trust_ratio[row] = looksam::trust_ratio(w_sq, u_sq, group_of(a, row).hyper);
+    }
+    if (block.rank() == 0 && a.base != Base::grad) *count_of(a, row) += 1;
+  }
+};
+
+// The second pass of LAMB, last chunk first: that one is still in the cache.
+template <class T>
+struct LambBody {
+  using Wide = typename T::Wide;
+  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+  using Shared = StepShared<T>;
+
+  template <class Block>
+  LOOKSAM_HD static void run(const Block& block, Shared& shared, const StepArgs& a) {
+    const Chunk chunk = a.map.at(a.rows.first_chunk + block.count() - 1 - block.index());
+    if (*a.found_inf > 0 || !a.input[0][chunk.row].present()) return;
+    const StepRow<T> row(a, chunk);
+    const Combination<T> post(a.post, a.inputs, a.map.rows, chunk.row);
+    const auto input = [&](int i) {
+      return Span<T>(post.c[i] != 0 ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
+    };
+    const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
+    const Span<T> m(a.first[chunk.row], chunk.offset), v(a.second[chunk.row], chunk.offset);
+    const Span<T>& origin = row.from_b ? row.b : row.w;
+    const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
+                         m.aligned() && v.aligned();
+    const UpdateScalars<Wide> h = scalars_of<T>(block, shared, a, chunk.row, 0);
+    const bool adds = !post.is_zero();
+    const Wide trust_ratio = static_cast<Wide>(a.trust_ratio[chunk.row]);
+
+    for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
+      struct Loaded {
+        Raw<T> x[kMaxInputs], w, m, v;
+      };
+      const auto load = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
+                       x[2].template load<kWhole>(i, size)},
+                      origin.template load<kWhole>(i, size),
+                      m.template load<kWhole>(i, size),
+                      v.template load<kWhole>(i, size)};
+      };
+      const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
+
+      const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
+      const Vector<T> added = post.of(inputs), first = loaded.m.values(), variance = loaded.v.values();
+      Vector<T> weight = loaded.w.values();
+#pragma unroll
+      for (int k = 0; k < T::lanes; ++k) {
+        weight.lane[k] = lamb(weight.lane[k], first.lane[k], variance.lane[k], trust_ratio, h);
+        if (adds) weight.lane[k] += added.lane[k];
+      }
+
+      const auto store = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        row.w.template store<kWhole>(i, size, weight);
+        if (row.master) row.b.template store<kWhole>(i, size, weight);
+      };
+      whole ? store(std::true_type{}) : store(std::false_type{});
+    });
+  }
+};
+
+}  // namespace looksam::cuda

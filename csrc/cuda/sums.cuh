@@ -1,0 +1,245 @@
+// sums: inner products of pairs of columns per row, and the coefficients of a rule from them.
+//
+//   every block       one chunk: the pairs' partial sums, stored by the chunk's index
+//   last of a row     adds the row's partial sums up, in the order of its chunks
+//   last of all       the totals over the rows, and the coefficients of every row (core/scalars.h)
+#pragma once
+
+#include <type_traits>
+
+#include "block.cuh"
+#include "table.cuh"
+
+namespace looksam::cuda {
+
+inline constexpr int kOperands = 4;
+inline constexpr int kPairs = kOperands * (kOperands + 1) / 2;  // (0,0) (0,1) .. (0,3) (1,1) .. (3,3)
+inline constexpr int kFields = 12;
+
+// A sum that a rule reads: which of Sums, and its value in every row.
+struct Field {
+  std::int32_t index;
+  const double* value;  // [rows]
+};
+
+struct RuleArgs {
+  bool evaluate;              // only the last launch of a table does
+  RuleInfo rule;
+  CommonHyper common;         // without inv_scale, which is 1 / grad_scale
+  const float* grad_scale;    // null: 1
+  const float* earlier_inf;   // found_inf of an earlier pass; null: 0
+  std::int32_t rows;          // of the whole table
+  const std::int32_t* group;  // [rows]
+  std::int32_t fields;
+  Field field[kFields];
+  double *d, *q, *post;       // [inputs, rows]; q and post are null where the rule has none
+  float* found_inf;
+};
+
+struct SumsArgs {
+  ChunkMap map;
+  Rows rows;
+  std::int32_t rows_here;          // with chunks in this launch
+  std::int32_t operands;
+  const Ref* operand[kOperands];
+  Ref* filed;                      // the operand that travels with this launch is written here; null: none does
+  std::int32_t carried;            // which operand that is
+  std::int32_t adaptive;           // this operand is T times its column; negative: none is
+  const Ref* w;                    // read for T only
+  const double* eta;               // [rows], NaN where T = 1
+  double* value[kPairs];           // [rows] each; null where the pair is not asked for
+  double* partial;                 // [asked pairs, chunks]
+  std::uint32_t *row_arrivals, *arrivals;
+  const Ref *cached, *cached_if;   // scalars of type double that stand for a sum, in rows that have the other column too
+  double* cached_value;            // [rows]; null: none asked for
+  RuleArgs rule;
+};
+
+template <int kRows, int kGroups>
+struct SumsLaunch {
+  SumsArgs args;
+  RowHyper group[kGroups];
+  Carried<kRows> column;
+
+  static constexpr int rows = kRows, groups = kGroups;
+};
+
+// Two sizes of argument, since every launch pays for its bytes. Both are what CUDA 12.1 and later allow.
+using SmallSums = SumsLaunch<296, 18>;
+using LargeSums = SumsLaunch<kMaxRows, 88>;
+static_assert(sizeof(SmallSums) <= 4096 && sizeof(LargeSums) <= 32764);
+
+template <class T, class Launch>
+struct SumsBody {
+  using Wide = typename T::Wide;
+  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+
+  // What the functions of scalars.h index at run time lies here: in registers it would go to local memory.
+  static constexpr int kRowsAtATime = 64;
+  struct Shared {
+    SumScratch scratch;
+    Sums total, row[kRowsAtATime];
+    Direction direction[kRowsAtATime];
+  };
+
+  template <class Block>
+  LOOKSAM_HD static void run(const Block& block, Shared& shared, const Launch& launch) {
+    const SumsArgs& a = launch.args;
+    if (a.filed != nullptr)
+      for (std::int64_t i = block.index() * block.size() + block.rank(); i < a.rows.count; i += block.count() * block.size())
+        a.filed[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
+
+    bool last = a.rows_here == 0;
+    if (!last) {
+      const std::int64_t index = a.rows.first_chunk + block.index();
+      const Chunk chunk = a.map.at(index);
+      add_up(block, shared, launch, chunk, index);
+      const std::int64_t begin = a.map.first[chunk.row], end = a.map.first[chunk.row + 1];
+      if (!last_to_arrive(block, &a.row_arrivals[chunk.row], end - begin)) return;
+      finish_row(block, shared, a, chunk.row, begin, end);
+      last = last_to_arrive(block, a.arrivals, a.rows_here);
+    }
+    if (last) finish(block, shared, launch);
+  }
+
+ private:
+  template <class Block>
+  LOOKSAM_HD static void add_up(const Block& block, Shared& shared, const Launch& launch, const Chunk& chunk,
+                                std::int64_t index) {
+    const SumsArgs& a = launch.args;
+    const auto span = [&](int k) {
+      if (k >= a.operands) return Span<T>({0}, 0);
+      const bool carried = a.filed != nullptr && k == a.carried;
+      return Span<T>(carried ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
+    };
+    const Span<T> x[kOperands] = {span(0), span(1), span(2), span(3)};
+    const double eta = a.adaptive >= 0 ? a.eta[chunk.row] : 0;
+    const bool scaled = a.adaptive >= 0 && eta == eta;
+    const Span<T> w(scaled ? a.w[chunk.row] : Ref{0}, chunk.offset);
+    bool aligned = w.aligned();
+    for (int k = 0; k < kOperands; ++k) aligned = aligned && x[k].aligned();
+
+    Wide sum[kPairs] = {};
+    for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
+      struct Loaded {
+        Raw<T> x[kOperands], w;
+      };
+      const auto load = [&](auto is_whole) {
+        constexpr bool kWhole = decltype(is_whole)::value;
+        return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
+                       x[2].template load<kWhole>(i, size), x[3].template load<kWhole>(i, size)},
+                      w.template load<kWhole>(i, size)};
+      };
+      const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
+      Vector<T> value[kOperands];
+#pragma unroll
+      for (int k = 0; k < kOperands; ++k) value[k] = loaded.x[k].values();
+      if (scaled) {
+        const Vector<T> weight = loaded.w.values();
+#pragma unroll
+        for (int k = 0; k < kOperands; ++k)
+#pragma unroll
+          for (int lane = 0; lane < T::lanes; ++lane)
+            if (k == a.adaptive) value[k].lane[lane] *= adaptive_scale(weight.lane[lane], static_cast<Wide>(eta));
+      }
+      int pair = 0;
+#pragma unroll
+      for (int k = 0; k < kOperands; ++k)
+#pragma unroll
+        for (int l = k; l < kOperands; ++l, ++pair)
+          if (a.value[pair] != nullptr)
+#pragma unroll
+            for (int lane = 0; lane < T::lanes; ++lane) sum[pair] += value[k].lane[lane] * value[l].lane[lane];
+    });
+
+    double* partial = a.partial + index;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (a.value[pair] == nullptr) continue;
+      const double total = block_sum(block, shared.scratch, static_cast<double>(sum[pair]));
+      if (block.rank() == 0) *partial = total;
+      partial += a.map.chunks;
+    }
+  }
+
+  template <class Block>
+  LOOKSAM_HD static void finish_row(const Block& block, Shared& shared, const SumsArgs& a, std::int32_t row,
+                                    std::int64_t begin, std::int64_t end) {
+    const double* partial = a.partial;
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (a.value[pair] == nullptr) continue;
+      double sum = 0;
+      for (std::int64_t i = begin + block.rank(); i < end; i += block.size()) sum += partial[i];
+      sum = block_sum(block, shared.scratch, sum);
+      if (block.rank() == 0) a.value[pair][row] = sum;
+      partial += a.map.chunks;
+    }
+  }
+
+  template <class Block>
+  LOOKSAM_HD static void finish(const Block& block, Shared& shared, const Launch& launch) {
+    const SumsArgs& a = launch.args;
+    if (a.cached_value != nullptr) {
+      for (std::int32_t row = block.rank(); row < a.rule.rows; row += block.size()) {
+        const Ref value = at(a.cached, row);
+        const bool counts = value.present() && at(a.cached_if, row).present();
+        a.cached_value[row] = counts ? *reinterpret_cast<const double*>(value.data()) : 0;
+      }
+      block.barrier();
+    }
+    if (a.rule.evaluate) evaluate(block, shared, a.rule, launch.group);
+  }
+
+  template <class Block>
+  LOOKSAM_HD static void evaluate(const Block& block, Shared& shared, const RuleArgs& r, const RowHyper* group) {
+    CommonHyper common = r.common;
+    common.inv_scale = r.grad_scale != nullptr ? 1.0 / static_cast<double>(*r.grad_scale) : 1;
+
+    double not_finite = r.earlier_inf != nullptr && *r.earlier_inf > 0;
+    if (block.rank() == 0) shared.total = {};
+    for (int f = 0; f < r.fields; ++f) {
+      double sum = 0;
+      for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) sum += r.field[f].value[row];
+      sum = block_sum(block, shared.scratch, sum);
+      if (block.rank() == 0) shared.total.at[r.field[f].index] = sum;
+      not_finite += sum - sum != 0;  // of infinity and NaN it is NaN
+    }
+    const bool found_inf = not_finite > 0;
+    if (block.rank() == 0) shared.total.unscale(common.inv_scale);
+    block.barrier();
+
+    // Each thread that has a place in `shared` has its rows, the same ones in both loops.
+    const int threads = block.size() < kRowsAtATime ? block.size() : kRowsAtATime;
+    const std::int32_t first = block.rank() < threads ? block.rank() : r.rows;
+    Sums& sums = shared.row[block.rank() % kRowsAtATime];
+    Direction& direction = shared.direction[block.rank() % kRowsAtATime];
+    const auto direct = [&](std::int32_t row) {
+      sums = {};
+      for (int f = 0; f < r.fields; ++f) sums.at[r.field[f].index] = r.field[f].value[row];
+      sums.unscale(common.inv_scale);
+      direction = looksam::direction(r.rule.rule, sums, shared.total, group[r.group[row]], common);
+    };
+
+    double square = 0;
+    for (std::int32_t row = first; row < r.rows; row += threads) {
+      direct(row);
+      square += direction_sq(r.rule, direction, sums);
+    }
+    square = block_sum(block, shared.scratch, square);
+    for (std::int32_t row = first; row < r.rows; row += threads) {
+      direct(row);
+      const RowHyper& h = group[r.group[row]];
+      const double l = length(r.rule.rule, sums, shared.total, h, common, square);
+      looksam::finish(r.rule, direction, l, h, common, found_inf);
+      for (int i = 0; i < r.rule.inputs; ++i) {
+        const std::int64_t place = static_cast<std::int64_t>(i) * r.rows + row;
+        r.d[place] = direction.d[i];
+        if (r.q != nullptr) r.q[place] = direction.q[i];
+        if (r.post != nullptr) r.post[place] = direction.post[i];
+      }
+    }
+    if (block.rank() == 0) *r.found_inf = found_inf ? 1.0f : 0.0f;
+  }
+};
+
+}  // namespace looksam::cuda

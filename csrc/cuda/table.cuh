@@ -1,0 +1,209 @@
+// The tensor table on the device, and the part of it that travels in kernel arguments.
+//
+// Columns lie in device memory as one Ref a row. Nothing is ever copied there from the host: kernels write what they were
+// given by value, so that filling the table needs no staging memory, no synchronisation, and works while a graph is captured.
+#pragma once
+
+#include "../core/scalars.h"
+#include "../core/table.h"
+#include "../core/vec.h"
+
+namespace looksam::cuda {
+
+// A tensor's address. Bit 0, which no address of a floating point number has, says in which of a kernel's two storage types
+// its elements are; 0 is no tensor.
+struct Ref {
+  std::uint64_t bits;
+
+  LOOKSAM_HD bool present() const { return bits != 0; }
+  LOOKSAM_HD bool narrow() const { return (bits & 1) != 0; }
+  LOOKSAM_HD char* data() const { return reinterpret_cast<char*>(bits & ~std::uint64_t{1}); }
+};
+
+LOOKSAM_HD Ref at(const Ref* column, std::int32_t row) { return column != nullptr ? column[row] : Ref{0}; }
+
+// The rows of one launch. All its arrays are indexed by the row's place in the whole table.
+struct Rows {
+  std::int32_t first, count;
+  std::int64_t first_chunk;
+};
+
+inline constexpr int kMaxRows = 4096;  // in one launch; longer tables take another for every 4,096 rows
+
+// One bit a row of a launch.
+struct Bits {
+  std::uint32_t word[kMaxRows / 32];
+
+  LOOKSAM_HD bool has(std::int32_t i) const { return (word[i / 32] >> (i % 32) & 1u) != 0; }
+};
+
+// A column on its way to the device, 6 bytes a row: addresses have 48 bits. CUDA lets arguments be 32,764 bytes long.
+template <int kRows>
+struct Carried {
+  std::uint32_t low[kRows];
+  std::uint16_t high[kRows];
+
+  LOOKSAM_HD Ref at(std::int32_t i) const { return {std::uint64_t{high[i]} << 32 | low[i]}; }
+};
+
+// The two storage types that one kernel knows; arithmetic, states and sums are of the wide one. A vector is what one thread
+// works on at a time: 16 bytes of the narrow type, and one or more packs of 16 bytes of the wide one.
+template <class W, class N>
+struct Types {
+  using Wide = W;
+  using Narrow = N;
+  static constexpr int lanes = 16 / sizeof(N);
+};
+
+template <class T>
+struct Vector {
+  typename T::Wide lane[T::lanes];
+};
+
+// A vector as it lies in memory. Converted only where it is used, so that the loads of all columns are under way before the
+// first one is waited for.
+template <class T>
+struct Raw {
+  using Wide = typename T::Wide;
+  using Narrow = typename T::Narrow;
+  static constexpr int packs = static_cast<int>(sizeof(Wide) / sizeof(Narrow));
+
+  Pack<std::uint32_t> pack[packs];
+  bool narrow;
+
+  LOOKSAM_HD Vector<T> values() const { return narrow ? values_of<Narrow>() : values_of<Wide>(); }
+
+  template <class S>
+  LOOKSAM_HD Vector<T> values_of() const {
+    S element[T::lanes];
+    memcpy(element, pack, sizeof element);
+    Vector<T> x;
+#pragma unroll
+    for (int k = 0; k < T::lanes; ++k) x.lane[k] = as<Wide>(element[k]);
+    return x;
+  }
+
+  template <class S>
+  LOOKSAM_HD static Raw of(const Vector<T>& x) {
+    S element[T::lanes];
+#pragma unroll
+    for (int k = 0; k < T::lanes; ++k) element[k] = as<S>(x.lane[k]);
+    Raw raw = {};
+    memcpy(raw.pack, element, sizeof element);
+    return raw;
+  }
+};
+
+// One row's tensor from its current chunk on.
+template <class T>
+class Span {
+ public:
+  using Wide = typename T::Wide;
+  using Narrow = typename T::Narrow;
+
+  LOOKSAM_HD Span(Ref ref, std::int64_t offset) : data_(ref.data()), narrow_(sizeof(Narrow) != sizeof(Wide) && ref.narrow()) {
+    if (data_ != nullptr) data_ += offset * (narrow_ ? sizeof(Narrow) : sizeof(Wide));
+  }
+
+  LOOKSAM_HD bool present() const { return data_ != nullptr; }
+  LOOKSAM_HD bool narrow() const { return narrow_; }
+  LOOKSAM_HD bool aligned() const { return looksam::aligned(data_); }
+
+  // Elements i .. i + size - 1; whole: these are all lanes, and the tensor is aligned. 0 in the other lanes, and in all of an
+  // absent tensor.
+  template <bool whole, Cache cache = Cache::keep>
+  LOOKSAM_HD Raw<T> load(int i, int size) const {
+    Raw<T> raw = {};
+    raw.narrow = narrow_;
+    if (data_ == nullptr) return raw;
+    narrow_ ? load_as<Narrow, whole, cache>(raw, i, size) : load_as<Wide, whole, cache>(raw, i, size);
+    return raw;
+  }
+
+  template <bool whole, Cache cache = Cache::keep>
+  LOOKSAM_HD void store(int i, int size, const Vector<T>& x) const {
+    narrow_ ? store_as<Narrow, whole, cache>(i, size, x) : store_as<Wide, whole, cache>(i, size, x);
+  }
+
+ private:
+  template <class S, bool whole, Cache cache>
+  LOOKSAM_HD void load_as(Raw<T>& raw, int i, int size) const {
+    const S* from = reinterpret_cast<const S*>(data_) + i;
+    constexpr int packs = T::lanes / Pack<S>::size;
+    if constexpr (whole) {
+#pragma unroll
+      for (int p = 0; p < packs; ++p) {
+        const Pack<S> pack = looksam::load<cache>(from + p * Pack<S>::size);
+        memcpy(&raw.pack[p], &pack, 16);
+      }
+    } else {
+      S element[T::lanes] = {};
+#pragma unroll
+      for (int k = 0; k < T::lanes; ++k)
+        if (k < size) element[k] = from[k];
+      memcpy(raw.pack, element, sizeof element);
+    }
+  }
+
+  template <class S, bool whole, Cache cache>
+  LOOKSAM_HD void store_as(int i, int size, const Vector<T>& x) const {
+    S* to = reinterpret_cast<S*>(data_) + i;
+    constexpr int packs = T::lanes / Pack<S>::size;
+    if constexpr (whole) {
+      const Raw<T> raw = Raw<T>::template of<S>(x);
+#pragma unroll
+      for (int p = 0; p < packs; ++p) {
+        Pack<S> pack;
+        memcpy(&pack, &raw.pack[p], 16);
+        looksam::store<cache>(to + p * Pack<S>::size, pack);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < T::lanes; ++k)
+        if (k < size) to[k] = as<S>(x.lane[k]);
+    }
+  }
+
+  char* data_;
+  bool narrow_;
+};
+
+// sum_i c_i x_i. A coefficient of 0 takes its input out, whatever that holds.
+template <class T>
+struct Combination {
+  typename T::Wide c[kMaxInputs];
+
+  LOOKSAM_HD Combination(const double* coefficient, std::int32_t inputs, std::int64_t rows, std::int32_t row) {
+#pragma unroll
+    for (int i = 0; i < kMaxInputs; ++i)
+      c[i] = coefficient != nullptr && i < inputs ? static_cast<typename T::Wide>(coefficient[i * rows + row]) : 0;
+  }
+
+  LOOKSAM_HD bool is_zero() const { return c[0] == 0 && c[1] == 0 && c[2] == 0; }
+
+  LOOKSAM_HD Vector<T> of(const Vector<T> (&x)[kMaxInputs]) const {
+    Vector<T> sum = {};
+#pragma unroll
+    for (int i = 0; i < kMaxInputs; ++i)
+      if (c[i] != 0)
+#pragma unroll
+        for (int k = 0; k < T::lanes; ++k) sum.lane[k] += c[i] * x[i].lane[k];
+    return sum;
+  }
+};
+
+// A chunk's vectors, dealt out to the threads of a block: consecutive threads, consecutive vectors. `whole` is false at the
+// tail of a tensor, and everywhere in tensors that are not aligned.
+template <class T, class Block, class Body>
+LOOKSAM_HD void for_each_vector(const Block& block, int chunk_size, bool aligned, const Body& body) {
+  for (int i = block.rank() * T::lanes; i < chunk_size; i += block.size() * T::lanes) {
+#if defined(LOOKSAM_PLANTED_TAIL)  // a fault that the tests must find: the last element of a tail is left out
+    const int size = chunk_size - i < T::lanes ? chunk_size - i - 1 : T::lanes;
+#else
+    const int size = chunk_size - i < T::lanes ? chunk_size - i : T::lanes;
+#endif
+    body(i, size, aligned && size == T::lanes);
+  }
+}
+
+}  // namespace looksam::cuda
