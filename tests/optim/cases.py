@@ -1,0 +1,146 @@
+"""The tables of this folder's tests: methods, bases, and how a user would build each pair."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from independent import LAMB, SGD, Adam, AdamW, FromTorch, ascent_asam, ascent_sam
+from problem import SHAPES, Problem
+from torch import optim
+
+import looksam
+import looksam_kernels
+
+K = 3
+BACKENDS = [name for name, info in looksam_kernels.backend_info("cpu").items() if info.available]
+
+
+@dataclass(frozen=True)
+class Method:
+    """``hyper``: one dict a group. ``options``: what is the same in all groups. The layer-wise ascents come with those."""
+
+    optimizer: type
+    ascent: Any
+    hyper: tuple = ({"rho": 0.3}, {"rho": 0.1}, {"rho": 0.2})
+    options: dict = field(default_factory=dict)
+    norm_scope: str | None = None
+    k: int = K
+
+
+def layer_filter(p: torch.Tensor) -> bool:
+    return p.ndim >= 2
+
+
+ALPHAS = tuple({"rho": rho, "alpha": alpha} for rho, alpha in ((0.3, 0.7), (0.1, 0.3), (0.2, 0.0)))
+ADAPTIVE = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "adaptive": False})
+
+METHODS = {
+    "sam": Method(looksam.SAM, ascent_sam, options={"perturb_eps": 0.01}, k=1),
+    "sam-3": Method(looksam.SAM, ascent_sam),
+    "asam-3": Method(looksam.SAM, ascent_asam, ADAPTIVE, {"adaptive": True, "perturb_eps": 0.01}),
+    "looksam-3": Method(looksam.LookSAM, ascent_sam, ALPHAS, {"perturb_eps": 0.01}, "global"),
+    "looksam-3-tensor": Method(looksam.LookSAM, ascent_sam, ALPHAS, {}, "tensor"),
+    "layersam-3-trust_normalized": Method(looksam.LayerSAM, None),
+    "layersam-trust": Method(looksam.LayerSAM, None, options={"layer_scale": "trust"}, k=1),
+    "layersam-3-trust_global": Method(looksam.LayerSAM, None, options={"layer_scale": "trust_global"}),
+    "layersam-3-unit": Method(looksam.LayerSAM, None, options={"layer_scale": "unit"}),
+    "layersam-3-filter": Method(looksam.LayerSAM, None, options={"layer_filter": layer_filter}),
+    "layersam-3-trust-filter": Method(
+        looksam.LayerSAM,
+        None,
+        options={"layer_scale": "trust", "layer_filter": layer_filter},
+    ),
+    "looklayersam-3": Method(looksam.LookLayerSAM, None, ALPHAS, {}, "global"),
+    "looklayersam-3-tensor-trust": Method(looksam.LookLayerSAM, None, ALPHAS, {"layer_scale": "trust"}, "tensor"),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    name: Any
+    hyper: tuple
+    independent: Any
+    options: dict = field(default_factory=dict)
+
+
+SGD_HYPER = (
+    {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.5, "dampening": 0.2},
+    {"lr": 0.02, "weight_decay": 0.1},
+)
+ADAM_HYPER = (
+    {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01},
+    {"lr": 0.02, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0},
+    {"lr": 0.1, "betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.2},
+)
+LAMB_HYPER = (
+    {**ADAM_HYPER[0], "trust_clip": True},
+    {**ADAM_HYPER[1], "always_adapt": True},
+    {**ADAM_HYPER[2]},
+)
+LAMB_PLAIN = (ADAM_HYPER[0], ADAM_HYPER[1], {**ADAM_HYPER[2], "trust_clip": True})
+RMSPROP_HYPER = (
+    {"lr": 0.02, "alpha": 0.9, "eps": 1e-6, "momentum": 0.5, "weight_decay": 0.01},
+    {"lr": 0.01, "alpha": 0.5, "eps": 1e-3, "momentum": 0.0, "weight_decay": 0.0},
+    {"lr": 0.05, "alpha": 0.99, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.1},
+)
+ADAFACTOR_HYPER = (
+    {"lr": 0.05, "beta2_decay": -0.8, "d": 1.0, "eps": (1e-12, 1e-3), "weight_decay": 0.01},
+    {"lr": 0.02, "beta2_decay": -0.5, "d": 2.0, "eps": (1e-6, 1e-2), "weight_decay": 0.0},
+    {"lr": 0.01, "beta2_decay": -0.8, "d": 1.5, "eps": (1e-9, 1e-4), "weight_decay": 0.1},
+)
+BASES = {
+    "sgd": Base("sgd", SGD_HYPER, SGD),
+    "sgd-clip": Base("sgd", SGD_HYPER, SGD, {"max_grad_norm": 0.5}),
+    "adam": Base("adam", ADAM_HYPER, Adam),
+    "adamw": Base("adamw", ADAM_HYPER, AdamW),
+    "lamb": Base("lamb", LAMB_HYPER, LAMB, {"max_grad_norm": 1.0}),
+    "lamb-noclip": Base("lamb", LAMB_PLAIN, LAMB, {"max_grad_norm": None}),
+    "RMSprop": Base(
+        optim.RMSprop,
+        RMSPROP_HYPER,
+        lambda n: FromTorch(n, optim.RMSprop, ("lr", "alpha", "eps", "momentum", "weight_decay")),
+    ),
+    "Adafactor": Base(
+        optim.Adafactor,
+        ADAFACTOR_HYPER,
+        lambda n: FromTorch(n, optim.Adafactor, ("lr", "beta2_decay", "eps", "d", "weight_decay")),
+    ),
+}
+
+
+def group_hypers(method: Method, base: Base) -> list[dict]:
+    """One dict a group, as a user gives it: where the base has an argument of the variant's name, it is base_<name>."""
+    return [
+        {**h, **{("base_" + n if n in h else n): x for n, x in b.items()}}
+        for h, b in zip(method.hyper, base.hyper, strict=True)
+    ]
+
+
+def hypers(method: Method, base: Base) -> list[dict]:
+    """One dict a group, complete, as the independent calculation reads it."""
+    defaults = {"perturb_eps": 1e-12, "adaptive": False, "eta": 0.01, "alpha": 0.7}
+    if method.optimizer in (looksam.LayerSAM, looksam.LookLayerSAM):
+        defaults["perturb_eps"] = 0.0  # the layer-wise formulas have none
+    return [{**defaults, **method.options, **base.options, **h} for h in group_hypers(method, base)]
+
+
+def names_for(method: Method, base: Base) -> tuple[str, ...]:
+    left_out = set()
+    if method.norm_scope == "tensor":
+        # In a tensor of one element s is parallel to g: its own q is 0, up to a rounding that the reuse would blow up. See
+        # test_reuse_of_a_single_element_is_not_rounding_noise.
+        left_out.add("scalar")
+    if base.name is optim.Adafactor:
+        left_out |= {"empty", "empty_matrix"}  # see test_a_wrapped_optimizer_never_sees_an_empty_tensor
+    return tuple(name for name in SHAPES if name not in left_out)
+
+
+def build(problem: Problem, params: list, method: Method, base: Base, backend: str | None = None) -> Any:
+    options = dict(method.options, k=method.k, backend=backend)
+    if method.norm_scope:
+        options["norm_scope"] = method.norm_scope
+    options.setdefault("perturb_eps", hypers(method, base)[0]["perturb_eps"])
+    # What belongs to the base is given where a user would: as an argument when it is the same for all, else per group.
+    groups = problem.groups(params, group_hypers(method, base))
+    return method.optimizer(groups, base.name, **options, **base.options)

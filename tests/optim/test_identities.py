@@ -1,0 +1,492 @@
+"""What must hold exactly, whatever the numbers: two ways to the same result give the same bits."""
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import ADAM_HYPER, BACKENDS, BASES, METHODS, SGD_HYPER, Base, Method, build, names_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from independent import LAMB, Independent
+from problem import GROUPS, Closure, Problem
+from test_against_formulas import EPS, deviation, exact_and_tolerance
+
+import looksam
+
+FEW = settings(deadline=None, derandomize=True, max_examples=8)
+QUICK = [name for name in BACKENDS if name != "triton"]  # Triton's interpreter takes seconds a step
+VARIANTS = ("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "looklayersam-3")
+PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-3")
+ALWAYS = ("matrix", "vector", "scalar", "empty", "kernel", "never", "flat", "some_steps", "from_zero")
+EVERY_BASE = ("sgd", "adam", "adamw", "lamb", "RMSprop", "Adafactor")
+K = 3
+
+backends = pytest.mark.parametrize("backend", QUICK)
+bases = pytest.mark.parametrize("base", EVERY_BASE)
+variants = pytest.mark.parametrize("variant", VARIANTS)
+principal = pytest.mark.parametrize("variant", PRINCIPAL)
+
+
+def problem_for(variant: str, base: str) -> Problem:
+    return Problem(names=names_for(METHODS[variant], BASES[base]))
+
+
+def with_hyper(method: Method, **changed: Any) -> Method:
+    return replace(method, hyper=tuple({**h, **changed} for h in method.hyper))
+
+
+class Run:
+    """Parameters, an optimizer over them and its closure."""
+
+    def __init__(self, problem: Problem, method: Method, base: Base, backend: str) -> None:
+        self.problem, self.method, self.base, self.backend = problem, method, base, backend
+        self.params = problem.parameters()
+        self.optimizer = build(problem, self.params, method, base, backend)
+        self.closure = Closure(problem, self.params)
+        self.t = 0
+
+    def steps(self, n: int) -> "Run":
+        for _ in range(n):
+            self.optimizer.step(self.closure.begin(self.t))
+            self.t += 1
+        return self
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.params]
+
+    @property
+    def state(self) -> list[dict]:
+        """Every tensor of the state, and the plain values."""
+        return [copy.deepcopy(dict(self.optimizer.state[p])) if p in self.optimizer.state else {} for p in self.params]
+
+
+def begin(variant: str, base: str, backend: str, problem: Problem | None = None) -> Run:
+    return Run(problem or problem_for(variant, base), METHODS[variant], BASES[base], backend)
+
+
+def same_bits(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def assert_same(a: Run, b: Run) -> None:
+    assert same_bits(a.weights, b.weights)
+    for x, y in zip(a.state, b.state, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert torch.equal(torch.as_tensor(x[name]), torch.as_tensor(y[name])), name
+
+
+# -------------------------------------------------------------------------------------------------- rho = 0 and k = 1
+
+
+@backends
+@bases
+@pytest.mark.parametrize("variant", list(METHODS))
+def test_rho_0_equals_the_base_bit_for_bit_on_sharp_and_on_reuse_steps(variant, base, backend):
+    """s is g, so q is exactly 0, so a reuse step is a base step."""
+    names = tuple(n for n in names_for(METHODS[variant], BASES[base]) if n in ALWAYS)
+    method = with_hyper(METHODS[variant], rho=0.0)
+    alone = Method(looksam.SAM, None, ({"rho": 0.0},) * 3, k=10**9)  # cheap steps, all but the first
+    if base == "RMSprop" and "alpha" in method.hyper[0]:
+        method = replace(method, hyper=tuple({**h, "alpha": h["alpha"]} for h in method.hyper))
+    ours = Run(Problem(names=names), method, BASES[base], backend).steps(2 * K + 1)
+    plain = Run(Problem(names=names), alone, BASES[base], backend).steps(2 * K + 1)
+    assert same_bits(ours.weights, plain.weights)
+
+
+@backends
+@pytest.mark.parametrize("base", ["RMSprop", "Adafactor"])
+@principal
+def test_rho_0_over_any_class_equals_the_class_by_itself_bit_for_bit(variant, base, backend):
+    method = with_hyper(METHODS[variant], rho=0.0)
+    problem = Problem(names=tuple(n for n in names_for(method, BASES[base]) if n in ALWAYS))
+    ours = Run(problem, method, BASES[base], backend)
+    params = problem.parameters()
+    theirs = BASES[base].name(problem.groups(params, list(BASES[base].hyper)))
+    closure = Closure(problem, params)
+    for t in range(2 * K + 1):
+        ours.steps(1)
+        closure.begin(t)()
+        theirs.step()
+    assert same_bits(ours.weights, [p.detach() for p in params])
+
+
+@backends
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "RMSprop"])
+@pytest.mark.parametrize(
+    ("look", "plain"),
+    [("looksam-3", "sam-3"), ("looksam-3-tensor", "sam-3"), ("looklayersam-3", "layersam-3-trust_normalized")],
+)
+@FEW
+@given(alpha=st.floats(0, 100))
+def test_k_1_equals_sam_whatever_alpha_bit_for_bit(look, plain, base, backend, alpha):
+    names = names_for(METHODS[look], BASES[base])
+    looking = replace(with_hyper(METHODS[look], alpha=alpha), k=1, options=METHODS[plain].options)
+    a = Run(Problem(names=names), looking, BASES[base], backend).steps(3)
+    b = Run(Problem(names=names), replace(METHODS[plain], k=1), BASES[base], backend).steps(3)
+    assert same_bits(a.weights, b.weights)
+
+
+@pytest.mark.parametrize("cls", [looksam.SAM, looksam.LookSAM, looksam.LayerSAM, looksam.LookLayerSAM])
+@FEW
+@given(n=st.integers(1, 20), k=st.integers(1, 7))
+def test_n_steps_call_the_closure_n_plus_ceil_n_over_k_times(cls, n, k):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = cls([p], "sgd", lr=0.01, k=k)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(optimizer.needs_second_pass)
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(n):
+        at_w = float((p.detach() ** 2).sum())
+        assert float(optimizer.step(closure)) == at_w  # the first loss, at the unperturbed weights
+    assert len(calls) == n + -(-n // k)
+
+
+# ------------------------------------------------------------------------------------------------ torch's own base steps
+
+TORCH_CASES = {
+    "sgd": (torch.optim.SGD, SGD_HYPER),
+    "adam": (torch.optim.Adam, ADAM_HYPER),
+    "adamw": (torch.optim.AdamW, ADAM_HYPER),
+}
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor, of: torch.Tensor) -> float:
+    """|a - b| in units in the last place of the larger of ``of`` (before) and b (after), the operands of the last sum."""
+    if a.numel() == 0:
+        return 0.0
+    size = np.spacing(torch.maximum(of.abs(), b.abs()).numpy())
+    return float(np.max((a - b).abs().numpy() / size))
+
+
+@backends
+@pytest.mark.parametrize("rho_0", [True, False], ids=["looksam-rho-0", "sam-cheap"])
+@pytest.mark.parametrize("name", list(TORCH_CASES))
+def test_each_step_is_within_2_ulps_of_torchs_from_the_same_state(name, rho_0, backend, record_property):
+    """Weights and every state tensor are set to torch's before each step, so errors do not add up."""
+    cls, hyper = TORCH_CASES[name]
+    problem = Problem(names=ALWAYS)
+    params, theirs = problem.parameters(), problem.parameters()
+    if rho_0:
+        optimizer = looksam.LookSAM(problem.groups(params, list(hyper)), name, rho=0.0, k=2, backend=backend)
+    else:
+        optimizer = looksam.SAM(problem.groups(params, list(hyper)), name, rho=0.0, k=10**9, backend=backend)
+    reference = cls(problem.groups(theirs, list(hyper)))
+    closure, their_closure = Closure(problem, params), Closure(problem, theirs)
+    worst = 0.0
+    for t in range(20):
+        before = [p.detach().clone() for p in theirs]
+        with torch.no_grad():
+            for p, q in zip(params, theirs, strict=True):
+                p.copy_(q)
+                for key, x in reference.state[q].items():
+                    if torch.is_tensor(x) and torch.is_tensor(optimizer.state[p].get(key)):
+                        optimizer.state[p][key].copy_(x)
+        optimizer.step(closure.begin(t))
+        their_closure.begin(t)()
+        reference.step()
+        worst = max(worst, *(ulps(p.detach(), q.detach(), b) for p, q, b in zip(params, theirs, before, strict=True)))
+    print(f"{name}: {worst} ulps")
+    record_property("ulps", worst)
+    assert worst <= 2
+
+
+LAMB_OPTIONS = [
+    {},
+    {"max_grad_norm": None, "weight_decay": 0.0},
+    {"weight_decay": 0.0, "always_adapt": True},
+    {"trust_clip": True, "max_grad_norm": 0.3, "betas": (0.8, 0.9), "eps": 1e-3},
+]
+LAMB_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0}
+
+
+@backends
+@pytest.mark.parametrize("options", LAMB_OPTIONS, ids=str)
+def test_lamb_alone_equals_its_formula(options, backend):
+    problem = Problem(names=ALWAYS)
+    h = [{**LAMB_DEFAULTS, "lr": 0.05, **options}] * len(ALWAYS)
+
+    def trajectory(jitter: Callable) -> list:
+        it = Independent(problem.w, h, LAMB(len(ALWAYS)), None, k=10**9, jitter=jitter)
+        it.t = 1  # no step is a sharp one
+        states = []
+        for _ in range(12):
+            it.step(partial(problem.gradients, jitter=jitter))
+            states.append([x.copy() for x in it.w])
+        return states
+
+    params = problem.parameters()
+    optimizer = looksam.LAMB(params, lr=0.05, backend=backend, **options)
+    closure, ours = Closure(problem, params), []
+    for t in range(12):
+        optimizer.step(closure.begin(t + 1))
+        ours.append([p.detach().numpy().copy() for p in params])
+    assert closure.calls == 12
+    rng = np.random.default_rng(0)
+    noise = lambda x: x + 8 * EPS[torch.float64] * np.max(np.abs(x), initial=0) * rng.uniform(-1, 1, x.shape)  # noqa: E731
+    exact = trajectory(lambda x: x)
+    tolerance = np.max([deviation(trajectory(noise), exact) for _ in range(4)], axis=0) + 2e-15
+    assert np.all(deviation(ours, exact) <= tolerance)
+
+
+@backends
+@pytest.mark.parametrize("options", LAMB_OPTIONS, ids=str)
+def test_lamb_alone_equals_timms(options, backend):
+    """timm counts steps per group, so every tensor has a gradient on every step here."""
+    timm_optim = pytest.importorskip("timm.optim", reason="timm is not installed")
+    problem = Problem(names=("matrix", "vector", "scalar", "kernel", "flat", "from_zero"))
+    params, theirs = problem.parameters(), problem.parameters()
+    optimizer = looksam.LAMB(params, lr=0.05, backend=backend, **options)
+    reference = timm_optim.Lamb(theirs, lr=0.05, **{**LAMB_DEFAULTS, **options})
+    for t in range(12):
+        optimizer.step(Closure(problem, params).begin(t))
+        Closure(problem, theirs).begin(t)()
+        reference.step()
+    for p, q in zip(params, theirs, strict=True):
+        torch.testing.assert_close(
+            p, q, rtol=1e-12, atol=1e-13
+        )  # 12 steps, some 20 roundings each, trust ratios up to 10
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+@backends
+@bases
+@variants
+def test_resuming_at_every_phase_equals_the_uninterrupted_run_bit_for_bit(variant, base, backend):
+    for phase in range(K):
+        whole = begin(variant, base, backend).steps(K + phase)
+        saved = whole.optimizer.state_dict()
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        for state_dict in (copy.deepcopy(saved), torch.load(file, weights_only=True)):
+            resumed = begin(variant, base, backend)
+            with torch.no_grad():
+                for p, q in zip(resumed.params, whole.params, strict=True):
+                    p.copy_(q)
+            resumed.t = whole.t
+            resumed.optimizer.load_state_dict(state_dict)
+            resumed.steps(K + 1)
+            onward = begin(variant, base, backend).steps(K + phase + K + 1)
+            assert_same(resumed, onward)
+
+
+# ---------------------------------------------------------------------------------------------------- the two call styles
+
+
+@backends
+@bases
+@variants
+def test_both_call_styles_and_an_unmodified_loop_of_two_calls_give_the_same_bits(variant, base, backend):
+    closures = begin(variant, base, backend)
+    asks = begin(variant, base, backend)  # looks at what first_step returns
+    old = begin(variant, base, backend)  # written for davda54/sam: always both calls, and two backward passes
+    for t in range(2 * K + 1):
+        closures.steps(1)
+        asks.closure.begin(t)()
+        sharp = asks.optimizer.needs_second_pass
+        assert asks.optimizer.first_step(zero_grad=True) == sharp == (t % K == 0)
+        if sharp:
+            asks.problem.loss(asks.params, t, 2).backward()
+            asks.optimizer.second_step(zero_grad=True)
+        assert all(p.grad is None for p in asks.params)
+        old.problem.loss(old.params, t, 1).backward()
+        old.optimizer.first_step(zero_grad=True)
+        old.problem.loss(old.params, t, 2).backward()
+        old.optimizer.second_step(zero_grad=True)
+        assert same_bits(closures.weights, asks.weights)
+        assert same_bits(closures.weights, old.weights)
+    assert_same(closures, asks)
+    assert_same(closures, old)
+
+
+# ---------------------------------------------------------------------------------------------- failures and bad values
+
+
+@backends
+@bases
+@variants
+def test_a_closure_that_raises_in_any_pass_leaves_no_trace(variant, base, backend):
+    """The weights at once, and everything else as the further run shows: it equals one in which nothing happened."""
+    calm, hit = begin(variant, base, backend), begin(variant, base, backend)
+    for t in range(K + 2):
+        for number in (1, 2) if t % K == 0 else (1,):
+            for error in (RuntimeError, KeyboardInterrupt):
+
+                def fail(called: int, number: int = number, error: type = error) -> None:
+                    if called == number:
+                        raise error("out of memory")
+
+                before = hit.weights
+                hit.closure.on_call = fail
+                with pytest.raises(error, match="out of memory"):
+                    hit.optimizer.step(hit.closure.begin(t))
+                assert same_bits(before, hit.weights)
+        hit.closure.on_call = None
+        hit.steps(1)
+        calm.steps(1)
+        assert same_bits(calm.weights, hit.weights)
+    assert_same(calm, hit)
+
+
+@backends
+@bases
+@variants
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("t", "number"), [(0, 1), (0, 2), (K, 1), (K, 2), (K + 1, 1)])
+def test_a_non_finite_gradient_in_any_pass_changes_nothing_but_the_phase(variant, base, t, number, value, backend):
+    run = begin(variant, base, backend).steps(t)
+    before, state, phases = run.weights, run.state, [group["phase"] for group in run.optimizer.param_groups]
+
+    def spoil(called: int) -> None:
+        if called == number:
+            run.params[1].grad.view(-1)[-1] = value
+
+    run.closure.on_call = spoil
+    run.steps(1)
+    assert same_bits(before, run.weights)
+    for old, new in zip(state, run.state, strict=True):
+        for name, x in new.items():
+            if name in old:
+                assert torch.equal(torch.as_tensor(x), torch.as_tensor(old[name])), name
+            elif name not in ("backup", "master_param"):
+                assert not torch.as_tensor(x).any(), name  # created, as for a step with zero gradients
+    assert [group["phase"] for group in run.optimizer.param_groups] == [(phase + 1) % K for phase in phases]
+    run.closure.on_call = None
+    calls = run.closure.calls
+    run.steps(K)
+    assert run.closure.calls == calls + K + 1
+    assert all(torch.isfinite(p).all() for p in run.params)
+
+
+@backends
+@bases
+@variants
+def test_the_storage_of_a_parameter_never_changes(variant, base, backend):
+    run = begin(variant, base, backend)
+    pointers = [p.data_ptr() for p in run.params]
+    seen = []
+    run.closure.on_call = lambda number: seen.append([p.data_ptr() for p in run.params])
+    run.steps(K + 1)
+    assert all(now == pointers for now in [*seen, [p.data_ptr() for p in run.params]])
+
+
+# --------------------------------------------------------------------------------------------------------- invariances
+
+
+@backends
+@principal
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+@FEW
+@given(random=st.randoms(use_true_random=False))
+def test_the_order_of_parameters_and_groups_changes_nothing(variant, base, backend, random):
+    """Up to the order of summation; see test_against_formulas for where the tolerance comes from."""
+    exact, tolerance = exact_and_tolerance(variant, base, torch.float64)
+    run = begin(variant, base, backend)
+    groups = []
+    for group in run.problem.groups(
+        run.params, [{**h, **b} for h, b in zip(run.method.hyper, run.base.hyper, strict=True)]
+    ):
+        random.shuffle(group["params"])
+        groups.append(group)
+    random.shuffle(groups)
+    options = {"perturb_eps": run.optimizer.param_groups[0]["perturb_eps"], **run.base.options}
+    run.optimizer = run.method.optimizer(groups, run.base.name, k=K, backend=backend, **options)
+    run.steps(K + 2)
+    error = deviation([[p.detach().numpy() for p in run.params]], [exact[K + 1]])[0]
+    assert np.all(error <= tolerance[K + 1])
+
+
+@backends
+@pytest.mark.parametrize("variant", [name for name in METHODS if "3" in name])
+@FEW
+@given(power=st.integers(-30, 30))
+def test_a_loss_scale_changes_neither_the_ascent_nor_the_reuse(variant, backend, power):
+    """With lr / scale the whole run, and every perturbed weight in it, has the same bits: 2^n only moves exponents."""
+    visited: list[list[torch.Tensor]] = []
+    for scale in (1.0, 2.0**power):
+        method = replace(METHODS[variant], options={**METHODS[variant].options, "perturb_eps": 0.0})
+        sgd = Base("sgd", tuple({"lr": lr / scale, "momentum": 0.9} for lr in (0.05, 0.1, 0.02)), None)
+        run = Run(problem_for(variant, "sgd"), method, sgd, backend)
+        path: list[torch.Tensor] = []
+
+        def record(number: int, run: Run = run, path: list = path, scale: float = scale) -> None:
+            path.extend(run.weights)
+            for p in run.params:
+                if p.grad is not None:
+                    p.grad.mul_(scale)
+
+        run.closure.on_call = record
+        run.steps(K + 2)
+        visited.append([*path, *run.weights])
+    assert same_bits(*visited)
+
+
+@backends
+@bases
+@variants
+def test_maximize_equals_minimising_the_negated_loss_bit_for_bit(variant, base, backend):
+    flipped = replace(BASES[base], options={**BASES[base].options, "maximize": True})
+    problem = problem_for(variant, base)
+    up = Run(problem, METHODS[variant], flipped, backend)
+    down = Run(problem, METHODS[variant], BASES[base], backend)
+
+    def negate(run: Run) -> None:
+        for p in run.params:
+            if p.grad is not None:
+                p.grad.neg_()
+
+    up.closure.on_call = lambda number: negate(up)
+    for _ in range(K + 2):
+        up.steps(1)
+        down.steps(1)
+    assert same_bits(up.weights, down.weights)
+
+
+@backends
+@principal
+@bases
+@pytest.mark.parametrize("joins", range(K + 1))
+def test_a_group_that_joins_later_equals_one_without_gradients_until_then(variant, base, joins, backend):
+    runs = [begin(variant, base, backend) for _ in range(2)]
+    there, late = runs
+    third = [p for p, name in zip(late.params, late.problem.names, strict=True) if name in GROUPS[2]]
+    last = late.optimizer.param_groups[-1]
+    given = {**METHODS[variant].hyper[2], **BASES[base].hyper[2]}
+    given = {("base_" + n if n == "alpha" and "base_alpha" in last else n): x for n, x in given.items()}
+    if "base_alpha" in last:
+        given["alpha"] = last["alpha"]
+    groups = late.optimizer.param_groups[:2]
+    kept = [{name: x for name, x in group.items() if name not in ("phase", "layer_filter")} for group in groups]
+    options = {"k": K, "backend": backend, "perturb_eps": last["perturb_eps"], **METHODS[variant].options}
+    late.optimizer = METHODS[variant].optimizer(kept, BASES[base].name, **options, **BASES[base].options)
+    for t in range(K + joins + 2):
+
+        def hide(number: int, t: int = t) -> None:
+            for run in runs:
+                for p, name in zip(run.params, run.problem.names, strict=True):
+                    if name in GROUPS[2] and t < joins:
+                        p.grad = None
+
+        there.closure.on_call = late.closure.on_call = hide
+        if t == joins:
+            late.optimizer.add_param_group({"params": third, **given})
+        there.steps(1)
+        late.steps(1)
+        assert same_bits(there.weights, late.weights)
+    assert there.closure.calls == late.closure.calls
