@@ -228,6 +228,16 @@ struct BaseHyper {
   bool nesterov, always_adapt, trust_clip;
 };
 
+// x^n by squaring: a GPU's pow() takes a thousand instructions and a stack for it.
+LOOKSAM_HD double power(double x, double n) {
+  double result = 1;
+  for (auto bits = static_cast<std::uint64_t>(n); bits != 0; bits >>= 1) {
+    if (bits & 1) result *= x;
+    x *= x;
+  }
+  return result;
+}
+
 // count: how many updates this row has had, this one included.
 LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count) {
   return {h.lr,
@@ -241,8 +251,8 @@ LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count) 
           h.beta2,
           1 - h.beta2,
           h.eps,
-          1 / (1 - pow(h.beta1, count)),
-          1 / sqrt(1 - pow(h.beta2, count))};
+          1 / (1 - power(h.beta1, count)),
+          1 / sqrt(1 - power(h.beta2, count))};
 }
 
 // ||w_p|| / ||u_p||; 1 where either is 0, and without weight decay unless always_adapt; at most 1 with trust_clip.
