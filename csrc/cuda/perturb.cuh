@@ -22,7 +22,7 @@ struct PerturbArgs {
 template <class T>
 struct PerturbBody {
   using Wide = typename T::Wide;
-  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+  static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
 
   struct Shared {};
 
@@ -63,7 +63,6 @@ struct PerturbBody {
       if (moves) {
         const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
         const Vector<T> e = combination.of(inputs);
-#pragma unroll
         for (int k = 0; k < T::lanes; ++k) {
           const Wide scale = scaled ? adaptive_scale(current.lane[k], static_cast<Wide>(eta)) : Wide(1);
           moved.lane[k] = looksam::perturbed(origin.lane[k], scale, e.lane[k]);

@@ -96,7 +96,7 @@ LOOKSAM_HD UpdateScalars<typename T::Wide> scalars_of(const Block& block, StepSh
 template <class T>
 struct StepBody {
   using Wide = typename T::Wide;
-  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+  static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
   using Shared = StepShared<T>;
 
   template <class Block>
@@ -167,7 +167,6 @@ struct StepBody {
       const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
       const Vector<T> d = direction.of(inputs), q = second.of(inputs), added = post.of(inputs);
       Vector<T> weight = loaded.w.values(), first = loaded.m.values(), variance = loaded.v.values();
-#pragma unroll
       for (int k = 0; k < T::lanes; ++k) {
         Wide &w_k = weight.lane[k], &m_k = first.lane[k], &v_k = variance.lane[k];
         square.written += q.lane[k] * q.lane[k];
@@ -234,7 +233,7 @@ struct StepBody {
 template <class T>
 struct LambBody {
   using Wide = typename T::Wide;
-  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+  static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
   using Shared = StepShared<T>;
 
   template <class Block>
@@ -272,7 +271,6 @@ struct LambBody {
       const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
       const Vector<T> added = post.of(inputs), first = loaded.m.values(), variance = loaded.v.values();
       Vector<T> weight = loaded.w.values();
-#pragma unroll
       for (int k = 0; k < T::lanes; ++k) {
         weight.lane[k] = lamb(weight.lane[k], first.lane[k], variance.lane[k], trust_ratio, h);
         if (adds) weight.lane[k] += added.lane[k];

@@ -12,9 +12,11 @@
 
 namespace looksam::cuda {
 
-inline constexpr int kOperands = 4;
-inline constexpr int kPairs = kOperands * (kOperands + 1) / 2;  // (0,0) (0,1) .. (0,3) (1,1) .. (3,3)
+inline constexpr int kOperands = 3;
+inline constexpr int kPairs = kOperands * (kOperands + 1) / 2;  // (0,0) (0,1) (0,2) (1,1) (1,2) (2,2)
 inline constexpr int kFields = 12;
+
+LOOKSAM_HD constexpr int pair_of(int k, int l) { return k * kOperands - k * (k - 1) / 2 + l - k; }  // k <= l
 
 // A sum that a rule reads: which of Sums, and its value in every row.
 struct Field {
@@ -65,14 +67,14 @@ struct SumsLaunch {
 };
 
 // Two sizes of argument, since every launch pays for its bytes. Both are what CUDA 12.1 and later allow.
-using SmallSums = SumsLaunch<296, 18>;
+using SmallSums = SumsLaunch<312, 18>;
 using LargeSums = SumsLaunch<kMaxRows, 88>;
 static_assert(sizeof(SmallSums) <= 4096 && sizeof(LargeSums) <= 32764);
 
 template <class T, class Launch>
 struct SumsBody {
   using Wide = typename T::Wide;
-  static constexpr int kBlocksPerProcessor = T::lanes == 4 ? 4 : 2;
+  static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
 
   // What the functions of scalars.h index at run time lies here: in registers it would go to local memory.
   static constexpr int kRowsAtATime = 64;
@@ -112,7 +114,7 @@ struct SumsBody {
       const bool carried = a.filed != nullptr && k == a.carried;
       return Span<T>(carried ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
     };
-    const Span<T> x[kOperands] = {span(0), span(1), span(2), span(3)};
+    const Span<T> x[kOperands] = {span(0), span(1), span(2)};
     const double eta = a.adaptive >= 0 ? a.eta[chunk.row] : 0;
     const bool scaled = a.adaptive >= 0 && eta == eta;
     const Span<T> w(scaled ? a.w[chunk.row] : Ref{0}, chunk.offset);
@@ -127,33 +129,26 @@ struct SumsBody {
       const auto load = [&](auto is_whole) {
         constexpr bool kWhole = decltype(is_whole)::value;
         return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
-                       x[2].template load<kWhole>(i, size), x[3].template load<kWhole>(i, size)},
+                       x[2].template load<kWhole>(i, size)},
                       w.template load<kWhole>(i, size)};
       };
       const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
       Vector<T> value[kOperands];
-#pragma unroll
       for (int k = 0; k < kOperands; ++k) value[k] = loaded.x[k].values();
       if (scaled) {
         const Vector<T> weight = loaded.w.values();
-#pragma unroll
         for (int k = 0; k < kOperands; ++k)
-#pragma unroll
           for (int lane = 0; lane < T::lanes; ++lane)
             if (k == a.adaptive) value[k].lane[lane] *= adaptive_scale(weight.lane[lane], static_cast<Wide>(eta));
       }
-      int pair = 0;
-#pragma unroll
       for (int k = 0; k < kOperands; ++k)
-#pragma unroll
-        for (int l = k; l < kOperands; ++l, ++pair)
-          if (a.value[pair] != nullptr)
-#pragma unroll
-            for (int lane = 0; lane < T::lanes; ++lane) sum[pair] += value[k].lane[lane] * value[l].lane[lane];
+        for (int l = 0; l < kOperands; ++l)
+          if (l >= k && a.value[pair_of(k, l)] != nullptr)
+            for (int lane = 0; lane < T::lanes; ++lane)
+              sum[pair_of(k, l)] += value[k].lane[lane] * value[l].lane[lane];
     });
 
     double* partial = a.partial + index;
-#pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       if (a.value[pair] == nullptr) continue;
       const double total = block_sum(block, shared.scratch, static_cast<double>(sum[pair]));

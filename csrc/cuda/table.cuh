@@ -53,6 +53,8 @@ struct Types {
   using Wide = W;
   using Narrow = N;
   static constexpr int lanes = 16 / sizeof(N);
+  // Caps the registers of a thread, at 64 or 128.
+  static constexpr int blocks_per_processor = sizeof(W) == sizeof(N) ? 4 : 2;
 };
 
 template <class T>
@@ -78,7 +80,6 @@ struct Raw {
     S element[T::lanes];
     memcpy(element, pack, sizeof element);
     Vector<T> x;
-#pragma unroll
     for (int k = 0; k < T::lanes; ++k) x.lane[k] = as<Wide>(element[k]);
     return x;
   }
@@ -86,7 +87,6 @@ struct Raw {
   template <class S>
   LOOKSAM_HD static Raw of(const Vector<T>& x) {
     S element[T::lanes];
-#pragma unroll
     for (int k = 0; k < T::lanes; ++k) element[k] = as<S>(x.lane[k]);
     Raw raw = {};
     memcpy(raw.pack, element, sizeof element);
@@ -131,14 +131,12 @@ class Span {
     const S* from = reinterpret_cast<const S*>(data_) + i;
     constexpr int packs = T::lanes / Pack<S>::size;
     if constexpr (whole) {
-#pragma unroll
       for (int p = 0; p < packs; ++p) {
         const Pack<S> pack = looksam::load<cache>(from + p * Pack<S>::size);
         memcpy(&raw.pack[p], &pack, 16);
       }
     } else {
       S element[T::lanes] = {};
-#pragma unroll
       for (int k = 0; k < T::lanes; ++k)
         if (k < size) element[k] = from[k];
       memcpy(raw.pack, element, sizeof element);
@@ -151,14 +149,12 @@ class Span {
     constexpr int packs = T::lanes / Pack<S>::size;
     if constexpr (whole) {
       const Raw<T> raw = Raw<T>::template of<S>(x);
-#pragma unroll
       for (int p = 0; p < packs; ++p) {
         Pack<S> pack;
         memcpy(&pack, &raw.pack[p], 16);
         looksam::store<cache>(to + p * Pack<S>::size, pack);
       }
     } else {
-#pragma unroll
       for (int k = 0; k < T::lanes; ++k)
         if (k < size) to[k] = as<S>(x.lane[k]);
     }
@@ -174,7 +170,6 @@ struct Combination {
   typename T::Wide c[kMaxInputs];
 
   LOOKSAM_HD Combination(const double* coefficient, std::int32_t inputs, std::int64_t rows, std::int32_t row) {
-#pragma unroll
     for (int i = 0; i < kMaxInputs; ++i)
       c[i] = coefficient != nullptr && i < inputs ? static_cast<typename T::Wide>(coefficient[i * rows + row]) : 0;
   }
@@ -183,10 +178,8 @@ struct Combination {
 
   LOOKSAM_HD Vector<T> of(const Vector<T> (&x)[kMaxInputs]) const {
     Vector<T> sum = {};
-#pragma unroll
     for (int i = 0; i < kMaxInputs; ++i)
       if (c[i] != 0)
-#pragma unroll
         for (int k = 0; k < T::lanes; ++k) sum.lane[k] += c[i] * x[i].lane[k];
     return sum;
   }

@@ -1,0 +1,68 @@
+// Runs the kernel bodies of csrc/cuda on the CPU, as strictly as the device is allowed to: every thread of a block is a fiber
+// of its own, threads run in random order from barrier to barrier, blocks in random order one after the other, shared memory
+// begins with garbage. A missing barrier, a divergent one, or a result that depends on the order of blocks shows. Built with
+// AddressSanitizer, an access outside of a tensor shows too.
+#pragma once
+
+#include <cstring>
+#include <functional>
+#include <memory>
+
+#include "../cuda/launch.h"
+
+namespace looksam::cuda {
+
+// Fewer threads than on the device: each has more vectors, and the order of every sum is another one.
+inline constexpr int kHarnessThreads = 64;
+
+// What the threads of the running block share with the scheduler.
+struct BlockState {
+  std::int64_t index, count;
+  bool any, any_next;
+};
+
+// Called in a fiber: lets the others run until all have called it.
+void wait_for_block();
+
+class HarnessBlock {
+ public:
+  HarnessBlock(int rank, BlockState& state) : rank_(rank), state_(state) {}
+
+  int rank() const { return rank_; }
+  int size() const { return kHarnessThreads; }
+  std::int64_t index() const { return state_.index; }
+  std::int64_t count() const { return state_.count; }
+  void barrier() const { wait_for_block(); }
+  bool any(bool flag) const {
+    state_.any_next = state_.any_next || flag;
+    wait_for_block();
+    return state_.any;
+  }
+  std::uint32_t arrive(std::uint32_t* counter) const { return (*counter)++; }
+
+ private:
+  int rank_;
+  BlockState& state_;
+};
+
+// Calls begin_block() before each of the blocks, in random order, and thread(block) in each thread of it.
+void run_grid(const char* op, std::int64_t blocks, const std::function<void()>& begin_block,
+              const std::function<void(const HarnessBlock&)>& thread);
+
+void count_launch();
+
+template <class Body, class Args>
+void execute(const char* op, std::int64_t blocks, const Args& args, Stream) {
+  if (blocks == 0) return;
+  static_assert(sizeof(Args) <= 32764, "more than a launch takes");
+  using Shared = typename Body::Shared;
+  const auto shared = std::make_unique<Shared>();
+  // The arguments at their exact size on the heap, where reading past their end is seen.
+  const auto copy = std::make_unique<Args>(args);
+  run_grid(
+      op, blocks, [&] { std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(Shared)); },
+      [&](const HarnessBlock& block) { Body::run(block, *shared, *copy); });
+  count_launch();
+}
+
+}  // namespace looksam::cuda
