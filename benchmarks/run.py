@@ -1,0 +1,201 @@
+"""``python -m benchmarks``: measures, prints, and writes one result file and the table made from it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import machine, peers, report, timing
+from benchmarks.cases import OPS, STEPS, Arena, Case, Run
+from benchmarks.peers import PEERS, YARDSTICK, Missing
+from benchmarks.shapes import LISTS
+
+COPY = "copy"
+COMPILED = "torch.compile AdamW"
+Record = dict[str, Any]
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--shapes", default=",".join(LISTS), help="parameter lists (%(default)s)")
+    add("--only", default="", help="cases whose name contains this, such as 'LookSAM' or 'step'")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--backend", help="native, triton or reference; default: the fastest that is there")
+    add("--threads", type=int, default=2, help="CPU threads, the same for all contenders (%(default)s)")
+    add("--seconds", type=float, default=6.0, help="measuring time of each round of contenders (%(default)s)")
+    add("--repeat", type=int, default=5, help="turns of each round at least (%(default)s)")
+    add("--compile", default="vit-s", help="lists where torch.compile competes: a minute or two each (%(default)s)")
+    add("--memory", type=float, default=6.0, help="GB that the contenders of one round may hold (%(default)s)")
+    add("--out", type=Path, help="folder of the result file and its table (benchmarks/results)")
+    add("--quick", action="store_true", help="ResNet-18 and the overhead only, few turns, no torch.compile, no file")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.seconds, args.repeat, args.compile = 0.5, 3, ""
+        args.shapes = "resnet-18,tiny" if args.shapes == parser.get_default("shapes") else args.shapes
+    args.shapes, args.compile = ([s for s in x.split(",") if s] for x in (args.shapes, args.compile))
+    if unknown := sorted({*args.shapes, *args.compile} - set(LISTS)):
+        parser.error(f"no such list: {', '.join(unknown)}; choose from {', '.join(LISTS)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = options(argv)
+    torch.set_num_threads(args.threads)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    bench = Bench(args, console)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine.describe(args.device),
+        "versions": machine.versions(),
+        "revision": machine.revision(),
+        "options": {name: getattr(args, name) for name in ("device", "threads", "seconds", "repeat", "compile")},
+        "copy_gb_s": bench.copy_bandwidth(),
+        "measured": [record for name in args.shapes for record in bench.measure_list(name)],
+        "missing": bench.missing,
+    }
+    report.show(result, console)
+    if args.out or not args.quick:
+        for path in write(result, args.out or Path(__file__).parent / "results"):
+            console.print(f"wrote {path.name}")
+
+
+def write(result: Record, folder: Path) -> tuple[Path, Path]:
+    """The figures as JSON, and the table that report makes from it alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{result['machine']['slug']}-{result['date']}"
+    data, table = folder / f"{stem}.json", folder / f"{stem}.md"
+    data.write_text(json.dumps(result, indent=1) + "\n")
+    table.write_text(report.markdown(json.loads(data.read_text())))
+    return data, table
+
+
+class Bench:
+    """Measures lists, case by case; remembers who could not take part."""
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console = args, console
+        self.missing: list[Record] = []
+        self.copy = peers.copy(args.device)
+        self.clock = timing.wall_clock if args.device == "cpu" else timing.device_clock
+
+    def copy_bandwidth(self) -> dict[str, float]:
+        """GB/s, by number of threads."""
+        found = {}
+        for threads in (1, self.args.threads):
+            torch.set_num_threads(threads)
+            timed = timing.measure({COPY: self.copy}, self.clock, 1.0, 5)[COPY]
+            found[str(threads)] = 8 * peers.COPIED / timed.median_ms / 1e6
+        return found
+
+    def measure_list(self, name: str) -> Iterator[Record]:
+        arena = Arena(LISTS[name](), self.args.device, self.args.backend)
+        chosen = [case for case in (*STEPS, *OPS) if self.args.only.lower() in case.name.lower()]
+        for case in chosen:
+            if case in STEPS:
+                yield from self.measure_cases(name, arena, [case])
+        if ops := [case for case in chosen if case in OPS]:
+            yield from self.measure_cases(name, arena, ops)
+
+    def measure_cases(self, name: str, arena: Arena, cases: list[Case]) -> list[Record]:
+        """Cases that share one round with their peers; several rounds where the peers do not fit into memory at once.
+
+        Every ratio is one within a round. Our own time and the copy's are those of the first.
+        """
+        records: dict[str, Record] = {}
+        held = 3 + PEERS[YARDSTICK].columns + max(case.columns for case in cases)
+        room = (self.args.memory * 1e9 - 8 * peers.COPIED) / (4 * arena.numel) - held
+        for guests in rounds([p for p in cases[0].peers if self.invited(p, name)], room):
+            self.console.print(f"[dim]{name}: {cases[0].name if len(cases) == 1 else 'ops'}[/]", highlight=False)
+            runs = self.contenders(name, arena, cases, guests)
+            times = timing.measure(runs, self.clock, self.args.seconds, self.args.repeat)
+            extra = self.extra(name, runs, times)
+            for case in cases:
+                record = records.setdefault(
+                    case.name, {"shapes": name, **summary(case, arena, times), **extra[case.name], "peers": {}}
+                )
+                for peer in [YARDSTICK, *guests]:
+                    if peer in times:
+                        ratio = times[peer].median_ms / times[case.name].median_ms
+                        record["peers"].setdefault(peer, {**times[peer]._asdict(), **extra[peer], "ratio": ratio})
+            runs.clear()
+            gc.collect()
+        return list(records.values())
+
+    def invited(self, peer: str, name: str) -> bool:
+        if peer != COMPILED or name in self.args.compile:
+            return True
+        self.leave_out(name, peer, "compiling takes a minute or two for each list; --compile names the lists")
+        return False
+
+    def leave_out(self, name: str, peer: str, reason: str) -> None:
+        self.missing.append({"shapes": name, "peer": peer, "reason": reason})
+
+    def contenders(self, name: str, arena: Arena, cases: list[Case], guests: list[str]) -> dict[str, Run]:
+        """Everyone after a first step, which allocates or compiles. Ours must run; a peer may fail, with a reason."""
+        runs = {COPY: self.copy} | {case.name: first_step(case.build(arena)) for case in cases}
+        for peer in [YARDSTICK, *guests]:
+            try:
+                runs[peer] = first_step(PEERS[peer].build(arena))
+            except Exception as error:  # whatever a peer raises is the reason why it is not in the table
+                reason = str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {error}"
+                self.leave_out(name, peer, reason.partition("\n")[0])
+        return runs
+
+    def extra(self, name: str, runs: dict[str, Run], times: dict[str, timing.Timing]) -> dict[str, Record]:
+        """Host time where there is little else; launches and synchronisations on a GPU."""
+        extra: dict[str, Record] = {label: {} for label in runs}
+        host = times
+        if self.args.device == "cuda":
+            for label, run in runs.items():
+                extra[label] |= {"launches": timing.launches(run), "synchronises": timing.synchronises(run)}
+            if name == "tiny":
+                host = timing.measure(runs, timing.host_clock, self.args.seconds, self.args.repeat)
+        if name == "tiny":
+            for label in runs:
+                extra[label]["host_us"] = 1e3 * host[label].median_ms
+        return extra
+
+
+def summary(case: Case, arena: Arena, times: dict[str, timing.Timing]) -> Record:
+    """Our own side of a case."""
+    timed = times[case.name]
+    gb_s = case.bytes_per_param * arena.numel / timed.median_ms / 1e6
+    copy_gb_s = 8 * peers.COPIED / times[COPY].median_ms / 1e6
+    return {
+        "tensors": len(arena.shapes),
+        "params": arena.numel,
+        "backend": arena.table.backend_name,
+        "case": case.name,
+        "passes": case.passes,
+        "bytes_per_param": case.bytes_per_param,
+        **timed._asdict(),
+        "gb_s": gb_s,
+        "copy_gb_s": copy_gb_s,
+        "percent_of_copy": 100 * gb_s / copy_gb_s,
+    }
+
+
+def first_step(run: Run) -> Run:
+    run.prepare()
+    run.step()
+    return run
+
+
+def rounds(names: list[str], room: float) -> list[list[str]]:
+    """Distributes peers, in order, over rounds that hold at most ``room`` columns; at least one round, one a round."""
+    found: list[list[str]] = [[]]
+    for name in names:
+        if found[-1] and sum(PEERS[n].columns for n in (*found[-1], name)) > room:
+            found.append([])
+        found[-1].append(name)
+    return found

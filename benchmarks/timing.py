@@ -1,0 +1,103 @@
+"""Clocks, and how contenders are measured: after a warm-up, in turns, without the garbage collector; medians."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import Run
+
+Clock = Callable[[Callable[[], Any]], float]
+"""Calls a function and returns milliseconds."""
+
+
+def wall_clock(step: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def device_clock(step: Callable[[], Any]) -> float:
+    """Between two events on the current stream, which is idle before the first."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def host_clock(step: Callable[[], Any]) -> float:
+    """How long the host is busy: nothing is waiting on the device before, and nobody waits for it after."""
+    torch.cuda.synchronize()
+    return wall_clock(step)
+
+
+class Timing(NamedTuple):
+    """Milliseconds: median, first and third quartile, of so many runs."""
+
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    runs: int
+
+
+def measure(contenders: Mapping[str, Run], clock: Clock, seconds: float, at_least: int) -> dict[str, Timing]:
+    """All contenders in turns, A B C A B C ..., so that a busy moment of the machine hits each alike.
+
+    Every contender has run before. The number of turns is what fits into ``seconds``, at least ``at_least``.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def turn() -> None:
+        for name, run in contenders.items():
+            run.prepare()
+            times[name].append(clock(run.step))
+
+    gc.collect()
+    gc.disable()
+    try:
+        one_turn = 1e-3 * wall_clock(turn)
+        for t in times.values():
+            t.clear()
+        for _ in range(max(at_least, min(int(seconds / one_turn), 300))):
+            turn()
+    finally:
+        gc.enable()
+    return {name: _timing(t) for name, t in times.items()}
+
+
+def _timing(times: list[float]) -> Timing:
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Timing(median, q1, q3, len(times))
+
+
+def launches(run: Run) -> int:
+    """Kernels, copies and fills that one step starts on the device."""
+    run.prepare()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run.step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def synchronises(run: Run) -> bool:
+    """Does one step make the host wait for the device, as far as torch notices?"""
+    run.prepare()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
