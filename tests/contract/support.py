@@ -1,0 +1,111 @@
+"""What the contract's tests share: the matrix of backends, variants and bases, and a small thing to train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import looksam
+from looksam_kernels import backend_info
+
+BACKENDS = [name for name in ("reference", "native") if backend_info("cpu")[name].available]
+VARIANTS = looksam.VARIANTS
+REUSING = [name for name in ("looksam", "looklayersam") if name in VARIANTS]
+
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}),
+    "adam": ("adam", {"lr": 1e-2}),
+    "adamw": ("adamw", {"lr": 1e-2}),
+    "lamb": ("lamb", {"lr": 1e-2}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
+}
+"""Fused ones by name, and two that are wrapped."""
+
+on_backends = pytest.mark.parametrize("backend", BACKENDS)
+on_variants = pytest.mark.parametrize("variant", VARIANTS)
+on_bases = pytest.mark.parametrize("base", BASES)
+
+
+def build(params: Any, variant: str = "looksam", base: str = "sgd", **kwargs: Any) -> looksam.SharpnessAware:
+    """An optimizer with k = 2 where there is a k, unless told otherwise."""
+    optimizer, defaults = BASES[base]
+    return VARIANTS[variant](params, optimizer, **{"k": 2, "rho": 0.1, **defaults, **kwargs})
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float32, rows: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(rows, 5, generator=generator).to(dtype), torch.randint(3, (rows,), generator=generator)
+
+
+class Closure:
+    """Zeroes, forward, backward; counts its calls and keeps its losses. ``before`` is called with the call's number."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+        before: Callable[[int], None] = lambda call: None,
+        after: Callable[[int], None] = lambda call: None,
+    ) -> None:
+        self.model, self.optimizer, self.scale, self.before, self.after = model, optimizer, scale, before, after
+        self.losses: list[float] = []
+
+    def __call__(self) -> Tensor:
+        call = len(self.losses)
+        self.before(call)
+        self.optimizer.zero_grad()
+        x, y = data(next(self.model.parameters()).dtype)
+        loss = F.cross_entropy(self.model(x).float(), y)
+        self.losses.append(loss.item())
+        self.scale(loss).backward()
+        self.after(call)
+        return loss
+
+
+def train(model: nn.Module, optimizer: Any, steps: int) -> list[float]:
+    """The losses that ``step`` returned."""
+    closure = Closure(model, optimizer)
+    return [optimizer.step(closure).item() for _ in range(steps)]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """A copy of the state of every parameter, in order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in params]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit; a state that is not there equals one of zeros (the buffers that a first step creates)."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in a.keys() | b.keys():
+            x, y = a.get(key), b.get(key)
+            if x is None or y is None:
+                there = x if y is None else y
+                assert key == "master_param" or not torch.as_tensor(there).any(), f"{where}{key} appeared"
+            else:
+                assert_same(x, y, f"{where}{key}/")
+    elif isinstance(a, Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, Iterable) and not isinstance(a, str):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}{i}/")
+    else:
+        assert a == b, where
