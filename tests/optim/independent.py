@@ -213,26 +213,21 @@ class Independent:
 
     def refresh(self, g: Arrays, s: Arrays) -> None:
         """q = s - (<g,s> / ||g||^2) g, with one coefficient for all or one for each tensor; q = s where g is missing."""
+        joint = ratio(dot(g, s), norm(g) ** 2)
         for i, (gp, sp) in enumerate(zip(g, s, strict=True)):
             if sp is None:
                 continue  # an absent tensor takes no part: what it had as q, it keeps
-            c = (
-                ratio(dot(g, s), norm(g) ** 2)
-                if self.norm_scope == "global"
-                else ratio(dot([gp], [sp]), norm([gp]) ** 2)
-            )
+            c = joint if self.norm_scope == "global" else ratio(dot([gp], [sp]), norm([gp]) ** 2)
             self.q[i] = sp if gp is None else sp - c * gp
 
     def reuse(self, g: Arrays) -> Arrays:
         """d = g + alpha (||g|| / ||q||) q. Tensors without a gradient are in neither norm."""
         q = [None if gp is None else qp for gp, qp in zip(g, self.q, strict=True)]
+        joint = ratio(norm(g), norm(q))
         d: Arrays = []
         for gp, qp, hp in zip(g, q, self.h, strict=True):
-            if gp is None or qp is None:
-                d.append(gp)
-                continue
-            scale = ratio(norm(g), norm(q)) if self.norm_scope == "global" else ratio(norm([gp]), norm([qp]))
-            d.append(gp + hp["alpha"] * scale * qp)
+            scale = joint if self.norm_scope == "global" else ratio(norm([gp]), norm([qp]))
+            d.append(gp if gp is None or qp is None else gp + hp["alpha"] * scale * qp)
         return d
 
     def descend(self, d: Arrays) -> None:

@@ -69,6 +69,9 @@ class Problem:
             for column, x in zip((self.w, self.a, self.b, self.c, self.u), rounded, strict=True):
                 column.append(x)
 
+        columns = zip(self.a, self.b, self.c, self.u, strict=True)
+        self.constants = [[torch.tensor(x, dtype=dtype) for x in row] for row in columns]
+
     def gradients(
         self, w: list[np.ndarray], step: int, number: int, jitter: Callable[[np.ndarray], np.ndarray] = lambda x: x
     ) -> list[np.ndarray | None]:
@@ -89,7 +92,7 @@ class Problem:
         total, coupled = torch.zeros((), dtype=self.dtype), torch.zeros((), dtype=self.dtype)
         for i, (name, p) in enumerate(zip(self.names, params, strict=True)):
             if present(name, step, number):
-                a, b, c, u = (torch.tensor(x[i], dtype=self.dtype) for x in (self.a, self.b, self.c, self.u))
+                a, b, c, u = self.constants[i]
                 total = total + (a * (p - c) ** 2).sum() / 2 + (b * p**4).sum() / 4
                 coupled = coupled + (u * p.tanh()).sum()
         return total + coupled**2 / 2

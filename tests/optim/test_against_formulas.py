@@ -117,15 +117,16 @@ def test_optimizer_equals_the_formulas(backend, dtype, method, base, record_prop
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "method", "base"), [c for c in combinations() if c.values[0] != "reference"]
+    ("backend", "dtype", "method", "base"),
+    [c for c in combinations() if c.values[0] != "reference" and c.values[1] == torch.float32],
 )
 def test_backend_errs_at_most_twice_as_much_as_the_reference(backend, dtype, method, base):
+    """In single precision, where the tolerance above is wide; 4 units in the last place for what is luck."""
     error, _ = measured(method, base, dtype, backend)
     reference, _ = measured(method, base, dtype, "reference")
     exact, _ = exact_and_tolerance(method, base, dtype)
-    ulp = EPS[dtype] * np.array([[np.max(np.abs(x), initial=0.0) for x in xs] for xs in exact])
-    # The largest error of a tensor: single entries of a rounding error are luck.
-    assert np.all(error[-1] <= 2 * reference[-1] + 4 * ulp[-1])
+    ulp = EPS[dtype] * np.array([np.max(np.abs(x), initial=0.0) for x in exact[-1]])
+    assert np.all(error[-1] <= 2 * reference[-1] + 4 * ulp)
 
 
 @pytest.mark.parametrize("method", PRINCIPAL)

@@ -1,10 +1,15 @@
 """What must hold exactly, whatever the numbers: two ways to the same result give the same bits."""
 
 import copy
+import importlib
+import importlib.util
 import io
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +24,7 @@ from test_against_formulas import EPS, deviation, exact_and_tolerance
 
 import looksam
 
-FEW = settings(deadline=None, derandomize=True, max_examples=8)
+FEW = settings(deadline=None, derandomize=True, max_examples=4)
 QUICK = [name for name in BACKENDS if name != "triton"]  # Triton's interpreter takes seconds a step
 VARIANTS = ("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "looklayersam-3")
 PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-3")
@@ -88,14 +93,12 @@ def assert_same(a: Run, b: Run) -> None:
 
 @backends
 @bases
-@pytest.mark.parametrize("variant", list(METHODS))
+@variants
 def test_rho_0_equals_the_base_bit_for_bit_on_sharp_and_on_reuse_steps(variant, base, backend):
     """s is g, so q is exactly 0, so a reuse step is a base step."""
     names = tuple(n for n in names_for(METHODS[variant], BASES[base]) if n in ALWAYS)
     method = with_hyper(METHODS[variant], rho=0.0)
     alone = Method(looksam.SAM, None, ({"rho": 0.0},) * 3, k=10**9)  # cheap steps, all but the first
-    if base == "RMSprop" and "alpha" in method.hyper[0]:
-        method = replace(method, hyper=tuple({**h, "alpha": h["alpha"]} for h in method.hyper))
     ours = Run(Problem(names=names), method, BASES[base], backend).steps(2 * K + 1)
     plain = Run(Problem(names=names), alone, BASES[base], backend).steps(2 * K + 1)
     assert same_bits(ours.weights, plain.weights)
@@ -151,7 +154,7 @@ def test_n_steps_call_the_closure_n_plus_ceil_n_over_k_times(cls, n, k):
 
     for _ in range(n):
         at_w = float((p.detach() ** 2).sum())
-        assert float(optimizer.step(closure)) == at_w  # the first loss, at the unperturbed weights
+        assert optimizer.step(closure).item() == at_w  # the first loss, at the unperturbed weights
     assert len(calls) == n + -(-n // k)
 
 
@@ -242,15 +245,25 @@ def test_lamb_alone_equals_its_formula(options, backend):
     assert np.all(deviation(ours, exact) <= tolerance)
 
 
+def timms_lamb() -> type:
+    """From its file: the package around it imports torchvision, which these tests do without."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("timm is not installed")
+    package = types.ModuleType("timm_optim_alone")
+    package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "optim")]
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module("timm_optim_alone.lamb").Lamb
+
+
 @backends
 @pytest.mark.parametrize("options", LAMB_OPTIONS, ids=str)
 def test_lamb_alone_equals_timms(options, backend):
     """timm counts steps per group, so every tensor has a gradient on every step here."""
-    timm_optim = pytest.importorskip("timm.optim", reason="timm is not installed")
     problem = Problem(names=("matrix", "vector", "scalar", "kernel", "flat", "from_zero"))
     params, theirs = problem.parameters(), problem.parameters()
     optimizer = looksam.LAMB(params, lr=0.05, backend=backend, **options)
-    reference = timm_optim.Lamb(theirs, lr=0.05, **{**LAMB_DEFAULTS, **options})
+    reference = timms_lamb()(theirs, lr=0.05, **{**LAMB_DEFAULTS, **options})
     for t in range(12):
         optimizer.step(Closure(problem, params).begin(t))
         Closure(problem, theirs).begin(t)()
@@ -268,22 +281,24 @@ def test_lamb_alone_equals_timms(options, backend):
 @bases
 @variants
 def test_resuming_at_every_phase_equals_the_uninterrupted_run_bit_for_bit(variant, base, backend):
-    for phase in range(K):
-        whole = begin(variant, base, backend).steps(K + phase)
-        saved = whole.optimizer.state_dict()
+    whole = begin(variant, base, backend).steps(K)
+    resumed = []
+    for _ in range(K):
         file = io.BytesIO()
-        torch.save(saved, file)
+        torch.save(whole.optimizer.state_dict(), file)
         file.seek(0)
-        for state_dict in (copy.deepcopy(saved), torch.load(file, weights_only=True)):
-            resumed = begin(variant, base, backend)
+        for state_dict in (copy.deepcopy(whole.optimizer.state_dict()), torch.load(file, weights_only=True)):
+            run = begin(variant, base, backend)
             with torch.no_grad():
-                for p, q in zip(resumed.params, whole.params, strict=True):
+                for p, q in zip(run.params, whole.params, strict=True):
                     p.copy_(q)
-            resumed.t = whole.t
-            resumed.optimizer.load_state_dict(state_dict)
-            resumed.steps(K + 1)
-            onward = begin(variant, base, backend).steps(K + phase + K + 1)
-            assert_same(resumed, onward)
+            run.t = whole.t
+            run.optimizer.load_state_dict(state_dict)
+            resumed.append(run)
+        whole.steps(1)
+    whole.steps(2)
+    for run in resumed:
+        assert_same(run.steps(whole.t - run.t), whole)
 
 
 # ---------------------------------------------------------------------------------------------------- the two call styles
@@ -345,11 +360,14 @@ def test_a_closure_that_raises_in_any_pass_leaves_no_trace(variant, base, backen
 
 
 @backends
-@bases
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "RMSprop"])
 @variants
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("t", "number"), [(0, 1), (0, 2), (K, 1), (K, 2), (K + 1, 1)])
-def test_a_non_finite_gradient_in_any_pass_changes_nothing_but_the_phase(variant, base, t, number, value, backend):
+def test_a_non_finite_gradient_in_any_pass_changes_nothing_but_the_phase(variant, base, backend):
+    for value, t, number in (("nan", 0, 1), ("inf", 0, 2), ("inf", K, 1), ("nan", K, 2), ("nan", K + 1, 1)):
+        check_non_finite(variant, base, t, number, float(value), backend)
+
+
+def check_non_finite(variant: str, base: str, t: int, number: int, value: float, backend: str) -> None:
     run = begin(variant, base, backend).steps(t)
     before, state, phases = run.weights, run.state, [group["phase"] for group in run.optimizer.param_groups]
 
@@ -391,7 +409,7 @@ def test_the_storage_of_a_parameter_never_changes(variant, base, backend):
 
 @backends
 @principal
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("base", ["sgd", "lamb"])
 @FEW
 @given(random=st.randoms(use_true_random=False))
 def test_the_order_of_parameters_and_groups_changes_nothing(variant, base, backend, random):
@@ -413,16 +431,20 @@ def test_the_order_of_parameters_and_groups_changes_nothing(variant, base, backe
 
 
 @backends
-@pytest.mark.parametrize("variant", [name for name in METHODS if "3" in name])
+@pytest.mark.parametrize("variant", [name for name in METHODS if "filter" not in name and name != "sam"])
 @FEW
 @given(power=st.integers(-30, 30))
 def test_a_loss_scale_changes_neither_the_ascent_nor_the_reuse(variant, backend, power):
-    """With lr / scale the whole run, and every perturbed weight in it, has the same bits: 2^n only moves exponents."""
+    """With lr / scale the whole run, and every perturbed weight in it, has the same bits: 2^n only moves exponents.
+
+    It cannot hold where L_p is 1 by definition, in tensors of zeros and outside the layer filter: those are left out.
+    """
     visited: list[list[torch.Tensor]] = []
     for scale in (1.0, 2.0**power):
         method = replace(METHODS[variant], options={**METHODS[variant].options, "perturb_eps": 0.0})
         sgd = Base("sgd", tuple({"lr": lr / scale, "momentum": 0.9} for lr in (0.05, 0.1, 0.02)), None)
-        run = Run(problem_for(variant, "sgd"), method, sgd, backend)
+        names = tuple(name for name in names_for(method, sgd) if name != "from_zero" or "layer" not in variant)
+        run = Run(Problem(names=names), method, sgd, backend)
         path: list[torch.Tensor] = []
 
         def record(number: int, run: Run = run, path: list = path, scale: float = scale) -> None:
@@ -460,8 +482,8 @@ def test_maximize_equals_minimising_the_negated_loss_bit_for_bit(variant, base, 
 
 @backends
 @principal
-@bases
-@pytest.mark.parametrize("joins", range(K + 1))
+@pytest.mark.parametrize("base", ["sgd", "lamb", "RMSprop"])
+@pytest.mark.parametrize("joins", range(1, K + 1))
 def test_a_group_that_joins_later_equals_one_without_gradients_until_then(variant, base, joins, backend):
     runs = [begin(variant, base, backend) for _ in range(2)]
     there, late = runs
