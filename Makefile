@@ -1,7 +1,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-DEMO := looksam compare sgd sam sam-5 looksam-5 --data digits --label-noise 0.4 --seeds 4 --epochs 50
+DEMO := looksam compare sgd sam sam-5 looksam-5 --data digits --label-noise 0.4 --seeds 4 --epochs 50 \
+        --warmup 5 --rho 0.1 --alpha 0.5 --out runs/demo --overwrite
 
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
