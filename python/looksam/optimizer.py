@@ -469,7 +469,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         table["b"] = self._shards.local(backups)
         own = zip(self._params, table["w"], table["b"], rows, strict=True)
         self._masters = Masters((p, w, b) for p, w, b, row in own if "master_param" in row)
-        self._masters.follow()
+        if not self._moved:
+            self._masters.follow()
 
     def _create_state(self) -> None:
         """Creates the state of all parameters that have a gradient; moves no weight and no phase.

@@ -1,0 +1,488 @@
+"""Sentences 8 to 20: torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from contract.support import (
+    REUSING,
+    Closure,
+    assert_same,
+    build,
+    network,
+    on_backends,
+    on_bases,
+    on_variants,
+    states,
+    train,
+    weights,
+)
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import looksam
+
+
+def loop(
+    backend: str, steps: int = 3, variant: str = "looksam", base: str = "sgd", **kwargs: Any
+) -> list[torch.Tensor]:
+    model = network()
+    train(model, build(model.parameters(), variant, base, backend=backend, **kwargs), steps)
+    return weights(model)
+
+
+@on_backends
+def test_contract_08_hyper_parameters_are_read_at_each_step(backend: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), backend=backend, lr=123.0, rho=9.0, alpha=9.0)
+    optimizer.param_groups[0].update(lr=0.1, rho=0.1, alpha=0.7)
+    train(model, optimizer, 3)
+    assert_same(loop(backend), weights(model))
+
+
+@on_backends
+@pytest.mark.parametrize(("name", "value"), [("rho", 0.5), ("alpha", 0.1), ("adaptive", True), ("lr", 0.01)])
+def test_contract_08_per_group(backend: str, name: str, value: Any) -> None:
+    """The group that differs moves otherwise, and by a joint norm the other one may too, but not before the first step."""
+    variant = "sam" if name == "adaptive" else "looksam"
+    results = []
+    for own in ({}, {name: value}):
+        model = network()
+        groups = [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()], **own}]
+        train(model, build(groups, variant, backend=backend), 3)
+        results.append(weights(model))
+    assert not torch.equal(results[0][2], results[1][2])
+
+
+@on_backends
+@on_bases
+def test_contract_09_add_param_group_fills_in_defaults(backend: str, base: str) -> None:
+    if base == "adagrad":
+        pytest.skip("torch's Adagrad creates its state in the constructor and has none for groups that come later")
+    model = network()
+    optimizer = build([model[0].weight], "looksam", base, backend=backend)
+    train(model, optimizer, 3)
+    optimizer.add_param_group({"params": [model[2].weight]})
+    assert optimizer.param_groups[1].keys() == optimizer.param_groups[0].keys()
+    assert optimizer.param_groups[1]["phase"] == 1
+    before = weights(model)
+    train(model, optimizer, 2)
+    moved = [not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)]
+    assert moved == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        (torch.ones(2), TypeError),
+        ([], ValueError),
+        ([("name", nn.Parameter(torch.ones(1))), nn.Parameter(torch.ones(1))], (TypeError, ValueError)),
+        ([{"params": [("name", nn.Parameter(torch.ones(1)))]}, {"params": [nn.Parameter(torch.ones(1))]}], ValueError),
+    ],
+    ids=["tensor", "empty", "mixed in a group", "mixed groups"],
+)
+def test_contract_10_constructor_errors_of_torch(params: Any, error: Any) -> None:
+    with pytest.raises(error) as of_torch:
+        torch.optim.SGD(copy.deepcopy(params), lr=0.1)
+    with pytest.raises(error) as ours:
+        looksam.SAM(params, "sgd", lr=0.1)
+    assert ours.type is of_torch.type
+
+
+def test_contract_18_complex_parameters_are_a_clear_error() -> None:
+    with pytest.raises(TypeError, match="complex64"):
+        looksam.SAM([torch.ones(2, dtype=torch.complex64, requires_grad=True)], "sgd", lr=0.1)
+
+
+def test_contract_10_duplicates() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="duplicate"):
+        looksam.SAM([p, p], "sgd", lr=0.1)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        looksam.SAM([{"params": [p]}, {"params": [p]}], "sgd", lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rho": -0.1}, "rho.*-0.1"),
+        ({"k": 0}, "k.*0"),
+        ({"k": 1.5}, "k.*1.5"),
+        ({"alpha": -1}, "alpha.*-1"),
+        ({"base_optimizer": "sdg"}, "sdg"),
+        ({"norm_scope": "layer"}, "norm_scope.*layer"),
+        ({"lr": -1.0}, "-1.0"),
+        ({"lr": torch.tensor([1.0, 2.0]), "base_optimizer": "adam"}, "1-element"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm.*0"),
+        ({"differentiable": True}, "differentiable"),
+    ],
+)
+@pytest.mark.parametrize("in_group", [False, True])
+def test_contract_10_values_out_of_range(kwargs: dict[str, Any], message: str, in_group: bool) -> None:
+    p = nn.Parameter(torch.ones(2))
+    base = kwargs.get("base_optimizer", "sgd")
+    own = {name: value for name, value in kwargs.items() if name != "base_optimizer"}
+    if in_group and not own.keys() <= {"rho", "alpha", "k", "norm_scope"}:
+        pytest.skip("torch does not look at these of a group either")
+    with pytest.raises(ValueError, match=message):
+        if in_group:
+            looksam.LookSAM([{"params": [p], **own}], base, lr=0.1)
+        else:
+            looksam.LookSAM([p], base, **{"lr": 0.1, **own})
+
+
+@on_backends
+def test_contract_11_names_survive(backend: str) -> None:
+    model = network()
+    named = build(model.named_parameters(), backend=backend)
+    unnamed = build(model.parameters(), backend=backend)
+    names = [name for name, _ in model.named_parameters()]
+    assert named.param_groups[0]["param_names"] == names
+    train(model, named, 1)
+    unnamed.load_state_dict(named.state_dict())
+    assert unnamed.param_groups[0]["param_names"] == names
+    fresh = build(model.parameters(), backend=backend)
+    named.load_state_dict(fresh.state_dict())
+    assert named.param_groups[0]["param_names"] == names
+    train(model, named, 2)
+
+
+@on_backends
+@on_bases
+@pytest.mark.parametrize("variant", ["layersam", *REUSING])
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+def test_contract_12_copies_keep_everything(backend: str, variant: str, base: str, copier: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), variant, base, k=3, backend=backend)
+    train(model, optimizer, 2)
+    pair = {"model": model, "optimizer": optimizer}
+    clone = copy.deepcopy(pair) if copier == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert clone["optimizer"].param_groups[0]["params"][0] is next(clone["model"].parameters())
+    assert_same(states(optimizer), states(clone["optimizer"]))
+    train(model, optimizer, 4)
+    train(clone["model"], clone["optimizer"], 4)
+    assert_same(weights(model), weights(clone["model"]))
+    inner = clone["optimizer"].base_optimizer
+    assert inner.param_groups is clone["optimizer"].param_groups
+
+
+@on_backends
+@on_bases
+@on_variants
+def test_contract_13_resume_at_every_phase(backend: str, variant: str, base: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), variant, base, k=3, backend=backend)
+    for _ in range(4):
+        buffer = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+        buffer.seek(0)
+        saved = torch.load(buffer, weights_only=True)
+        other = network(1)
+        second = build(other.parameters(), variant, base, k=3, backend=backend)
+        second.load_state_dict(saved["optimizer"])
+        other.load_state_dict(saved["model"])
+        train(other, second, 4)
+        straight = copy.deepcopy({"model": model, "optimizer": optimizer})
+        train(straight["model"], straight["optimizer"], 4)
+        assert_same(weights(straight["model"]), weights(other))
+        assert_same(states(straight["optimizer"]), states(second))
+        train(model, optimizer, 1)
+
+
+@on_backends
+def test_contract_13_checkpoint_of_the_base_alone(backend: str) -> None:
+    model = network()
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, base, 3)
+    optimizer = looksam.LookSAM(model.parameters(), "adamw", k=2, backend=backend, lr=1e-2)
+    optimizer.load_state_dict(base.state_dict())
+    train(model, optimizer, 3)
+    assert optimizer.param_groups[0]["phase"] == 1
+    assert optimizer.state[model[0].weight]["step"] == 6
+
+
+@on_backends
+@pytest.mark.parametrize("variant", REUSING)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contract_14_float32_state_of_low_precision_parameters(backend: str, variant: str, dtype: torch.dtype) -> None:
+    model = network(dtype=dtype)
+    optimizer = build(model.parameters(), variant, "adamw", backend=backend)
+    train(model, optimizer, 3)
+    other = network(dtype=dtype)
+    second = build(other.parameters(), variant, "adamw", backend=backend)
+    second.load_state_dict(optimizer.state_dict())
+    for a, b in zip(states(optimizer), states(second), strict=True):
+        assert a.keys() == b.keys() >= {"master_param", "q", "exp_avg"}
+        assert {x.dtype for name, x in b.items() if name != "q_norm_sq"} == {torch.float32}
+        assert_same(a, b)
+
+
+@on_backends
+@on_variants
+@on_bases
+def test_contract_15_only_parameters_are_keys_of_state(backend: str, variant: str, base: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), variant, base, backend=backend)
+    train(model, optimizer, 3)
+    assert set(optimizer.state) <= set(model.parameters())
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+    assert optimizer.param_groups[0]["phase"] == 1
+
+
+@on_backends
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("style", ["closure", "two calls"])
+def test_contract_16_hooks_fire_once(backend: str, base: str, style: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), "looksam", base, backend=backend)
+    calls: list[str] = []
+
+    def hook(name: str) -> Any:
+        return lambda *_: calls.append(name)
+
+    handles = [
+        register_optimizer_step_pre_hook(hook("global pre")),
+        register_optimizer_step_post_hook(hook("global post")),
+    ]
+    optimizer.register_step_pre_hook(hook("pre"))
+    optimizer.register_step_post_hook(hook("post"))
+    closure = Closure(model, optimizer)
+    try:
+        for _ in range(3):
+            calls.clear()
+            if style == "closure":
+                optimizer.step(closure)
+            else:
+                closure()
+                if optimizer.first_step(zero_grad=True):
+                    closure()
+                    optimizer.second_step()
+            assert calls == ["global pre", "pre", "post", "global post"]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@on_backends
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_contract_16_state_dict_hooks_fire_once(backend: str, base: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), "looksam", base, backend=backend)
+    train(model, optimizer, 2)
+    calls: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save pre"))
+    optimizer.register_state_dict_post_hook(lambda o, d: calls.append("save post"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save pre", "save post", "load pre", "load post"]
+
+
+@on_backends
+def test_contract_16_what_hooks_return_is_used(backend: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), backend=backend)
+    train(model, optimizer, 1)
+
+    def halve(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**g, "lr": g["lr"] / 2} for g in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@on_backends
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_contract_16_one_profiler_range(backend: str, base: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), "looksam", base, backend=backend)
+    closure = Closure(model, optimizer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step(closure)
+        optimizer.step(closure)
+    ranges = [event.name for event in profile.events() if event.name.startswith("Optimizer.step#")]
+    assert ranges == ["Optimizer.step#LookSAM.step"] * 2
+
+
+@on_backends
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("style", ["closure", "two calls"])
+@pytest.mark.parametrize("on_base", [False, True])
+def test_contract_17_schedulers(backend: str, base: str, style: str, on_base: bool) -> None:
+    model = network()
+    optimizer = build(model.parameters(), "looksam", base, backend=backend, lr=1.0)
+    target = optimizer.base_optimizer if on_base else optimizer
+    closure = Closure(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedulers = [StepLR(target, 1, gamma=0.5), LambdaLR(target, lambda epoch: 0.5**epoch)]
+        for step in range(3):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5**step)
+            if style == "closure":
+                optimizer.step(closure)
+            else:
+                closure()
+                if optimizer.first_step(zero_grad=True):
+                    closure()
+                    optimizer.second_step()
+            schedulers[0].step()
+    plateau = ReduceLROnPlateau(target, patience=0, factor=0.1)
+    for _ in range(4):
+        plateau.step(optimizer.step(closure).detach() * 0 + 1)
+    assert optimizer.param_groups[0]["lr"] < 0.1
+    OneCycleLR(target, max_lr=0.1, total_steps=5, cycle_momentum=base == "sgd")
+
+
+@on_backends
+@on_variants
+@on_bases
+def test_contract_18_awkward_gradients(backend: str, variant: str, base: str) -> None:
+    names = ("plain", "none", "zero", "scalar", "empty", "first", "second")
+    p = {name: nn.Parameter(torch.ones({"scalar": (), "empty": (0,)}.get(name, (3,)))) for name in names}
+    optimizer = build(list(p.values()), variant, base, k=2, lr=0.01, backend=backend)
+    calls = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        optimizer.zero_grad()
+        here = [
+            "plain",
+            "scalar",
+            "empty",
+            *(["first"] if calls % 3 == 0 else []),
+            *(["second"] if calls % 3 == 1 else []),
+        ]
+        calls += 1
+        loss = sum(((p[name] * 1.5).square().sum() for name in here), start=torch.zeros(()))
+        (loss + 0 * p["zero"].sum()).backward()
+        return loss.detach()
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert torch.equal(p["none"].detach(), torch.ones(3))
+    assert all(x.isfinite().all() for x in p.values())
+    assert p["plain"].max() < 1
+    assert p["scalar"] < 1
+    before = p["first"].detach().clone()
+    p["first"].grad = None
+    optimizer.abandon()
+    assert torch.equal(before, p["first"].detach())
+
+
+@on_backends
+@pytest.mark.parametrize("pass_", [0, 1])
+def test_contract_18_sparse_gradients_are_a_clear_error(backend: str, pass_: int) -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = build(embedding.parameters(), "sam", k=1, backend=backend)
+    before, calls = weights(embedding), 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        optimizer.zero_grad()
+        loss = embedding(torch.tensor([1, 2])).square().sum()
+        loss.backward()
+        if calls != pass_:
+            embedding.weight.grad = embedding.weight.grad.to_dense()
+        calls += 1
+        return loss
+
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step(closure)
+    assert_same(before, weights(embedding))
+
+
+@on_backends
+@on_variants
+@on_bases
+def test_contract_19_maximize(backend: str, variant: str, base: str) -> None:
+    """Maximizing f is minimizing -f: the same weights, update and perturbation turned round."""
+    results = []
+    for maximize in (False, True):
+        model = network()
+        optimizer = build(model.parameters(), variant, base, maximize=maximize, backend=backend)
+        closure = Closure(model, optimizer, scale=(lambda loss: -loss) if maximize else (lambda loss: loss))
+        for _ in range(4):
+            optimizer.step(closure)
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+def test_contract_19_foreach_and_fused_change_nothing(flag: str) -> None:
+    assert_same(loop("reference", base="adamw"), loop("reference", base="adamw", **{flag: True}))
+
+
+def test_contract_19_flags_that_torch_refuses() -> None:
+    model = network()
+    with pytest.raises(RuntimeError, match="cannot be `True` together"):
+        looksam.SAM(model.parameters(), "adamw", foreach=True, fused=True)
+    with pytest.raises(ValueError, match="differentiable"):
+        looksam.SAM(model.parameters(), torch.optim.AdamW, differentiable=True)
+
+
+@on_backends
+@on_variants
+@on_bases
+def test_contract_20_tensor_lr(backend: str, variant: str, base: str) -> None:
+    if base == "adagrad":
+        pytest.skip("torch's Adagrad takes a tensor lr only with foreach")
+    number, tensor = (
+        loop(backend, 4, variant, base, lr=lr(0.01)) for lr in (float, lambda x: torch.tensor(x, dtype=torch.float64))
+    )
+    for a, b in zip(number, tensor, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@on_backends
+def test_contract_20_tensor_lr_follows_a_scheduler_and_a_checkpoint(backend: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), lr=torch.tensor(0.1), backend=backend)
+    scheduler = StepLR(optimizer, 1, gamma=0.5)
+    train(model, optimizer, 1)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.05)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@on_variants
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+def test_contract_20_no_host_sync(variant: str, base: str) -> None:
+    model = network().cuda()
+    optimizer = (
+        build(model.parameters(), variant, base, capturable=True)
+        if base == "adamw"
+        else build(model.parameters(), variant, base)
+    )
+    x, y = torch.randn(8, 5, device="cuda"), torch.randn(8, 3, device="cuda")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            optimizer.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(state["step"].is_cuda for state in optimizer.state.values())
