@@ -45,13 +45,15 @@ template <class T>
 struct StepRow {
   Span<T> w, b;
   bool perturbed, master, from_b;
+  Span<T> origin;  // one of both
 
   LOOKSAM_HD StepRow(const StepArgs& a, const Chunk& chunk)
       : w(a.w[chunk.row], chunk.offset),
         b(at(a.b, chunk.row), chunk.offset),
         perturbed(a.perturbed.has(chunk.row - a.rows.first)),
         master(b.present() && b.narrow() != w.narrow()),
-        from_b(perturbed || master) {}
+        from_b(perturbed || master),
+        origin(from_b ? a.b[chunk.row] : a.w[chunk.row], chunk.offset) {}
 
   template <class Block>
   LOOKSAM_HD void restore(const Block& block, const Chunk& chunk) const {
@@ -144,7 +146,6 @@ struct StepBody {
     const bool adds = a.base != Base::grad && !post.is_zero();
     const bool has_momentum = a.base == Base::sgd && h.momentum != 0;
     const bool has_states = a.base != Base::grad && a.base != Base::sgd;
-    const Span<T>& origin = row.from_b ? row.b : row.w;
 
     Squares square = {};
     for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
@@ -155,7 +156,7 @@ struct StepBody {
         constexpr bool kWhole = decltype(is_whole)::value;
         Loaded loaded = {{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
                           x[2].template load<kWhole>(i, size)},
-                         origin.template load<kWhole>(i, size),
+                         row.origin.template load<kWhole>(i, size),
                          {},
                          {}};
         if (has_momentum || has_states) loaded.m = m.template load<kWhole>(i, size);
@@ -247,7 +248,6 @@ struct LambBody {
     };
     const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
     const Span<T> m(a.first[chunk.row], chunk.offset), v(a.second[chunk.row], chunk.offset);
-    const Span<T>& origin = row.from_b ? row.b : row.w;
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          m.aligned() && v.aligned();
     const UpdateScalars<Wide> h = scalars_of<T>(block, shared, a, chunk.row, 0);
@@ -262,7 +262,7 @@ struct LambBody {
         constexpr bool kWhole = decltype(is_whole)::value;
         return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
                        x[2].template load<kWhole>(i, size)},
-                      origin.template load<kWhole>(i, size),
+                      row.origin.template load<kWhole>(i, size),
                       m.template load<kWhole>(i, size),
                       v.template load<kWhole>(i, size)};
       };

@@ -20,8 +20,9 @@ LOOKSAM_HD constexpr int pair_of(int k, int l) { return k * kOperands - k * (k -
 
 // A sum that a rule reads: which of Sums, and its value in every row.
 struct Field {
-  std::int32_t index;
+  std::int32_t index;   // negative: none of them, only checked for being finite
   const double* value;  // [rows]
+  double* copy;         // [rows]; null: none is made
 };
 
 struct RuleArgs {
@@ -194,9 +195,13 @@ struct SumsBody {
     if (block.rank() == 0) shared.total = {};
     for (int f = 0; f < r.fields; ++f) {
       double sum = 0;
-      for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) sum += r.field[f].value[row];
+      for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) {
+        const double value = r.field[f].value[row];
+        sum += value;
+        if (r.field[f].copy != nullptr) r.field[f].copy[row] = value;
+      }
       sum = block_sum(block, shared.scratch, sum);
-      if (block.rank() == 0) shared.total.at[r.field[f].index] = sum;
+      if (block.rank() == 0 && r.field[f].index >= 0) shared.total.at[r.field[f].index] = sum;
       not_finite += sum - sum != 0;  // of infinity and NaN it is NaN
     }
     const bool found_inf = not_finite > 0;
@@ -210,7 +215,8 @@ struct SumsBody {
     Direction& direction = shared.direction[block.rank() % kRowsAtATime];
     const auto direct = [&](std::int32_t row) {
       sums = {};
-      for (int f = 0; f < r.fields; ++f) sums.at[r.field[f].index] = r.field[f].value[row];
+      for (int f = 0; f < r.fields; ++f)
+        if (r.field[f].index >= 0) sums.at[r.field[f].index] = r.field[f].value[row];
       sums.unscale(common.inv_scale);
       direction = looksam::direction(r.rule.rule, sums, shared.total, group[r.group[row]], common);
     };

@@ -53,8 +53,8 @@ struct Types {
   using Wide = W;
   using Narrow = N;
   static constexpr int lanes = 16 / sizeof(N);
-  // Caps the registers of a thread, at 64 or 128.
-  static constexpr int blocks_per_processor = sizeof(W) == sizeof(N) ? 4 : 2;
+  // Caps the registers of a thread, at 64, 128 (two packs of float) or 255 (double).
+  static constexpr int blocks_per_processor = sizeof(W) == 8 ? 1 : sizeof(W) == sizeof(N) ? 4 : 2;
 };
 
 template <class T>
