@@ -336,8 +336,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         table = self._bound()
         names = () if coefficients.q is None else (coefficients.writes, f"{coefficients.writes}_norm_sq")
         written = [(x, x.clone()) for name in names for x in table[name] if x is not None]
-        self._shards.step(table, "grad", coefficients, groups)
         try:
+            self._shards.step(table, "grad", coefficients, groups)
             if not bool(coefficients.found_inf):  # the one read of the host: no wrapped optimizer can skip by itself
                 self._step_inner()
         except BaseException:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from contract.support import (
     BASES,
     Closure,
@@ -20,7 +22,6 @@ from contract.support import (
     train,
     weights,
 )
-from torch.nn import functional as F
 
 
 @on_backends

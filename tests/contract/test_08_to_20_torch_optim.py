@@ -10,6 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import looksam
 from contract.support import (
     REUSING,
     Closure,
@@ -23,14 +31,6 @@ from contract.support import (
     train,
     weights,
 )
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-
-import looksam
 
 
 def loop(

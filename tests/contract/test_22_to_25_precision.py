@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from contract.support import (
     REUSING,
     Closure,
@@ -21,7 +23,6 @@ from contract.support import (
     train,
     weights,
 )
-from torch import nn
 
 SCALE = 2.0**10
 

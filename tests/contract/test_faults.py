@@ -1,0 +1,114 @@
+"""Whatever fails in the middle of a step, and wherever: weights, state and phase as before, and the next step works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from contract.support import (
+    Closure,
+    assert_same,
+    build,
+    network,
+    on_backends,
+    on_bases,
+    on_variants,
+    states,
+    train,
+    weights,
+)
+from looksam import bases
+from looksam_kernels import ops
+
+
+class Injected(BaseException):
+    """Not an Exception, as Ctrl-C is none."""
+
+
+@contextmanager
+def fault(at: int, when: str, seen: list[str]) -> Iterator[None]:
+    """Raises before or after the at-th call of anything that a step does to tensors; ``seen`` are the calls that came."""
+    places: list[tuple[Any, str]] = [(ops, "measure"), (ops, "perturb"), (ops, "step"), (bases.Wrapped, "step")]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            mine = len(seen) - 1 == at
+            if mine and when == "before":
+                raise Injected
+            result = original(*args, **kwargs)
+            if mine:
+                raise Injected
+            return result
+
+        return call
+
+    try:
+        for owner, name, original in originals:
+            setattr(owner, name, watched(name if owner is ops else "wrapped", original))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+@on_backends
+@on_variants
+@on_bases
+@pytest.mark.parametrize("step", [0, 1, 2], ids=["first", "cheap", "sharp"])
+def test_fault_at_every_point_of_a_step(backend: str, variant: str, base: str, step: int) -> None:
+    model, other = network(), network()
+    straight = build(other.parameters(), variant, base, backend=backend)
+    train(other, straight, step)
+    calls: list[str] = []
+    with fault(-1, "", calls):
+        train(other, straight, 1)
+    assert calls[-1] == ("wrapped" if base in ("rmsprop", "adagrad") else "step")
+    assert calls.count("perturb") == (step != 1)
+    optimizer = build(model.parameters(), variant, base, backend=backend)
+    train(model, optimizer, step)
+    before, state, phase = weights(model), states(optimizer), optimizer.param_groups[0]["phase"]
+    for at in range(len(calls)):
+        for when in ("before", "after") if at < len(calls) - 1 else ("before",):  # after the last the step is done
+            with pytest.raises(Injected), fault(at, when, []):
+                optimizer.step(Closure(model, optimizer))
+            assert_same(before, weights(model), f"{when} {calls[at]}: ")
+            assert_same(state, states(optimizer), f"{when} {calls[at]}: ")
+            assert optimizer.param_groups[0]["phase"] == phase
+    train(model, optimizer, 2)
+    train(other, straight, 1)
+    assert_same(weights(other), weights(model))
+
+
+@on_backends
+@on_variants
+@on_bases
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_non_finite_gradient_in_every_pass(backend: str, variant: str, base: str, value: float) -> None:
+    model = network()
+    optimizer = build(model.parameters(), variant, base, backend=backend)
+    good = network()
+    straight = build(good.parameters(), variant, base, backend=backend)
+    train(good, straight, 2)
+    train(model, optimizer, 2)
+    before, state = weights(model), states(optimizer)
+    for phase, bad_call, tensor in [(0, 0, 0), (0, 1, 3), (1, 0, 2)]:  # pass 1 and pass 2 of a sharp step, a cheap step
+
+        def poison(call: int, bad_call: int = bad_call, tensor: int = tensor) -> None:
+            if call == bad_call:
+                list(model.parameters())[tensor].grad.view(-1)[-1] = value
+
+        optimizer.param_groups[0]["phase"] = phase
+        optimizer.step(closure := Closure(model, optimizer, after=poison))
+        assert len(closure.losses) == 2 - phase
+        assert_same(before, weights(model))
+        assert_same(state, states(optimizer))
+        assert optimizer.param_groups[0]["phase"] == (phase + 1) % 2
+    train(model, optimizer, 2)
+    train(good, straight, 2)
+    assert_same(weights(good), weights(model))
