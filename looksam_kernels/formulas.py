@@ -74,16 +74,19 @@ class Hyper:
         """Shape [rows]."""
         values = [g[name] for g in self.groups]
         if any(isinstance(v, Tensor) for v in values):
-            every = torch.stack(
-                [torch.as_tensor(v, dtype=torch.float64, device=self.device).reshape(()) for v in values]
-            )
-            return every[torch.tensor(self.group, dtype=torch.int64, device=self.device)]
-        return torch.tensor([values[i] for i in self.group], dtype=torch.float64, device=self.device)
+            every = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=self.device) for v in values]
+            every = [v.to(self.device, torch.float64).reshape(()) for v in every]
+            return torch.stack(every)[self.upload(self.group, torch.int64)]
+        return self.upload([values[i] for i in self.group])
 
     def sign(self) -> Tensor:
         """-1 in groups that maximize, else 1; shape [rows]."""
         signs = [-1.0 if g.get("maximize", False) else 1.0 for g in self.groups]
-        return torch.tensor([signs[i] for i in self.group], dtype=torch.float64, device=self.device)
+        return self.upload([signs[i] for i in self.group])
+
+    def upload(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Numbers on the device."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
 
     def common(self, name: str, default: Any = None) -> Any:
         """A hyper-parameter that all groups share."""
@@ -361,13 +364,13 @@ def descent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, max_grad_nor
 
 def _unscaled(sums: Sums, hyper: Hyper) -> Sums:
     """The sums of gradients without their loss scale."""
-    powers = torch.tensor([sum(x not in STORED for x in pair) for pair in sums.pairs], device=hyper.device)
+    powers = hyper.upload([sum(x not in STORED for x in pair) for pair in sums.pairs])
     return Sums(sums.pairs, sums.values * (hyper.inv_scale**powers).reshape(-1, 1))
 
 
 def _for_scaled(inputs: tuple[str, ...], rows: Tensor, hyper: Hyper) -> Tensor:
     """Coefficients of unscaled inputs -> coefficients of the inputs as they are."""
-    carries_scale = torch.tensor([x not in STORED for x in inputs], device=hyper.device)
+    carries_scale = hyper.upload([x not in STORED for x in inputs], torch.bool)
     return rows * torch.where(carries_scale, hyper.inv_scale, 1.0).reshape(-1, 1)
 
 

@@ -2,7 +2,8 @@
 
 A backend is a module with the functions ``sums``, ``coefficients``, ``perturb``, ``step``, ``restore`` (signatures:
 :mod:`looksam_kernels.ops`) and ``unavailable(device)``, which returns ``None`` where it runs on tensors of that device,
-or the reason why not. It may add ``measure`` where one launch does both sums and coefficients.
+or the reason why not. It may add ``measure`` where one launch does both sums and coefficients, and
+``only_on_request(device)``, the reason why it is not chosen automatically there, though it runs.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def select(requested: str | None, device: torch.device) -> ModuleType:
     name = requested or _forced or os.environ.get("LOOKSAM_BACKEND") or None
     if name is not None:
         return _require(name, device)
-    return next(_load(n) for n in ORDER if _reason(n, device) is None)
+    return next(_load(n) for n in ORDER if _reason(n, device) is None and _only_on_request(n, device) is None)
 
 
 def backend_info(device: torch.device | str | None = None) -> dict[str, BackendInfo]:
@@ -72,7 +73,10 @@ def backend_info(device: torch.device | str | None = None) -> dict[str, BackendI
         selected = name_of(select(None, device))
     except (RuntimeError, ValueError):
         selected = ""
-    return {n: BackendInfo((why := _reason(n, device)) is None, n == selected, why or "") for n in ORDER}
+    return {
+        n: BackendInfo((why := _reason(n, device)) is None, n == selected, why or _only_on_request(n, device) or "")
+        for n in ORDER
+    }
 
 
 def name_of(backend: ModuleType) -> str:
@@ -95,6 +99,11 @@ def _reason(name: str, device: torch.device) -> str | None:
         return _load(name).unavailable(device)
     except ImportError as error:
         return str(error)
+
+
+def _only_on_request(name: str, device: torch.device) -> str | None:
+    why = getattr(_load(name), "only_on_request", None)
+    return why(device) if why is not None else None
 
 
 def _load(name: str) -> ModuleType:

@@ -53,7 +53,12 @@ def coefficients(
     found_inf: Tensor | None,
     max_grad_norm: float | None,
 ) -> Coefficients:
-    hyper = Hyper(groups, table.group, table.device, grad_scale)
+    return evaluate(rule, sums, Hyper(groups, table.group, table.device, grad_scale), found_inf, max_grad_norm)
+
+
+def evaluate(
+    rule: str, sums: Sums, hyper: Hyper, found_inf: Tensor | None, max_grad_norm: float | None
+) -> Coefficients:
     bad = (~sums.values.isfinite().all()).to(torch.float32)
     if found_inf is not None:
         bad = torch.maximum(bad, found_inf.to(bad.device).reshape(()))

@@ -1,0 +1,551 @@
+"""The ops on the device: one Triton kernel an op, its formula in its docstring.
+
+A program works on one *chunk* (``CHUNK`` consecutive elements of one row) and finds it in ``chunks``, int32
+[2, programs]: the row, and which of its chunks. All rows of a launch are of one *bucket*: the same element types, the
+same columns present. A column is a table of addresses, int64 [rows], with its element type as a constexpr, ``None``
+where the bucket has no such tensor. Coefficients are float64 [inputs, rows], hyper-parameters float64 [names, groups].
+
+Arithmetic is in ``ACC``, float64 for float64 parameters and float32 for all others. Nothing is added up by atomics:
+a program stores its partial sum by the index of its chunk, and a second kernel adds them in a fixed order in float64.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
+
+import inspect
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+ADD_BLOCK = tl.constexpr(256)
+"""How many partial sums are added at a time."""
+
+
+def kernel(function):
+    """A kernel that is compiled once per set of constexprs: no argument's value or alignment is looked at."""
+    parameters = inspect.signature(function).parameters.values()
+    run_time = [p.name for p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=run_time)
+
+
+# Columns ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def locate(chunks, sizes, CHUNK: tl.constexpr):
+    """This program's place: row, offsets of its elements, size of the row; and 1 if the chunk is full, else 0."""
+    row = tl.load(chunks + tl.program_id(0))
+    start = tl.load(chunks + tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * CHUNK
+    size = tl.load(sizes + row)
+    return (row, start + tl.arange(0, CHUNK), size), (start + CHUNK <= size).to(tl.int32)
+
+
+@triton.jit
+def elements(column, place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(column + place[0]).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, [16])
+    return address + place[1]
+
+
+@triton.jit
+def load(column, place, TYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    """0 beyond the end of the row. Only full chunks are read in 16-byte words: a mask forbids them."""
+    if FULL:
+        x = tl.load(elements(column, place, TYPE, ALIGNED))
+    else:
+        x = tl.load(elements(column, place, TYPE, ALIGNED), mask=place[1] < place[2], other=0.0)
+    return x
+
+
+@triton.jit
+def store(column, place, x, TYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    if FULL:
+        tl.store(elements(column, place, TYPE, ALIGNED), convert(x, TYPE))
+    else:
+        tl.store(elements(column, place, TYPE, ALIGNED), convert(x, TYPE), mask=place[1] < place[2])
+
+
+@triton.jit
+def convert(x, TYPE: tl.constexpr):
+    """x rounded to the nearest number of the type. The interpreter would cut bfloat16 off, so the bits are rounded here."""
+    if INTERPRETED and tl.bfloat16 == TYPE and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        nearest = bits.to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(TYPE)
+
+
+@triton.jit
+def load_each(columns, place, TYPES: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    """The columns' elements as a tuple; 0.0 for a column that is not there."""
+    loaded = ()
+    for i in tl.static_range(len(TYPES)):
+        x = 0.0 if TYPES[i] is None else load(columns[i], place, TYPES[i], ALIGNED, FULL).to(ACC)
+        loaded = loaded + (x,)  # noqa: RUF005 - Triton has no unpacking
+    return loaded
+
+
+@triton.jit
+def combine(c, xs, row, rows, TYPES: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr):
+    """sum_i c_i x_i. An input with c_i = 0 counts as 0 whatever it holds."""
+    total = tl.full([CHUNK], 0.0, ACC)
+    for i in tl.static_range(len(TYPES)):
+        if TYPES[i] is not None:
+            of_x = tl.load(c + i * rows + row).to(ACC)
+            total += tl.where(of_x != 0, of_x * xs[i], 0.0)
+    return total
+
+
+@triton.jit
+def stretch(w, eta):
+    """ASAM's T = |w| + eta, 1 in rows where eta is negative."""
+    return tl.where(eta < 0, 1.0, tl.abs(w) + eta)
+
+
+# Arithmetic: Triton's own / and sqrt are approximate in float32 -------------------------------------------------------
+
+
+@triton.jit
+def divide(x, y):
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
+def root(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def power(x, n):
+    """x^n for whole n of at most 24 bits (a float32 counts no further), by squaring."""
+    result = x * 0 + 1
+    for _ in range(24):
+        result = tl.where(n & 1 != 0, result * x, result)
+        x = x * x
+        n = n >> 1
+    return result
+
+
+# Base updates on one element ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sgd(w, d, buf, lr, momentum, of_d, weight_decay, nesterov):
+    """The new w and buf. of_d = 1 - dampening, the first time 1."""
+    d += weight_decay * w
+    buf = momentum * buf + of_d * d
+    ahead = tl.where(momentum == 0, d, tl.where(nesterov != 0, d + momentum * buf, buf))
+    return w - lr * ahead, buf
+
+
+@triton.jit
+def moments(d, m, v, of_d, of_d_squared, beta2):
+    """m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2."""
+    return m + of_d * (d - m), beta2 * v + of_d_squared * d * d
+
+
+@triton.jit
+def adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps):
+    """(m / bc1) / (sqrt(v / bc2) + eps)."""
+    return divide(divide(m, bias_correction1), divide(root(v), bias_correction2_sqrt) + eps)
+
+
+@triton.jit
+def lamb_direction(w, m, v, bias_correction1, bias_correction2_sqrt, eps, weight_decay):
+    """u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w."""
+    return adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps) + weight_decay * w
+
+
+# Sums -----------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def inner_products(
+    columns,
+    w,
+    eta,
+    partials,
+    chunks,
+    sizes,
+    TYPES: tl.constexpr,
+    STRETCHED: tl.constexpr,
+    W: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """partials[i, chunk] = sum_j x_j y_j over the chunk, (x, y) the i-th pair of columns; 0 where either is not there.
+
+    STRETCHED columns are multiplied by T of :func:`stretch`. A pair ``None`` is another kernel's.
+    """
+    place, full = locate(chunks, sizes, CHUNK)
+    for FULL in tl.static_range(2):
+        if full == FULL:
+            xs = load_each(columns, place, TYPES, ACC, ALIGNED, FULL)
+            for i in tl.static_range(len(PAIRS)):
+                if PAIRS[i] is not None:
+                    X: tl.constexpr = PAIRS[i][0]
+                    Y: tl.constexpr = PAIRS[i][1]
+                    total = 0.0
+                    if TYPES[X] is not None and TYPES[Y] is not None:
+                        x = xs[X]
+                        y = xs[Y]
+                        if STRETCHED[X] or STRETCHED[Y]:
+                            t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + place[0]).to(ACC))
+                            if STRETCHED[X]:
+                                x = t * x
+                            if STRETCHED[Y]:
+                                y = t * y
+                        total = tl.sum(x * y)
+                    tl.store(partials + i * tl.num_programs(0) + tl.program_id(0), total)
+
+
+@triton.jit
+def add_up(partials, first, last):
+    """partials[first] + ... + partials[last - 1], always in the same order."""
+    total = tl.full([ADD_BLOCK], 0.0, tl.float64)
+    for start in range(first, last, ADD_BLOCK):
+        index = start + tl.arange(0, ADD_BLOCK)
+        total += tl.load(partials + index, mask=index < last, other=0.0)
+    return tl.sum(total)
+
+
+@kernel
+def add_partials(
+    values,
+    partials,
+    norms,
+    members,
+    first_chunk,
+    programs,
+    rows,
+    CACHED: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """values[i, row] = sum of the row's partials[i]; for the pair CACHED the row's cached norm instead.
+
+    One program for each of the bucket's rows (``members``) and pair; the chunks of its k-th row are those from
+    ``first_chunk[k]`` to ``first_chunk[k + 1]``.
+    """
+    row = tl.load(members + tl.program_id(0))
+    pair = tl.program_id(1)
+    if pair == CACHED:
+        total = tl.full([], 0.0, tl.float64)
+        if NORM is not None:
+            total = tl.load(tl.load(norms + row).to(tl.pointer_type(NORM))).to(tl.float64)
+    else:
+        first = tl.load(first_chunk + tl.program_id(0))
+        last = tl.load(first_chunk + tl.program_id(0) + 1)
+        total = add_up(partials + pair.to(tl.int64) * programs, first, last)
+    tl.store(values + pair * rows + row, total)
+
+
+# Perturb and restore --------------------------------------------------------------------------------------------------
+
+
+@kernel
+def perturb(
+    w,
+    b,
+    inputs,
+    c,
+    eta,
+    chunks,
+    sizes,
+    rows,
+    W: tl.constexpr,
+    B: tl.constexpr,
+    TYPES: tl.constexpr,
+    FROM_B: tl.constexpr,
+    STRETCHED: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """b <- w, w <- w + T^2 sum_i c_i x_i; with FROM_B w <- b + T^2 sum_i c_i x_i. With all c_i = 0 the bits stay."""
+    place, full = locate(chunks, sizes, CHUNK)
+    row = place[0]
+    moves = False
+    for i in tl.static_range(len(TYPES)):
+        if TYPES[i] is not None:
+            moves |= tl.load(c + i * rows + row) != 0
+    for FULL in tl.static_range(2):
+        if full == FULL:
+            if FROM_B:
+                origin = load(b, place, B, ALIGNED, FULL)
+            else:
+                origin = load(w, place, W, ALIGNED, FULL)
+                store(b, place, origin, B, ALIGNED, FULL)
+            e = combine(c, load_each(inputs, place, TYPES, ACC, ALIGNED, FULL), row, rows, TYPES, ACC, CHUNK)
+            if STRETCHED:
+                t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + row).to(ACC))
+                e = t * t * e
+            moved = tl.where(moves, convert(origin.to(ACC) + e, W), convert(origin, W))
+            store(w, place, moved, W, ALIGNED, FULL)
+
+
+@kernel
+def restore(
+    w,
+    b,
+    chunks,
+    sizes,
+    W: tl.constexpr,
+    B: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """w <- b."""
+    place, full = locate(chunks, sizes, CHUNK)
+    for FULL in tl.static_range(2):
+        if full == FULL:
+            store(w, place, load(b, place, B, ALIGNED, FULL), W, ALIGNED, FULL)
+
+
+# Step -----------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def advance(
+    step,
+    corrections,
+    members,
+    hyper,
+    group,
+    found_inf,
+    count,
+    rows,
+    groups,
+    STEP: tl.constexpr,
+    BASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """step <- step + 1, and the factors of the row's update that depend on it, corrections [2, rows].
+
+    Adam: 1 - beta1^step and sqrt(1 - beta2^step). SGD: the weight of d in the momentum, 1 - dampening, the first time 1.
+    Nothing happens with found_inf.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < tl.where(tl.load(found_inf) != 0, 0, count)
+    row = tl.load(members + index, mask=mask, other=0)
+    address = tl.load(step + row, mask=mask, other=0).to(tl.pointer_type(STEP))
+    t = tl.load(address, mask=mask, other=0.0) + 1
+    tl.store(address, t, mask=mask)
+    h = hyper + tl.load(group + row, mask=mask, other=0)
+    if BASE == "sgd":
+        dampening = tl.load(h + 2 * groups, mask=mask, other=0.0)
+        tl.store(corrections + row, tl.where(t == 1, 1.0, 1 - dampening), mask=mask)
+    else:
+        beta1 = tl.load(h + 3 * groups, mask=mask, other=0.0)
+        beta2 = tl.load(h + 4 * groups, mask=mask, other=0.0)
+        tl.store(corrections + row, 1 - power(beta1, t.to(tl.int32)), mask=mask)
+        tl.store(corrections + rows + row, tl.sqrt(1 - power(beta2, t.to(tl.int32))), mask=mask)
+
+
+HYPER = {
+    "sgd": ("lr", "weight_decay", "dampening", "momentum", "nesterov"),
+    "adam": ("lr", "weight_decay", "eps", "beta1", "beta2"),
+    "adamw": ("lr", "weight_decay", "eps", "beta1", "beta2"),
+    "lamb": ("lr", "weight_decay", "eps", "beta1", "beta2", "always_adapt", "trust_clip"),
+    "grad": (),
+}
+"""The rows of ``hyper``, in the order in which the kernels read them."""
+
+
+@kernel
+def step(
+    w,
+    b,
+    inputs,
+    q,
+    states,
+    c,
+    c_q,
+    c_post,
+    found_inf,
+    corrections,
+    hyper,
+    group,
+    partials,
+    chunks,
+    sizes,
+    rows,
+    groups,
+    BASE: tl.constexpr,
+    W: tl.constexpr,
+    B: tl.constexpr,
+    INPUTS: tl.constexpr,
+    Q: tl.constexpr,
+    STATES: tl.constexpr,
+    FROM_B: tl.constexpr,
+    MASTER: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """d = sum_i c_i x_i, the base update with d at w (with FROM_B: at b), w += sum_i post_i x_i, q <- sum_i q_i x_i.
+
+    ``partials`` [3, chunks] takes ||q||^2, and for LAMB ||w||^2 and ||u||^2: its weights wait for :func:`apply_lamb`.
+    With found_inf w <- b where it was moved, and nothing else.
+    """
+    place, full = locate(chunks, sizes, CHUNK)
+    row = place[0]
+    programs = tl.num_programs(0)
+    partials += tl.program_id(0)
+    for FULL in tl.static_range(2):
+        if full == FULL:
+            origin = load(b, place, B, ALIGNED, FULL) if FROM_B else load(w, place, W, ALIGNED, FULL)
+            if tl.load(found_inf) != 0:
+                if FROM_B:
+                    store(w, place, origin, W, ALIGNED, FULL)
+            else:
+                xs = load_each(inputs, place, INPUTS, ACC, ALIGNED, FULL)
+                d = combine(c, xs, row, rows, INPUTS, ACC, CHUNK)
+                if Q is not None:
+                    new_q = combine(c_q, xs, row, rows, INPUTS, ACC, CHUNK)
+                    store(q, place, new_q, Q, ALIGNED, FULL)
+                    tl.store(partials, tl.sum(new_q * new_q))
+
+                if BASE == "grad":
+                    store(inputs[0], place, d, INPUTS[0], ALIGNED, FULL)
+                    if FROM_B:
+                        store(w, place, origin, W, ALIGNED, FULL)
+                else:
+                    x = origin.to(ACC)
+                    h = hyper + tl.load(group + row)
+                    lr = tl.load(h)
+                    weight_decay = tl.load(h + groups)
+                    if BASE == "sgd":
+                        momentum = tl.load(h + 3 * groups).to(ACC)
+                        nesterov = tl.load(h + 4 * groups)
+                        of_d = tl.load(corrections + row).to(ACC)
+                        if STATES[0] is None:
+                            new_w, _ = sgd(x, d, d, lr.to(ACC), momentum, of_d, weight_decay.to(ACC), nesterov)
+                        else:
+                            buf = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                            new_w, buf = sgd(x, d, buf, lr.to(ACC), momentum, of_d, weight_decay.to(ACC), nesterov)
+                            if momentum != 0:
+                                store(states[0], place, buf, STATES[0], ALIGNED, FULL)
+                    else:
+                        eps = tl.load(h + 2 * groups).to(ACC)
+                        beta1 = tl.load(h + 3 * groups)
+                        beta2 = tl.load(h + 4 * groups)
+                        bias_correction1 = tl.load(corrections + row).to(ACC)
+                        bias_correction2_sqrt = tl.load(corrections + rows + row).to(ACC)
+                        if BASE == "adam":
+                            d += weight_decay.to(ACC) * x
+                        m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                        v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
+                        m, v = moments(d, m, v, (1 - beta1).to(ACC), (1 - beta2).to(ACC), beta2.to(ACC))
+                        store(states[0], place, m, STATES[0], ALIGNED, FULL)
+                        store(states[1], place, v, STATES[1], ALIGNED, FULL)
+                        if BASE == "lamb":
+                            u = lamb_direction(
+                                x, m, v, bias_correction1, bias_correction2_sqrt, eps, weight_decay.to(ACC)
+                            )
+                            if not FULL:  # eps may be 0
+                                u = tl.where(place[1] < place[2], u, 0.0)
+                            tl.store(partials + programs, tl.sum(x * x))
+                            tl.store(partials + 2 * programs, tl.sum(u * u))
+                        else:
+                            if BASE == "adamw":
+                                x = x * (1 - lr * weight_decay).to(ACC)
+                            new_w = x - lr.to(ACC) * adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps)
+
+                    if BASE != "lamb":
+                        if c_post is not None:
+                            new_w += combine(c_post, xs, row, rows, INPUTS, ACC, CHUNK)
+                        store(w, place, new_w, W, ALIGNED, FULL)
+                        if MASTER:
+                            store(b, place, new_w, B, ALIGNED, FULL)
+
+
+@kernel
+def finish_step(
+    norms,
+    trust_ratio,
+    partials,
+    hyper,
+    group,
+    found_inf,
+    members,
+    first_chunk,
+    programs,
+    groups,
+    NORM: tl.constexpr,
+    BASE: tl.constexpr,
+):
+    """||q_p||^2 to its column; LAMB's r = ||w_p|| / ||u_p||, 1 where either is 0 and where weight_decay = 0 unless
+    always_adapt, at most 1 with trust_clip. One program for each of the bucket's rows."""
+    if tl.load(found_inf) == 0:
+        row = tl.load(members + tl.program_id(0))
+        first = tl.load(first_chunk + tl.program_id(0))
+        last = tl.load(first_chunk + tl.program_id(0) + 1)
+        if NORM is not None:
+            tl.store(tl.load(norms + row).to(tl.pointer_type(NORM)), add_up(partials, first, last).to(NORM))
+        if BASE == "lamb":
+            w_norm = tl.sqrt(add_up(partials + programs, first, last))
+            u_norm = tl.sqrt(add_up(partials + 2 * programs, first, last))
+            h = hyper + tl.load(group + row)
+            adapts = (tl.load(h + groups) != 0) | (tl.load(h + 5 * groups) != 0)
+            applies = adapts & (w_norm > 0) & (u_norm > 0)
+            r = tl.where(applies, w_norm / tl.where(applies, u_norm, 1.0), 1.0)
+            r = tl.where(tl.load(h + 6 * groups) != 0, tl.minimum(r, 1.0), r)
+            tl.store(trust_ratio + row, r)
+
+
+@kernel
+def apply_lamb(
+    w,
+    b,
+    inputs,
+    states,
+    c_post,
+    found_inf,
+    corrections,
+    trust_ratio,
+    hyper,
+    group,
+    chunks,
+    sizes,
+    rows,
+    groups,
+    W: tl.constexpr,
+    B: tl.constexpr,
+    INPUTS: tl.constexpr,
+    STATES: tl.constexpr,
+    FROM_B: tl.constexpr,
+    MASTER: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """w <- w - lr r u + sum_i post_i x_i, u formed again from the states: the second phase of LAMB."""
+    if tl.load(found_inf) == 0:
+        place, full = locate(chunks, sizes, CHUNK)
+        row = place[0]
+        h = hyper + tl.load(group + row)
+        scale = (tl.load(h) * tl.load(trust_ratio + row)).to(ACC)
+        weight_decay = tl.load(h + groups).to(ACC)
+        eps = tl.load(h + 2 * groups).to(ACC)
+        bias_correction1 = tl.load(corrections + row).to(ACC)
+        bias_correction2_sqrt = tl.load(corrections + rows + row).to(ACC)
+        for FULL in tl.static_range(2):
+            if full == FULL:
+                origin = load(b, place, B, ALIGNED, FULL) if FROM_B else load(w, place, W, ALIGNED, FULL)
+                x = origin.to(ACC)
+                m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
+                u = lamb_direction(x, m, v, bias_correction1, bias_correction2_sqrt, eps, weight_decay)
+                new_w = x - scale * u
+                if c_post is not None:
+                    xs = load_each(inputs, place, INPUTS, ACC, ALIGNED, FULL)
+                    new_w += combine(c_post, xs, row, rows, INPUTS, ACC, CHUNK)
+                store(w, place, new_w, W, ALIGNED, FULL)
+                if MASTER:
+                    store(b, place, new_w, B, ALIGNED, FULL)
