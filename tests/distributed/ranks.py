@@ -1,0 +1,64 @@
+"""Two processes that stay for the whole test run, with a gloo group between them."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import distributed
+
+WORLD = 2
+
+
+def _work(rank: int, store: str, paths: list[str], inbox: Any, outbox: Any) -> None:
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    while (job := inbox.get()) is not None:
+        function, args = job
+        try:
+            outbox.put((rank, function(rank, *args), None))
+        except BaseException:
+            outbox.put((rank, None, traceback.format_exc()))
+    distributed.destroy_process_group()
+
+
+class Ranks:
+    """Runs a function on every rank. The ranks fail together or not at all: what fails on one may hang the other."""
+
+    def __init__(self, folder: Path) -> None:
+        context = mp.get_context("spawn")
+        self._inboxes, self._outbox = [context.Queue() for _ in range(WORLD)], context.Queue()
+        self._processes = [
+            context.Process(target=_work, args=(rank, str(folder / "store"), sys.path, inbox, self._outbox), daemon=True)
+            for rank, inbox in enumerate(self._inboxes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What ``function(rank, *args)`` returned, by rank. Return lists and numbers, or tensors as numpy arrays."""
+        for inbox in self._inboxes:
+            inbox.put((function, args))
+        results: dict[int, Any] = {}
+        for _ in range(WORLD):
+            rank, result, error = self._outbox.get(timeout=120)
+            assert error is None, f"rank {rank}:\n{error}"
+            results[rank] = result
+        return [results[rank] for rank in range(WORLD)]
+
+    def close(self) -> None:
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
