@@ -1,0 +1,68 @@
+"""Docstrings are plain text with a little reStructuredText; here they become the Markdown that mkdocstrings reads."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:class|func|mod|meth|attr|data):`~?([\w.]+)`")
+SIMPLE_TABLE = re.compile(r"^(=+ +)+=+\n(?:.*\n)+?(=+ +)+=+$", re.MULTILINE)
+PUBLIC = {"looksam", "looksam_kernels"}
+
+
+class Markdown(griffe.Extension):
+    """Roles become code, simple tables become pipe tables, a paragraph that ends in ``::`` announces Python code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value)
+
+
+def markdown(text: str) -> str:
+    text = ROLE.sub(lambda m: f"`{m[1]}`", text)
+    text = SIMPLE_TABLE.sub(lambda m: pipe_table(m[0]), text)
+    return code_blocks(text)
+
+
+def pipe_table(text: str) -> str:
+    """A simple table, with or without a header, whose first column is the narrow one; rows may be continued."""
+    lines = text.splitlines()
+    starts = [m.start() for m in re.finditer("=+", lines[0])]
+    ends = [*starts[1:], None]
+    header, rows = lines[2].startswith("==") if len(lines) > 2 else False, []
+    for line in lines:
+        if line.startswith("=="):
+            continue
+        cells = [line[a:b].strip() for a, b in zip(starts, ends, strict=True)]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{old} {new}".strip() for old, new in zip(rows[-1], cells, strict=True)]
+    if not header:
+        rows.insert(0, [""] * len(starts))
+    rows = [[re.sub(r"(?<!\\)\|", r"\\|", cell).replace("*", r"\*") for cell in row] for row in rows]
+    rows.insert(1, ["---"] * len(starts))
+    return "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def code_blocks(text: str) -> str:
+    """``text::`` and an indented block -> a fenced block."""
+    done: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        if inside and line and not line.startswith(" "):
+            done.insert(len(done) - (done[-1] == ""), "```")
+            inside = False
+        if line.endswith("::") and not inside:
+            done += [line[:-1], "", "```python"]
+            inside, fresh = True, True
+            continue
+        if inside:
+            if fresh and not line:
+                continue
+            fresh = False
+            line = line.removeprefix("    ")
+        done.append(line)
+    return "\n".join([*done, "```"] if inside else done)

@@ -1,0 +1,116 @@
+"""Every Python block in README.md and docs/*.md runs.
+
+The blocks of a page run in order in one namespace, which begins with what :func:`prelude` gives: a model, a loader, a
+loss. A comment in the line before a block says what is special about it:
+
+* ``<!-- needs: lightning -->``: the block stands alone, and is skipped where that package is missing;
+* ``<!-- skip: reason -->``: it is not run;
+* ``<!-- raises: RuntimeError -->``: it must raise that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?:^[ ]*<!-- (?P<tag>needs|skip|raises): (?P<value>.+?) -->\n\s*)?"
+    r"^(?P<indent> *)```(?:python|py)\b[^\n]*\n(?P<code>.*?)^(?P=indent)```",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    code: str
+    tag: str | None
+    value: str
+
+    def run(self, namespace: dict[str, Any]) -> None:
+        """Traceback lines are the page's."""
+        source = "\n" * self.line + self.code
+        if self.tag == "raises":
+            with pytest.raises(Exception) as caught:  # noqa: PT011
+                exec(compile(source, self.page, "exec"), namespace)
+            assert caught.type.__name__ == self.value
+        else:
+            exec(compile(source, self.page, "exec"), namespace)
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text, name = page.read_text(), str(page.relative_to(ROOT))
+    return [
+        Block(name, text.count("\n", 0, m.start("code")), textwrap.dedent(m["code"]), m["tag"], m["value"] or "")
+        for m in BLOCK.finditer(text)
+    ]
+
+
+def prelude() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    dataset = TensorDataset(torch.randn(64, 20), torch.randint(3, (64,)))
+    loader = DataLoader(dataset, batch_size=16)
+    common = {"torch": torch, "nn": nn, "device": "cpu", "__name__": "docs"}
+    return {**common, "model": model, "loader": loader, "dataset": dataset, "loss_fn": nn.CrossEntropyLoss()}
+
+
+@pytest.fixture(autouse=True)
+def like_one_process_of_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOOKSAM_BACKEND", raising=False)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the trainers about this machine; ours have tests of their own
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    assert os.environ.get("LOOKSAM_BACKEND") is None
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+ALONE = [b for b in BLOCKS if b.tag in ("needs", "skip")]
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(b.page for b in BLOCKS if b not in ALONE))
+def test_page(page: str) -> None:
+    namespace = prelude()
+    for block in BLOCKS:
+        if block.page == page and block not in ALONE:
+            block.run(namespace)
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=f"{b.page}:{b.line}") for b in ALONE])
+def test_block_with_needs(block: Block) -> None:
+    if block.tag == "skip":
+        pytest.skip(block.value)
+    if block.value == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if block.value != "gpu" and importlib.util.find_spec(block.value) is None:
+        pytest.skip(f"needs {block.value}")
+    block.run(prelude())
+
+
+def test_every_page_is_found() -> None:
+    assert len(BLOCKS) > 20
+    assert all(page.name != "quickstart.md" or blocks_of(page) for page in PAGES)
