@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from looksam_kernels.backends import reference
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
 from looksam_kernels.table import TensorTable
 
@@ -16,13 +18,20 @@ try:
 except ImportError as error:
     _C, _why_not = None, f"looksam_kernels was installed without its compiled extension ({error})"
 
+try:
+    _cuda: Any = importlib.import_module("looksam_kernels._cuda")  # not a name that every build has
+except ImportError as error:
+    _cuda, _why_not_cuda = None, f"this build has no code for CUDA tensors ({error})"
+
 Adaptive = Sequence[float | None] | None
 
 
 def unavailable(device: torch.device) -> str | None:
     if _C is None:
         return _why_not
-    return None if device.type == "cpu" else f"this build has no code for {device.type} tensors"
+    if device.type == "cuda":
+        return None if _cuda is not None else _why_not_cuda
+    return None if device.type == "cpu" else f"there is no code for {device.type} tensors"
 
 
 def first_misfit(tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:
@@ -43,10 +52,12 @@ def coefficients(
     found_inf: Tensor | None,
     max_grad_norm: float | None,
 ) -> Coefficients:
-    scalars = _synced(table).coefficients(
-        rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm
+    native = _synced(table)
+    if not _evaluates(native, rule, groups):
+        return reference.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm)
+    return _named(
+        rule, native.coefficients(rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm)
     )
-    return _named(rule, scalars)
 
 
 def measure(
@@ -60,9 +71,12 @@ def measure(
     found_inf: Tensor | None,
     max_grad_norm: float | None,
 ) -> tuple[Sums, Coefficients]:
-    values, scalars = _synced(table).measure(
-        rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm
-    )
+    native = _synced(table)
+    if not _evaluates(native, rule, groups):
+        found = sums(table, pairs, adaptive)
+        found = found if known is None else known + found
+        return found, coefficients(table, rule, found, groups, grad_scale, found_inf, max_grad_norm)
+    values, scalars = native.measure(rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
     all_pairs = (known.pairs if known is not None else ()) + tuple(pairs)
     return Sums(all_pairs, values), _named(rule, scalars)
 
@@ -85,10 +99,15 @@ def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | Non
     return Coefficients(DESCENTS[rule].inputs, *scalars, DESCENTS[rule].writes or "q")
 
 
+def _evaluates(native: Any, rule: str, groups: Groups) -> bool:
+    """False where the formulas must run as torch operations: a rule's hyper-parameters on the GPU, or very many groups."""
+    return not hasattr(native, "evaluates") or native.evaluates(rule, groups)
+
+
 def _synced(table: TensorTable) -> Any:
     """The C++ table, with the columns that were set since the last op."""
     if table.handle is None:
-        table.handle = _C.Table(table.group)
+        table.handle = (_cuda if table.device.type == "cuda" else _C).Table(table.group)
     for name in table.dirty:
         table.handle.set(name, table[name] if name in table else None)
     table.dirty.clear()
