@@ -22,6 +22,9 @@ demo: .venv/installed ## train a small network with SGD, SAM, SAM-5 and LookSAM-
 test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options on
 	@$(BIN)/pytest -q $(PYTEST_ARGS)
 
+bench: .venv/installed ## measure every op and step beside its peers; BENCH_ARGS=--quick passes options on
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
 lint: .venv/installed ## check style (ruff), types (mypy) and import arrows (import-linter)
 	@echo '== ruff'
 	@$(BIN)/ruff check .

@@ -32,6 +32,30 @@ def describe(device: str) -> dict[str, Any]:
     return found | {"simd": torch.backends.cpu.get_cpu_capability(), "slug": f"cpu-{_slug(cpu)}"}
 
 
+class Others:
+    """How much of the processors' time other processes take. A busy machine does not slow all contenders alike: who starts
+    many small parallel regions loses most, since each ends with threads that wait for one another."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    def percent(self) -> float | None:
+        """Since this object was made; ``None`` where the system does not tell."""
+        if self._before is None or (now := self._read()) is None:
+            return None
+        total, busy, own = (b - a for a, b in zip(self._before, now, strict=True))
+        return 100 * max(0.0, busy - own) / total if total else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        try:
+            ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            return None
+        idle = ticks[3] + ticks[4]
+        return sum(ticks), sum(ticks) - idle, sum(os.times()[:2]) * os.sysconf("SC_CLK_TCK")
+
+
 def versions() -> dict[str, str | None]:
     """``None``: not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}

@@ -91,7 +91,9 @@ def facts(result: Record) -> str:
     )
     packages = ", ".join(f"{name} {version}" for name, version in v.items() if version)
     copies = ", ".join(f"{gb_s:.1f} GB/s with {n} threads" for n, gb_s in result["copy_gb_s"].items())
-    return f"{where}. {packages}. Revision {result['revision']}, {result['date']}. Copy of 256 MiB: {copies}."
+    others = [r["others_percent"] for r in result["measured"] if r["others_percent"] is not None]
+    busy = f" Other processes took {min(others):.0f} to {max(others):.0f} % of the CPU time." if others else ""
+    return f"{where}. {packages}. Revision {result['revision']}, {result['date']}. Copy of 256 MiB: {copies}.{busy}"
 
 
 NOTES = """\

@@ -117,12 +117,13 @@ class Bench:
         for guests in rounds([p for p in cases[0].peers if self.invited(p, name)], room):
             self.console.print(f"[dim]{name}: {cases[0].name if len(cases) == 1 else 'ops'}[/]", highlight=False)
             runs = self.contenders(name, arena, cases, guests)
+            others = machine.Others()
             times = timing.measure(runs, self.clock, self.args.seconds, self.args.repeat)
+            disturbed = others.percent()
             extra = self.extra(name, runs, times)
             for case in cases:
-                record = records.setdefault(
-                    case.name, {"shapes": name, **summary(case, arena, times), **extra[case.name], "peers": {}}
-                )
+                first = {"shapes": name, **summary(case, arena, times), **extra[case.name], "others_percent": disturbed}
+                record = records.setdefault(case.name, {**first, "peers": {}})
                 for peer in [YARDSTICK, *guests]:
                     if peer in times:
                         ratio = times[peer].median_ms / times[case.name].median_ms
