@@ -284,8 +284,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         else:
             self._step_wrapped(coefficients, groups)
         self._report(coefficients.found_inf)
-        if self._moved:
-            self._weights_changed()
+        self._weights_changed()
         self._masters.written()
         self._end()
         for group in self.param_groups:

@@ -32,13 +32,19 @@ def _work(rank: int, store: str, paths: list[str], inbox: Any, outbox: Any) -> N
 
 
 class Ranks:
-    """Runs a function on every rank. The ranks fail together or not at all: what fails on one may hang the other."""
+    """Runs a function on every rank; after a failure, which may have left a rank waiting, with new processes."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder, self._generation = folder, 0
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
+        self._generation += 1
+        store = str(self._folder / f"store{self._generation}")
         self._inboxes, self._outbox = [context.Queue() for _ in range(WORLD)], context.Queue()
         self._processes = [
-            context.Process(target=_work, args=(rank, str(folder / "store"), sys.path, inbox, self._outbox), daemon=True)
+            context.Process(target=_work, args=(rank, store, sys.path, inbox, self._outbox), daemon=True)
             for rank, inbox in enumerate(self._inboxes)
         ]
         for process in self._processes:
@@ -46,19 +52,30 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What ``function(rank, *args)`` returned, by rank. Return lists and numbers, or tensors as numpy arrays."""
+        if not self._processes:
+            self._start()
         for inbox in self._inboxes:
             inbox.put((function, args))
         results: dict[int, Any] = {}
-        for _ in range(WORLD):
-            rank, result, error = self._outbox.get(timeout=120)
-            assert error is None, f"rank {rank}:\n{error}"
-            results[rank] = result
+        try:
+            for _ in range(WORLD):
+                rank, result, error = self._outbox.get(timeout=120)
+                assert error is None, f"rank {rank}:\n{error}"
+                results[rank] = result
+        except BaseException:
+            self._kill()
+            raise
         return [results[rank] for rank in range(WORLD)]
 
-    def close(self) -> None:
-        for inbox in self._inboxes:
-            inbox.put(None)
+    def _kill(self) -> None:
         for process in self._processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+        self._processes = []
+
+    def close(self) -> None:
+        if self._processes:
+            for inbox in self._inboxes:
+                inbox.put(None)
+            for process in self._processes:
+                process.join(10)
+        self._kill()
