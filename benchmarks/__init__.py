@@ -1,5 +1,16 @@
-"""Speed of the ops and of whole steps, against a copy of the same bytes and against other packages.
+"""Speed of the ops and of whole steps, beside a copy on the same memory and beside other packages.
 
-``shapes`` the parameter lists, ``cases`` what is measured and the bytes it must move, ``peers`` the others, ``timing`` the
-clocks, ``run`` the command (``python -m benchmarks``), ``targets`` the goals, ``report`` tables from a result file.
+===================================================  ====================================================================
+``make bench``                                       all lists and cases; writes ``benchmarks/results/<cpu>-<date>.json``
+                                                     and the table made from it
+``python -m benchmarks --quick``                     a look in half a minute; ``--help`` has the choices
+``python -m benchmarks --shapes vit-b --only SAM``   one list, some cases
+``python -m benchmarks --device cuda``               on a GPU, with launches, synchronisations and host time
+``pytest benchmarks/ -k LookSAM --shapes vit-s``     the same cases through pytest-benchmark
+``python -m benchmarks.report FILE.json``            the table of a result as markdown
+===================================================  ====================================================================
+
+``shapes`` has the parameter lists, ``cases`` what is measured and the bytes it must move, ``peers`` the others,
+``timing`` the clocks, ``targets`` the goals. A busy machine flatters whoever starts few parallel regions, which is us: look
+at the share of the CPU that other processes took, which every result states.
 """

@@ -32,8 +32,7 @@ class Run(NamedTuple):
 class Arena:
     """The tensors that the contenders of one parameter list share: the weights and the gradients of both looks.
 
-    One memory for all, written anew before every run, as a backward pass would have: no contender finds its gradients
-    in the cache when another does not, and one that writes over them spoils nothing.
+    One memory for all, and gradients written anew before every run: one that writes over them spoils nothing.
     """
 
     def __init__(self, shapes: Sequence[Shape], device: str = "cpu", backend: str | None = None) -> None:
@@ -262,9 +261,9 @@ def restore(arena: Arena) -> Run:
 
 
 OPS = (
-    Case("sums g·g", "R g", sums("sam")),
-    Case("sums g·g, w·w", "R w,g", sums("trust_normalized")),
-    Case("sums g·s", "R g,s", sums("looksam_refresh", after="sam")),
+    Case("sums gg", "R g", sums("sam")),
+    Case("sums gg, ww", "R w,g", sums("trust_normalized")),
+    Case("sums gs", "R g,s", sums("looksam_refresh", after="sam")),
     Case("perturb", "R w,g W w,b", perturb),
     Case("step SGD", "R w,g,m W w,m", step("sgd")),
     Case("step Adam", "R w,g,m,v W w,m,v", step("adam")),

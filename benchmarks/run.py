@@ -21,6 +21,8 @@ from benchmarks.shapes import LISTS
 
 COPY = "copy"
 COMPILED = "torch.compile AdamW"
+LARGE = 2**20
+"""Parameters above which a list is about bandwidth and measured with cold caches; below, about overhead, with warm ones."""
 Record = dict[str, Any]
 
 
@@ -89,12 +91,17 @@ class Bench:
         self.clock = timing.wall_clock if args.device == "cpu" else timing.device_clock
 
     def copy_bandwidth(self) -> dict[str, float]:
-        """GB/s, by number of threads."""
+        """GB/s of a large copy by itself; on the CPU with one thread too."""
+        alone = (
+            {"1 thread": 1, f"{self.args.threads} threads": self.args.threads}
+            if self.args.device == "cpu"
+            else {"GPU": 0}
+        )
         found = {}
-        for threads in (1, self.args.threads):
-            torch.set_num_threads(threads)
+        for label, threads in alone.items():
+            torch.set_num_threads(threads or self.args.threads)
             timed = timing.measure({COPY: self.copy}, self.clock, 1.0, 5)[COPY]
-            found[str(threads)] = 8 * peers.COPIED / timed.median_ms / 1e6
+            found[label] = 8 * peers.COPIED / timed.median_ms / 1e6
         return found
 
     def measure_list(self, name: str) -> Iterator[Record]:
@@ -118,7 +125,8 @@ class Bench:
             self.console.print(f"[dim]{name}: {cases[0].name if len(cases) == 1 else 'ops'}[/]", highlight=False)
             runs = self.contenders(name, arena, cases, guests)
             others = machine.Others()
-            times = timing.measure(runs, self.clock, self.args.seconds, self.args.repeat)
+            flush = self.copy.step if COPY in runs else None
+            times = timing.measure(runs, self.clock, self.args.seconds, self.args.repeat, flush)
             disturbed = others.percent()
             extra = self.extra(name, runs, times)
             for case in cases:
@@ -143,7 +151,8 @@ class Bench:
 
     def contenders(self, name: str, arena: Arena, cases: list[Case], guests: list[str]) -> dict[str, Run]:
         """Everyone after a first step, which allocates or compiles. Ours must run; a peer may fail, with a reason."""
-        runs = {COPY: self.copy} | {case.name: first_step(case.build(arena)) for case in cases}
+        runs = {COPY: self.copy} if arena.numel > LARGE else {}
+        runs |= {case.name: first_step(case.build(arena)) for case in cases}
         for peer in [YARDSTICK, *guests]:
             try:
                 runs[peer] = first_step(PEERS[peer].build(arena))
@@ -170,8 +179,11 @@ class Bench:
 def summary(case: Case, arena: Arena, times: dict[str, timing.Timing]) -> Record:
     """Our own side of a case."""
     timed = times[case.name]
-    gb_s = case.bytes_per_param * arena.numel / timed.median_ms / 1e6
-    copy_gb_s = 8 * peers.COPIED / times[COPY].median_ms / 1e6
+    bandwidth: Record = {"gb_s": None, "copy_gb_s": None, "percent_of_copy": None}
+    if COPY in times:
+        gb_s = case.bytes_per_param * arena.numel / timed.median_ms / 1e6
+        copy_gb_s = 8 * peers.COPIED / times[COPY].median_ms / 1e6
+        bandwidth = {"gb_s": gb_s, "copy_gb_s": copy_gb_s, "percent_of_copy": 100 * gb_s / copy_gb_s}
     return {
         "tensors": len(arena.shapes),
         "params": arena.numel,
@@ -180,9 +192,7 @@ def summary(case: Case, arena: Arena, times: dict[str, timing.Timing]) -> Record
         "passes": case.passes,
         "bytes_per_param": case.bytes_per_param,
         **timed._asdict(),
-        "gb_s": gb_s,
-        "copy_gb_s": copy_gb_s,
-        "percent_of_copy": 100 * gb_s / copy_gb_s,
+        **bandwidth,
     }
 
 

@@ -48,16 +48,21 @@ class Timing(NamedTuple):
     runs: int
 
 
-def measure(contenders: Mapping[str, Run], clock: Clock, seconds: float, at_least: int) -> dict[str, Timing]:
+def measure(
+    contenders: Mapping[str, Run], clock: Clock, seconds: float, at_least: int, flush: Callable[[], Any] | None = None
+) -> dict[str, Timing]:
     """All contenders in turns, A B C A B C ..., so that a busy moment of the machine hits each alike.
 
-    Every contender has run before. The number of turns is what fits into ``seconds``, at least ``at_least``.
+    Every contender has run before. The number of turns is what fits into ``seconds``, at least ``at_least``. ``flush`` is
+    called before each run, to leave everyone the same cache.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
 
     def turn() -> None:
         for name, run in contenders.items():
             run.prepare()
+            if flush is not None:
+                flush()
             times[name].append(clock(run.step))
 
     gc.collect()
@@ -85,7 +90,8 @@ def launches(run: Run) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run.step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not getattr(e, "is_user_annotation", False) for e in on_device)
 
 
 def synchronises(run: Run) -> bool:
