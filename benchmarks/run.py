@@ -72,13 +72,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(result: Record, folder: Path) -> tuple[Path, Path]:
-    """The figures as JSON, and the table that report makes from it alone."""
+    """The figures as JSON, and the table that report makes from it alone.
+
+    A file of the same day, revision and machine keeps what was not measured again: a long run may come in pieces.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{result['machine']['slug']}-{result['date']}"
     data, table = folder / f"{stem}.json", folder / f"{stem}.md"
+    if data.exists():
+        result = together(json.loads(data.read_text()), result)
     data.write_text(json.dumps(result, indent=1) + "\n")
     table.write_text(report.markdown(json.loads(data.read_text())))
     return data, table
+
+
+def together(earlier: Record, now: Record) -> Record:
+    """The earlier result with the records of now in place of its own, if both measured the same thing."""
+    if any(earlier[key] != now[key] for key in ("machine", "versions", "revision")):
+        return now
+    if earlier["options"]["threads"] != now["options"]["threads"]:
+        return now
+    done = {(r["shapes"], r["case"]) for r in now["measured"]}
+    lists = {shapes for shapes, _ in done}
+    return now | {
+        "measured": [r for r in earlier["measured"] if (r["shapes"], r["case"]) not in done] + now["measured"],
+        "missing": [m for m in earlier["missing"] if m["shapes"] not in lists] + now["missing"],
+    }
 
 
 class Bench:

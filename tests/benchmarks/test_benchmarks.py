@@ -136,4 +136,20 @@ def test_command_writes_a_file_and_a_table_from_it(
     assert "LookSAM reuse" in capsys.readouterr().out
 
 
+def test_a_long_run_may_come_in_pieces() -> None:
+    def result(revision: str, *cases: tuple[str, str, float]) -> dict[str, Any]:
+        measured = [{"shapes": shapes, "case": case, "median_ms": ms} for shapes, case, ms in cases]
+        same = {"machine": "m", "versions": "v", "options": {"threads": 2}}
+        return same | {"revision": revision, "measured": measured, "missing": []}
+
+    first = result("a", ("vit-s", "SAM", 1.0), ("vit-s", "LAMB", 2.0))
+    assert run.together(first, result("a", ("vit-s", "SAM", 3.0)))["measured"] == [
+        {"shapes": "vit-s", "case": "LAMB", "median_ms": 2.0},
+        {"shapes": "vit-s", "case": "SAM", "median_ms": 3.0},
+    ]
+    assert run.together(first, result("b", ("vit-b", "SAM", 3.0)))["measured"] == [
+        {"shapes": "vit-b", "case": "SAM", "median_ms": 3.0}
+    ]
+
+
 original = peers.copy
