@@ -18,7 +18,7 @@
 namespace looksam::cpu {
 namespace {
 
-constexpr int kTile = 1024;
+constexpr int kTile = 256;
 
 template <class T>
 struct alignas(64) Tile {
@@ -116,29 +116,30 @@ inline void write_once(Span x, const T* results, int size) {
 
 // An inner product in double, in 32 fixed lanes.
 struct InnerProduct {
-  typedef double Eight __attribute__((vector_size(64)));
-  Eight lane[4] = {};
+  static constexpr int kLanes = 32;
+  static constexpr int kAhead = 512;
+  double lane[kLanes] = {};
 
   template <class T>
   inline void add(const T* x, const T* y, int size) {
-    typedef T Narrow __attribute__((vector_size(8 * sizeof(T))));
-    Eight sum[4] = {lane[0], lane[1], lane[2], lane[3]};
+    double sum[kLanes];  // a local array: the compiler then knows that it is none of the inputs
+    for (int k = 0; k < kLanes; ++k) sum[k] = lane[k];
     int i = 0;
-    for (; i + 32 <= size; i += 32) {
-      for (int k = 0; k < 4; ++k) {
-        Narrow a, b;
-        __builtin_memcpy(&a, x + i + 8 * k, sizeof a);
-        __builtin_memcpy(&b, y + i + 8 * k, sizeof b);
-        sum[k] += __builtin_convertvector(a, Eight) * __builtin_convertvector(b, Eight);
+    for (; i + kLanes <= size; i += kLanes) {
+      // A sum reads one or two streams, too few for the processor's own prefetch to fill the memory's bandwidth.
+      for (int k = 0; k < kLanes; k += 64 / static_cast<int>(sizeof(T))) {
+        __builtin_prefetch(x + i + k + kAhead);
+        __builtin_prefetch(y + i + k + kAhead);
       }
+      for (int k = 0; k < kLanes; ++k) sum[k] += static_cast<double>(x[i + k]) * static_cast<double>(y[i + k]);
     }
-    for (int k = 0; k < 4; ++k) lane[k] = sum[k];
-    for (int k = 0; i < size; ++i, ++k) lane[k / 8][k % 8] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+    for (int k = 0; i < size; ++i, ++k) sum[k] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+    for (int k = 0; k < kLanes; ++k) lane[k] = sum[k];
   }
 
   double total() const {
     double sum = 0;
-    for (int k = 0; k < 32; ++k) sum += lane[k / 8][k % 8];
+    for (const double x : lane) sum += x;
     return sum;
   }
 };
