@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from contract.support import BACKENDS, VARIANTS, network
-from distributed.ranks import Ranks
-from distributed.training import alone, arrays, batch, build, half, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+from distributed.ranks import Ranks
+from distributed.training import alone, arrays, batch, build, half, train
 
 STEPS = 5
 

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from contract.support import BACKENDS, VARIANTS, network
-from distributed.ranks import Ranks
-from distributed.training import alone, arrays, build, half, train
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from distributed.ranks import Ranks
+from distributed.training import alone, arrays, build, half, train
 
 STEPS = 5
 
