@@ -3,7 +3,7 @@
 The blocks of a page run in order in one namespace, which begins with what :func:`prelude` gives: a model, a loader, a
 loss. A comment in the line before a block says what is special about it:
 
-* ``<!-- needs: lightning -->``: the block stands alone, and is skipped where that package is missing;
+* ``<!-- needs: timm, gpu -->``: the block stands alone, and is skipped where that package, or a GPU, is missing;
 * ``<!-- skip: reason -->``: it is not run;
 * ``<!-- raises: RuntimeError -->``: it must raise that.
 """
@@ -66,7 +66,15 @@ def prelude() -> dict[str, Any]:
     dataset = TensorDataset(torch.randn(64, 20), torch.randint(3, (64,)))
     loader = DataLoader(dataset, batch_size=16)
     common = {"torch": torch, "nn": nn, "device": "cpu", "__name__": "docs"}
-    return {**common, "model": model, "loader": loader, "dataset": dataset, "loss_fn": nn.CrossEntropyLoss()}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return {
+        **common,
+        "quiet": quiet,
+        "model": model,
+        "loader": loader,
+        "dataset": dataset,
+        "loss_fn": nn.CrossEntropyLoss(),
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -104,10 +112,9 @@ def test_page(page: str) -> None:
 def test_block_with_needs(block: Block) -> None:
     if block.tag == "skip":
         pytest.skip(block.value)
-    if block.value == "gpu" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    if block.value != "gpu" and importlib.util.find_spec(block.value) is None:
-        pytest.skip(f"needs {block.value}")
+    for name in block.value.split(", "):
+        if not torch.cuda.is_available() if name == "gpu" else importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
     block.run(prelude())
 
 
