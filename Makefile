@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench docs lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options 
 
 bench: .venv/installed ## measure every op and step beside its peers; BENCH_ARGS=--quick passes options on
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+docs: .venv-docs/installed ## build the documentation into site/; nothing is fetched while it builds
+	@PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo '== site/index.html'
 
 lint: .venv/installed ## check style (ruff), types (mypy) and import arrows (import-linter)
 	@echo '== ruff'
@@ -39,7 +43,7 @@ format: .venv/installed ## rewrite the Python files in the project's style
 	@$(BIN)/ruff format .
 
 clean: ## remove the environment, builds and caches; results under runs/ stay
-	rm -rf .venv build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
+	rm -rf .venv .venv-docs site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
 	rm -f looksam_kernels/*.so looksam_kernels/native_build.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find looksam_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -63,4 +67,12 @@ clean: ## remove the environment, builds and caches; results under runs/ stay
 	@$(PIP) --no-build-isolation --editable '.[test,dev]'
 	@echo '== timm, a peer in the tests, without its torchvision'
 	@$(PIP) --no-deps timm
+	@touch $@
+
+# An environment of its own: the pages are made from the sources' text, without torch and without the package.
+.venv-docs/installed: pyproject.toml constraints.txt
+	@echo '== documentation tools into .venv-docs'
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt \
+	  $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 	@touch $@
