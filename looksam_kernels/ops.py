@@ -170,6 +170,9 @@ def pairs_of(rule: str, clip: bool = False) -> tuple[Pair, ...]:
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:
-    for row, (x, takes_part) in enumerate(zip(table[name], rows, strict=True)):
-        if takes_part and x is None:
+    present = table.present(name)
+    if all(present):
+        return
+    for row, (there, takes_part) in enumerate(zip(present, rows, strict=True)):
+        if takes_part and not there:
             raise ValueError(f"row {row} takes part, but column {name!r} has no tensor for it")

@@ -57,6 +57,7 @@ class TensorTable:
     ) -> None:
         weights = list(w)
         self._columns: dict[str, Column] = {}
+        self._present: dict[str, list[bool]] = {}
         self.group = list(group) if group is not None else [0] * len(weights)
         if len(self.group) != len(weights):
             raise ValueError(f"group has {len(self.group)} entries for {len(weights)} parameters")
@@ -89,11 +90,21 @@ class TensorTable:
     def __setitem__(self, name: str, tensors: Sequence[Tensor | None]) -> None:
         if len(tensors) != len(self):
             raise ValueError(f"column {name!r} has {len(tensors)} tensors for {len(self)} parameters")
-        for row, (x, w) in enumerate(zip(tensors, tensors if name == "w" else self._columns["w"], strict=True)):
-            if x is not None and w is not None:
-                _check(name, row, x, w)
-        self._columns[name] = list(tensors)
+        tensors = list(tensors)
+        weights = tensors if name == "w" else self._columns["w"]
+        for row in self._suspects(name, tensors, weights):
+            if tensors[row] is not None and weights[row] is not None:
+                _check(name, row, tensors[row], weights[row])
+        self._columns[name] = tensors
+        self._present[name] = [x is not None for x in tensors]
         self.dirty.add(name)
+
+    def _suspects(self, name: str, tensors: Column, weights: Column) -> Iterable[int]:
+        """The rows to check: none where a compiled backend has found nothing, because gradients come anew every step."""
+        first_misfit = getattr(self.backend, "first_misfit", None)
+        if first_misfit is not None and first_misfit(tensors, weights, holds_scalars(name)) < 0:
+            return ()
+        return range(len(self))
 
     @property
     def backend_name(self) -> str:
@@ -103,11 +114,12 @@ class TensorTable:
     def drop(self, name: str) -> None:
         """Forgets a column, so that its tensors can be freed."""
         if self._columns.pop(name, None) is not None:
+            del self._present[name]
             self.dirty.add(name)
 
     def present(self, name: str) -> list[bool]:
         """Which rows have a tensor in this column."""
-        return [x is not None for x in self[name]]
+        return self._present.get(name) or [False] * len(self)
 
 
 def _check(name: str, row: int, x: Tensor, w: Tensor) -> None:
