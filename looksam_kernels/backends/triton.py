@@ -300,16 +300,20 @@ def _of_rows(c: Coefficients, rows: list[int]) -> Coefficients:
 
 def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
     values = torch.zeros(len(pairs), len(table), dtype=torch.float64, device=table.device)
+    stretched = [pair for pair in pairs if "Tg" in pair]
+    if stretched and len(pairs) > 1:
+        plain = [pair for pair in pairs if "Tg" not in pair]
+        apart = sums(table, stretched[:1], adaptive) + sums(table, plain, adaptive)
+        return Sums(tuple(pairs), torch.stack([apart.of(*pair) for pair in pairs]))
     cached = pairs.index(("q", "q")) if ("q", "q") in pairs else -1
     read = [pair for i, pair in enumerate(pairs) if i != cached]
     names = list(dict.fromkeys(x for pair in read for x in pair))
-    stretched = [x == "Tg" and adaptive is not None for x in names]
     columns = ["g" if x == "Tg" else x for x in names]
-    used = [*columns, *(["w"] if any(stretched) else []), *(["g", "q_norm_sq"] if cached >= 0 else [])]
+    used = [*columns, *(["w"] if stretched else []), *(["g", "q_norm_sq"] if cached >= 0 else [])]
     any_present = [any(of_row) for of_row in zip(*(table.present(x) for x in dict.fromkeys(used)), strict=True)]
 
     layout, kernels = _layout(table), _kernels()
-    eta = _eta(layout, adaptive)
+    eta = _eta(layout, adaptive) if stretched else None
     buckets, odd = layout.split(used, any_present, [False] * len(table))
     for bucket in buckets:
         partials = torch.empty(len(pairs), bucket.programs, dtype=torch.float64, device=table.device)
@@ -325,7 +329,7 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
                 bucket.chunks,
                 layout.sizes,
                 TYPES=bucket.types(*columns),
-                STRETCHED=tuple(stretched),
+                STRETCHED=eta is not None,
                 W=bucket.types("w")[0],
                 PAIRS=tuple(None if i == cached else tuple(map(names.index, pair)) for i, pair in enumerate(pairs)),
                 **bucket.walk(),

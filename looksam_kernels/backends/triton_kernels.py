@@ -181,27 +181,20 @@ def inner_products(
 ):
     """partials[i, chunk] = sum_j x_j y_j over the chunk, (x, y) the i-th pair of columns; 0 where either is not there.
 
-    STRETCHED columns are multiplied by T of :func:`stretch`. A pair ``None`` is another kernel's.
+    With STRETCHED the one column is multiplied by T of :func:`stretch`. A pair ``None`` is not this kernel's.
     """
     place, full = locate(chunks, sizes, CHUNK)
     for FULL in tl.static_range(2):
         if full == FULL:
             xs = load_each(columns, place, TYPES, ACC, ALIGNED, FULL)
+            if STRETCHED:
+                t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + place[0]).to(ACC))
+                xs = (t * xs[0],)
             for i in tl.static_range(len(PAIRS)):
                 if PAIRS[i] is not None:
-                    X: tl.constexpr = PAIRS[i][0]
-                    Y: tl.constexpr = PAIRS[i][1]
                     total = 0.0
-                    if TYPES[X] is not None and TYPES[Y] is not None:
-                        x = xs[X]
-                        y = xs[Y]
-                        if STRETCHED[X] or STRETCHED[Y]:
-                            t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + place[0]).to(ACC))
-                            if STRETCHED[X]:
-                                x = t * x
-                            if STRETCHED[Y]:
-                                y = t * y
-                        total = tl.sum(x * y)
+                    if TYPES[PAIRS[i][0]] is not None and TYPES[PAIRS[i][1]] is not None:
+                        total = tl.sum(xs[PAIRS[i][0]] * xs[PAIRS[i][1]])
                     tl.store(partials + i * tl.num_programs(0) + tl.program_id(0), total)
 
 
@@ -283,7 +276,8 @@ def perturb(
                 store(b, place, origin, B, ALIGNED, FULL)
             e = combine(c, load_each(inputs, place, TYPES, ACC, ALIGNED, FULL), row, rows, TYPES, ACC, CHUNK)
             if STRETCHED:
-                t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + row).to(ACC))
+                at = load(w, place, W, ALIGNED, FULL) if FROM_B else origin
+                t = stretch(at.to(ACC), tl.load(eta + row).to(ACC))
                 e = t * t * e
             moved = tl.where(moves, convert(origin.to(ACC) + e, W), convert(origin, W))
             store(w, place, moved, W, ALIGNED, FULL)

@@ -97,10 +97,21 @@ def test_perturb(target: Target, case: str, inputs: str) -> None:
         cases.assert_close(f"w of row {row}", found["w"][row], baseline["w"][row], truth["w"][row])
 
 
-@on_every_target
-@on_every_case
-@pytest.mark.parametrize("combination", COMBINATIONS)
-@pytest.mark.parametrize("base", BASE_CASES)
+def _steps() -> list[Any]:
+    """Every base x case x combination; where kernels are interpreted a fifth, in which every two of them still meet."""
+    return [
+        pytest.param(
+            *target.values, case, base, combination, id=f"{target.id}-{base}-{combination}-{case}", marks=target.marks
+        )
+        for target in TARGETS
+        for i, base in enumerate(BASE_CASES)
+        for j, combination in enumerate(COMBINATIONS)
+        for k, case in enumerate(CASES)
+        if target.id != "triton-cpu" or (i + j + k) % len(COMBINATIONS) == 0
+    ]
+
+
+@pytest.mark.parametrize(("target", "case", "base", "combination"), _steps())
 def test_step(target: Target, case: str, base: str, combination: str) -> None:
     rows = CASES[case]
     name, groups = BASE_CASES[base]

@@ -193,7 +193,9 @@ def test_layersam_by_hand(rule: str, lengths: tuple[float, ...]) -> None:
 def test_clipping_and_maximize_by_hand() -> None:
     """||d|| = 5 clipped to 1; maximize turns the step round, not the clipping."""
     w = [torch.zeros(1, dtype=F64), torch.zeros(1, dtype=F64)]
-    made = table(w, g=[torch.tensor([3.0], dtype=F64), torch.tensor([4.0], dtype=F64)], step=[torch.zeros(()) for _ in w])
+    made = table(
+        w, g=[torch.tensor([3.0], dtype=F64), torch.tensor([4.0], dtype=F64)], step=[torch.zeros(()) for _ in w]
+    )
     groups = [{**SGD, "lr": 1.0, "maximize": True}]
     _, c = lk.measure(made, "first", groups, max_grad_norm=1.0)
     lk.step(made, "sgd", c, groups)

@@ -1,0 +1,123 @@
+"""Compiles ahead of time, for GPUs that are not there, every launch that the ops make; prints what came out as JSON.
+
+Usage: python launches.py cuda:90 | hip:gfx942
+
+The host code runs as it is, on CPU tensors, but a launch is compiled instead of run. So the element types, the
+constexprs and the arguments are the ones that a GPU would see.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import looksam_kernels as lk
+from looksam_kernels.backends import triton as backend
+from looksam_kernels.backends import triton_kernels
+from looksam_kernels.formulas import BASES, Coefficients
+
+POINTERS = {
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+def type_of(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(type_of(x) for x in argument)
+    if isinstance(argument, Tensor):
+        return POINTERS[argument.dtype]
+    return "constexpr" if argument is None else {int: "i32"}[type(argument)]
+
+
+def compile_launch(target: GPUTarget, kernel: Any, arguments: tuple[Any, ...], constexprs: dict[str, Any]) -> Any:
+    signature = dict(zip(kernel.arg_names, map(type_of, arguments), strict=False))
+    absent = {name: None for name, x in zip(kernel.arg_names, arguments, strict=False) if x is None}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs={**absent, **constexprs})
+    return triton.compile(source, target=target, options={"num_warps": backend.THREADS // target.warp_size})
+
+
+def report(compiled: Any, kernel: Any, constexprs: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"kernel": kernel.fn.__name__, "constexprs": str(constexprs)}
+    if "ptx" in compiled.asm:
+        accesses = re.findall(r"(?:ld|st)\.global[\w.:]*\.(?:v\d\.)?[bfsu]\d+", compiled.asm["ptx"])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            tool = triton.knobs.nvidia.cuobjdump.path
+            usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+        found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+        found["loads"] = sum(map(words_of_16_bytes, (x for x in accesses if x.startswith("ld"))))
+        found["stores"] = sum(map(words_of_16_bytes, (x for x in accesses if x.startswith("st"))))
+    else:
+        assembly = compiled.asm["amdgcn"]
+        found["loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
+        found["stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly))
+        found["stack"] = sum(map(int, re.findall(r"[sv]gpr_spill_count: (\d+)", assembly)))
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
+    return found
+
+
+def words_of_16_bytes(access: str) -> bool:
+    vector = re.search(r"\.v(\d)\.[bfsu](\d+)$", access)
+    return vector is not None and int(vector[1]) * int(vector[2]) == 128
+
+
+def launch_everything() -> None:
+    """Each op on float32 rows, and on bfloat16 rows with a master copy."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for base, states in BASES.items():
+            names = ("w", "b", "g", "s", "q", *states)
+            wide = ("b", "q", *states)
+            columns: dict[str, Any] = {
+                name: [torch.zeros(8192, dtype=torch.float32 if name in wide else dtype)] for name in names
+            }
+            columns |= {"step": [torch.zeros(())], "q_norm_sq": [torch.zeros((), dtype=torch.float64)]}
+            table = lk.TensorTable(backend="triton", **columns)
+            c = torch.ones(2, 1, dtype=torch.float64)
+            up = Coefficients(("g",), c[:1], None, torch.tensor(0.0))
+            down = Coefficients(("s", "g"), c, c, torch.tensor(0.0), None if base == "grad" else c)
+            if base == "sgd":
+                lk.sums(table, (("g", "g"), ("g", "s"), ("q", "q")))
+                lk.sums(table, (("Tg", "Tg"),), [0.01])
+                lk.perturb(table, up, [0.01])
+                lk.restore(table)
+            lk.perturb(table, up)
+            hyper: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "momentum", "dampening", "nesterov"), 0.1)
+            hyper |= {"betas": (0.9, 0.99), "eps": 1e-8, "always_adapt": True, "trust_clip": False}
+            lk.step(table, base, down, [hyper])
+
+
+def main(name: str) -> None:
+    system, _, architecture = name.partition(":")
+    target = GPUTarget("cuda", int(architecture), 32) if system == "cuda" else GPUTarget("hip", architecture, 64)
+    found, seen = [], set()
+
+    def launch(kernel: Any, grid: Any, device: Any, *arguments: Any, **constexprs: Any) -> None:
+        key = (kernel.fn.__name__, str([type_of(x) for x in arguments]), str(constexprs))
+        if key not in seen:
+            seen.add(key)
+            found.append(report(compile_launch(target, kernel, arguments, constexprs), kernel, constexprs))
+
+    backend._launch, backend._kernels = launch, lambda: triton_kernels  # type: ignore[assignment]
+    backend.unavailable = lambda device: None  # type: ignore[assignment]
+    launch_everything()
+    print(json.dumps({"triton": triton.__version__, "launches": found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,198 @@
+"""What is particular to the Triton backend: when it runs, what it compiles, and what it never waits for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import looksam_kernels as lk
+from looksam_kernels.formulas import BASES
+
+backend = pytest.importorskip("looksam_kernels.backends.triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning"),
+    pytest.mark.skipif(
+        not lk.backend_info(DEVICE)["triton"].available, reason=lk.backend_info(DEVICE)["triton"].reason
+    ),
+]
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")]
+
+RULES = {"rho": 0.05, "alpha": 0.7, "perturb_eps": 1e-12, "norm_scope": "global"}
+HYPER: dict[str, Any] = {
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "nesterov": False,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "always_adapt": False,
+    "trust_clip": False,
+}
+
+
+def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) -> lk.TensorTable:
+    random = torch.Generator().manual_seed(seed)
+
+    def column() -> list[Tensor]:
+        return [torch.randn(shape, generator=random).abs().to(DEVICE) for shape in shapes]
+
+    columns = {c: column() for c in ("w", "b", "g", "s", "q", "exp_avg", "exp_avg_sq", "momentum_buffer")}
+    columns["step"] = [torch.zeros((), device=DEVICE) for _ in shapes]
+    columns["q_norm_sq"] = [torch.ones((), dtype=torch.float64, device=DEVICE) for _ in shapes]
+    return lk.TensorTable(backend=name, **columns)
+
+
+def looksam(made: lk.TensorTable, base: str, **changes: Any) -> None:
+    """A refresh and a reuse step."""
+    groups = [{**RULES, **HYPER, **changes}]
+    known, up = lk.measure(made, "sam", groups)
+    lk.perturb(made, up)
+    _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf)
+    lk.step(made, base, down, groups)
+    _, down = lk.measure(made, "looksam_reuse", groups)
+    lk.step(made, base, down, groups)
+
+
+# Where it runs --------------------------------------------------------------------------------------------------------
+
+
+def in_a_new_process(code: str, **environment: str) -> str:
+    import os
+
+    variables = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "LOOKSAM_BACKEND")}
+    variables |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_it_interprets_when_asked_for_and_says_so() -> None:
+    said = in_a_new_process(
+        "import looksam_kernels as lk, torch, sys\n"
+        "assert lk.TensorTable([torch.ones(3)]).backend_name != 'triton'\n"
+        "assert 'triton' not in sys.modules\n"
+        "info = lk.backend_info()['triton']\n"
+        "assert info.available and not info.selected and 'interpreter' in info.reason, info\n"
+        "with lk.use_backend('triton'):\n"
+        "    table = lk.TensorTable([torch.ones(3)], g=[torch.ones(3)])\n"
+        "assert table.backend_name == 'triton'\n"
+        "assert lk.sums(table, [('g', 'g')]).values.item() == 3\n"
+    )
+    assert "interpreter" in said
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_it_cannot_interpret_once_triton_was_imported_to_compile() -> None:
+    in_a_new_process(
+        "import triton, torch, looksam_kernels as lk\n"
+        "info = lk.backend_info()['triton']\n"
+        "assert not info.available and 'TRITON_INTERPRET' in info.reason, info\n"
+        "try:\n"
+        "    lk.TensorTable([torch.ones(3)], backend='triton')\n"
+        "except RuntimeError as error:\n"
+        "    assert 'TRITON_INTERPRET' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('no error')\n"
+    )
+
+
+# What it compiles -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
+    """What the compiler distinguishes in each launch: the kernel, the arguments' types, the constexprs."""
+    seen: set[Any] = set()
+    launch = backend._launch
+
+    def kind(x: Any) -> Any:
+        return tuple(map(kind, x)) if isinstance(x, tuple) else getattr(x, "dtype", type(x))
+
+    def record(kernel: Any, grid: Any, device: Any, *arguments: Any, **constexprs: Any) -> None:
+        seen.add((kernel.__name__, kind(arguments), str(sorted(constexprs.items(), key=lambda x: x[0]))))
+        launch(kernel, grid, device, *arguments, **constexprs)
+
+    monkeypatch.setattr(backend, "_launch", record)
+    return seen
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_nothing_is_compiled_again_when_numbers_change(base: str, launches: set[Any]) -> None:
+    """lr, decay, momentum, rho, alpha, the step count, and how many tensors there are and how large."""
+    made = table([(16,), (4, 8)])
+    looksam(made, base)
+    compiled = set(launches)
+    looksam(made, base, lr=1.0, weight_decay=0.0, rho=0.5, alpha=1.0, betas=(0.0, 0.5), momentum=0.0, nesterov=True)
+    looksam(table([(16,)]), base, lr=1)
+    looksam(table([(i,) for i in range(17)]), base, rho=1)
+    assert launches == compiled
+
+
+def test_no_run_time_argument_of_a_kernel_is_specialised() -> None:
+    code = (
+        "import triton\n"
+        "from triton.runtime.jit import JITFunction\n"
+        "from looksam_kernels.backends import triton_kernels as k\n"
+        "kernels = ('inner_products', 'add_partials', 'perturb', 'restore', 'advance', 'step', 'finish_step', 'apply_lamb')\n"
+        "for name in kernels:\n"
+        "    for p in getattr(k, name).params:\n"
+        "        assert p.is_constexpr or p.do_not_specialize, (name, p.name)\n"
+    )
+    in_a_new_process(code)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_the_cache_of_compiled_kernels_does_not_grow(device: str) -> None:
+    kernels = backend._kernels()
+    names = ("inner_products", "add_partials", "perturb", "advance", "step", "finish_step")
+
+    def compiled() -> list[int]:
+        return [len(cache[0]) for name in names for cache in getattr(kernels, name).device_caches.values()]
+
+    looksam(table([(16,), (4, 8)]), "adamw")
+    before = compiled()
+    looksam(table([(16,)]), "adamw", lr=1, rho=0.5)
+    looksam(table([(i,) for i in range(17)]), "adamw", weight_decay=0.0)
+    assert compiled() == before
+
+
+# Nothing waits for the device -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("base", BASES)
+def test_no_op_synchronises(device: str, base: str) -> None:
+    made = table([(5000,), (3,)])
+    looksam(made, base)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        looksam(made, base, lr=0.02)
+        made["g"] = [g.clone() for g in made["g"]]
+        looksam(made, base, lr=0.03)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_a_captured_step_replays_to_the_same_bits(device: str) -> None:
+    eager, captured = table([(5000,), (3,)]), table([(5000,), (3,)])
+    looksam(eager, "adamw")
+    looksam(captured, "adamw")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        looksam(captured, "adamw")
+    for _ in range(3):
+        graph.replay()
+        looksam(eager, "adamw")
+    for name in ("w", "q", "exp_avg", "step"):
+        assert all(torch.equal(x, y) for x, y in zip(eager[name], captured[name], strict=True))
