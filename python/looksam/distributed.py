@@ -43,16 +43,14 @@ class Shards(Whole):
         from torch.distributed.tensor import DTensor
 
         self._is_sharded = lambda x: isinstance(x, DTensor)
-        members: dict[Any, list[int]] = {}
-        self._placements = []
+        self._placements = [p.placements if isinstance(p, DTensor) else None for p in params]
+        self._members: dict[Any, list[bool]] = {}
         for row, p in enumerate(params):
-            self._placements.append(p.placements if isinstance(p, DTensor) else None)
-            if not isinstance(p, DTensor):
-                continue
-            for dim, placement in enumerate(p.placements):
-                if not placement.is_replicate():
-                    members.setdefault(p.device_mesh.get_group(dim), []).append(row)
-        self._members = members
+            if isinstance(p, DTensor):
+                for dim, placement in enumerate(p.placements):
+                    if not placement.is_replicate():
+                        group = p.device_mesh.get_group(dim)
+                        self._members.setdefault(group, [False] * len(params))[row] = True
         self.all_reduce = self._add_up
 
     def local(self, tensors: MaybeTensors) -> MaybeTensors:
@@ -68,20 +66,18 @@ class Shards(Whole):
 
     def _add_up(self, sums: Sums) -> Sums:
         """Sums of the local shards -> sums of the whole tensors. Cached norms are that already."""
-        fresh = [i for i, (x, y) in enumerate(sums.pairs) if not (x == y == "q")]
-        if len(fresh) == len(sums.pairs):
-            return Sums(sums.pairs, self._over_ranks(sums.values))
-        values = sums.values.clone()
-        values[fresh] = self._over_ranks(values[fresh])
-        return Sums(sums.pairs, values)
+        whole = self._over_ranks(sums.values)
+        cached = [x == y == "q" for x, y in sums.pairs]
+        rows = [sums.values[i] if known else whole[i] for i, known in enumerate(cached)]
+        return Sums(sums.pairs, torch.stack(rows)) if any(cached) else Sums(sums.pairs, whole)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         """Adds up ``values`` [..., rows] over the ranks that hold shards of each row."""
-        values = values.clone()
-        for group, rows in self._members.items():
-            part = values[..., rows].contiguous()
+        for group, sharded in self._members.items():
+            mask = torch.tensor(sharded, device="cpu").to(values.device, non_blocking=True)
+            part = torch.where(mask, values, 0.0)
             distributed.all_reduce(part, group=group)
-            values[..., rows] = part
+            values = torch.where(mask, part, values)
         return values
 
     def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
@@ -94,9 +90,8 @@ class Shards(Whole):
         else:
             ops.step(table, base, coefficients, groups)
         if coefficients.q is not None:
-            local = torch.zeros(len(table), dtype=torch.float64, device=table.device)
-            local[written] = torch.stack([norms[i] for i in written]) if written else local[:0]
-            whole = self._over_ranks(local)
+            zero = torch.zeros((), dtype=torch.float64, device=table.device)
+            whole = self._over_ranks(torch.stack([zero if x is None else x for x in norms]))
             for i, old in zip(written, before, strict=True):
                 norms[i].copy_(torch.where(coefficients.found_inf > 0, old, whole[i]))
 
@@ -113,15 +108,15 @@ class Shards(Whole):
         ]
         ops.step(table, "grad", coefficients, groups)
         keep = coefficients.found_inf > 0
-        squares = torch.zeros(2, len(table), dtype=torch.float64, device=table.device)
+        squares = [torch.zeros(2, dtype=torch.float64, device=table.device)] * len(table)
         updates: dict[int, tuple[Tensor, Tensor]] = {}
         for row, origin in enumerate(origins):
             if origin is not None:
                 w = origin.to(table["exp_avg"][row].dtype)
                 u = _lamb_direction(table, row, first, w, groups[table.group[row]], keep)
                 updates[row] = w, u
-                squares[:, row] = torch.stack([x.square().sum(dtype=torch.float64) for x in (w, u)])
-        w_norm, u_norm = self._over_ranks(squares).sqrt()
+                squares[row] = torch.stack([x.square().sum(dtype=torch.float64) for x in (w, u)])
+        w_norm, u_norm = self._over_ranks(torch.stack(squares, dim=1)).sqrt()
         trust = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
         for row, (w, u) in updates.items():
             group = groups[table.group[row]]

@@ -574,7 +574,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+    return [x.data_ptr() for x in tensors if x is not None]
 
 
 def _are_views(gradients: Sequence[Tensor | None]) -> bool:

@@ -134,11 +134,9 @@ def test_contract_10_values_out_of_range(kwargs: dict[str, Any], message: str, i
     own = {name: value for name, value in kwargs.items() if name != "base_optimizer"}
     if in_group and not own.keys() <= {"rho", "alpha", "k", "norm_scope"}:
         pytest.skip("torch does not look at these of a group either")
+    params, kwargs = ([{"params": [p], **own}], {"lr": 0.1}) if in_group else ([p], {"lr": 0.1, **own})
     with pytest.raises(ValueError, match=message):
-        if in_group:
-            looksam.LookSAM([{"params": [p], **own}], base, lr=0.1)
-        else:
-            looksam.LookSAM([p], base, **{"lr": 0.1, **own})
+        looksam.LookSAM(params, base, **kwargs)
 
 
 @on_backends
