@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
 ROLE = re.compile(r":(?:class|func|mod|meth|attr|data):`~?([\w.]+)`")
 SIMPLE_TABLE = re.compile(r"^(=+ +)+=+\n(?:.*\n)+?(=+ +)+=+$", re.MULTILINE)
-PUBLIC = {"looksam", "looksam_kernels"}
+API = Path(__file__).parent / "api"
+DOCUMENTED = {
+    name.rpartition(".")[2]: name
+    for page in API.glob("*.md")
+    for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+}
+"""The last part of a name -> all of it, for what has a place on the pages."""
 
 
 class Markdown(griffe.Extension):
-    """Roles become code, simple tables become pipe tables, a paragraph that ends in ``::`` announces Python code."""
+    """Roles become links, or code where there is no page; simple tables become pipe tables; ``::`` announces Python code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
@@ -21,9 +28,14 @@ class Markdown(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    text = ROLE.sub(lambda m: f"`{m[1]}`", text)
+    text = ROLE.sub(lambda m: link(m[1]), text)
     text = SIMPLE_TABLE.sub(lambda m: pipe_table(m[0]), text)
     return code_blocks(text)
+
+
+def link(name: str) -> str:
+    target = DOCUMENTED.get(name.rpartition(".")[2])
+    return f"[`{name}`][{target}]" if target else f"`{name}`"
 
 
 def pipe_table(text: str) -> str:
@@ -42,7 +54,7 @@ def pipe_table(text: str) -> str:
             rows[-1] = [f"{old} {new}".strip() for old, new in zip(rows[-1], cells, strict=True)]
     if not header:
         rows.insert(0, [""] * len(starts))
-    rows = [[re.sub(r"(?<!\\)\|", r"\\|", cell).replace("*", r"\*") for cell in row] for row in rows]
+    rows = [[re.sub(r"(?<!\\)\|", r"\\|", cell).replace("*=", r"\*=") for cell in row] for row in rows]
     rows.insert(1, ["---"] * len(starts))
     return "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

@@ -44,6 +44,16 @@ def table(when: dict[str, str]) -> str:
             if "SharpnessAware" in {ast.unparse(b) for b in node.bases} and node.name != "LAMB":
                 log.warning("%s: its docstring has no line 'Passes per step: ... Extra memory: ...'", node.name)
             continue
+        passes = f"{costs[1]}; k = {k}" if "k" in costs[1] and (k := default(node, "k")) else costs[1]
         name = f"[`{node.name}`](api/looksam.md#looksam.{node.name})"
-        rows.append(f"| {name} | {costs[1]} | {costs[2]} | {when.get(node.name, '')} | {source[1] if source else ''} |")
+        rows.append(f"| {name} | {passes} | {costs[2]} | {when.get(node.name, '')} | {source[1] if source else ''} |")
     return "\n".join(rows)
+
+
+def default(node: ast.ClassDef, argument: str) -> str:
+    """The default of an argument of the constructor, as it is written; empty where there is none."""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            args = item.args.args[len(item.args.args) - len(item.args.defaults) :]
+            return {a.arg: ast.unparse(d) for a, d in zip(args, item.args.defaults, strict=True)}.get(argument, "")
+    return ""
