@@ -26,6 +26,7 @@ LOOKSAM_HD Pack<T> load(const T* p) {
   Pack<T> pack;
 #if defined(__CUDA_ARCH__)
   const uint4* source = reinterpret_cast<const uint4*>(p);
+  __builtin_assume(__isGlobal(source));  // tensors are; otherwise this is a slower, generic load
   const uint4 raw = cache == Cache::stream ? __ldcs(source) : *source;
   memcpy(&pack, &raw, 16);
 #else
@@ -38,12 +39,14 @@ LOOKSAM_HD Pack<T> load(const T* p) {
 template <Cache cache = Cache::keep, class T>
 LOOKSAM_HD void store(T* p, const Pack<T>& pack) {
 #if defined(__CUDA_ARCH__)
+  uint4* const target = reinterpret_cast<uint4*>(p);
   uint4 raw;
   memcpy(&raw, &pack, 16);
+  __builtin_assume(__isGlobal(target));
   if (cache == Cache::stream) {
-    __stcs(reinterpret_cast<uint4*>(p), raw);
+    __stcs(target, raw);
   } else {
-    *reinterpret_cast<uint4*>(p) = raw;
+    *target = raw;
   }
 #elif defined(__SSE2__) && !defined(__CUDACC__)
   if (cache == Cache::stream) {
