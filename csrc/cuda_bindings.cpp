@@ -251,6 +251,8 @@ class Table {
     device_ = first != weights.end() ? first->device() : at::Device(kDeviceType, kDeviceType == at::kCPU ? -1 : 0);
     try {
       return op(Session(device_));
+    } catch (const py::builtin_exception&) {  // of the caller's doing, and says so
+      throw;
     } catch (const std::runtime_error& error) {
       throw std::runtime_error("looksam_kernels: " + std::string(error.what()) + " (table of " + std::to_string(rows()) +
                                " rows on " + device_.str() + ")");

@@ -25,9 +25,7 @@ struct SumScratch {
 template <class Block>
 LOOKSAM_HD double block_sum(const Block& block, SumScratch& scratch, double x) {
   scratch.of_thread[block.rank()] = x;
-#if !defined(LOOKSAM_PLANTED_BARRIER)  // a fault that the tests must find: the threads' terms are read too early
   block.barrier();
-#endif
   if (block.rank() < 32) {
     double sum = 0;
     for (int k = block.rank(); k < block.size(); k += 32) sum += scratch.of_thread[k];

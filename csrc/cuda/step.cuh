@@ -134,11 +134,7 @@ struct StepBody {
     const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
     const Span<T> written(a.q != nullptr ? a.written[chunk.row] : Ref{0}, chunk.offset);
     const Span<T> output(a.base == Base::grad ? a.input[0][chunk.row] : Ref{0}, chunk.offset);
-#if defined(LOOKSAM_PLANTED_STATES)  // a fault that the tests must find: the two states are taken for each other
-    const Span<T> m(at(a.second, chunk.row), chunk.offset), v(at(a.first, chunk.row), chunk.offset);
-#else
     const Span<T> m(at(a.first, chunk.row), chunk.offset), v(at(a.second, chunk.row), chunk.offset);
-#endif
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          written.aligned() && output.aligned() && m.aligned() && v.aligned();
     const UpdateScalars<Wide> h =

@@ -1,4 +1,4 @@
-"""A pytest plugin: the native backend's CPU tensors go through the CUDA kernels, on the host harness."""
+"""A pytest plugin: the native backend's CPU tensors go through the CUDA binding and kernels, on the host harness."""
 
 from __future__ import annotations
 
@@ -22,3 +22,4 @@ def _harness() -> ModuleType:
 
 
 native._C = _harness()
+native.first_misfit = lambda tensors, weights, scalar: 0  # table.py then looks for itself

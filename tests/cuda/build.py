@@ -1,0 +1,131 @@
+"""Builds what the tests of the CUDA code need: its kernels for the CPU (the host harness), for GPUs, and its binding."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pybind11
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "cuda-tests"
+KERNELS = ("sums", "perturb", "step", "file")
+
+CXX = os.environ.get("CXX", "c++")
+COMMON = ["-fPIC", "-Wall", "-Werror", "-DLOOKSAM_HARNESS", "-DLOOKSAM_MODULE=_harness"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+PYTHON = [
+    part
+    for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"], pybind11.get_include())
+    for part in ("-isystem", path)
+]
+TORCH = Path(torch.__file__).parent / "lib"
+LIBRARIES = [f"-L{TORCH}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH}"]
+
+Fault = tuple[str, str, str]
+"""A file under csrc/cuda, text that stands in it once, and what to put in its place."""
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@contextmanager
+def locked(name: str) -> Iterator[Path]:
+    """A folder that one process at a time works in."""
+    folder = BUILD / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def compiled(command: Sequence[str], source: Path, folder: Path) -> Path:
+    """The object of one source; compiled again only if a file beside or below it, or the command, has changed."""
+    digest = hashlib.sha256(repr((command, source.name, torch.__version__)).encode())
+    for path in sorted(path for path in source.parents[1].rglob("*") if path.suffix in {".h", ".cuh"}):
+        digest.update(path.read_bytes())
+    digest.update(source.read_bytes())
+    target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not target.exists():
+        part = target.with_suffix(".part")
+        run(*command, "-c", source, "-o", part)
+        part.rename(target)
+    return target
+
+
+def binding_object() -> Path:
+    """The CUDA binding for CPU tensors and the harness. Without sanitizers: they are for the kernels."""
+    with locked("binding") as folder:
+        return compiled([CXX, "-std=c++20", "-O1", *COMMON, *PYTHON], CSRC / "cuda_bindings.cpp", folder)
+
+
+def harness(sanitize: bool, fault: Fault | None = None) -> Path:
+    """The extension module ``_harness``: looksam_kernels._cuda, for CPU tensors."""
+    name = "sanitized" if sanitize else "plain"
+    if fault is not None:
+        name += "-" + hashlib.sha256(repr(fault).encode()).hexdigest()[:8]
+    with locked(name) as folder:
+        source = CSRC if fault is None else _with_fault(fault, folder)
+        flags = ["-std=c++17", "-O1", *COMMON, *(SANITIZE if sanitize else [])]
+        sources = [source / "cuda" / f"{kernel}.cu" for kernel in KERNELS] + [source / "harness" / "execute.cpp"]
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(compiled, [CXX, *flags, "-x", "c++"], path, folder) for path in sources]
+            objects = [job.result() for job in jobs] + [binding_object()]
+        module = folder / "_harness.so"
+        run(CXX, "-shared", *(SANITIZE if sanitize else []), *objects, "-o", module, *LIBRARIES)
+    return module
+
+
+def _with_fault(fault: Fault, folder: Path) -> Path:
+    file, text, replacement = fault
+    source = folder / "csrc"
+    shutil.rmtree(source, ignore_errors=True)
+    for part in ("core", "cuda", "harness"):
+        shutil.copytree(CSRC / part, source / part)
+    path = source / "cuda" / file
+    original = path.read_text()
+    assert original.count(text) == 1, f"{file} does not hold {text!r} once"
+    path.write_text(original.replace(text, replacement))
+    return source
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home, "bin")))
+
+
+def cuda_include(compiler: str) -> list[str]:
+    """-isystem options for the toolkit's headers, as its own compiler has them."""
+    done = subprocess.run(
+        [compiler, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False
+    )
+    words = [word.strip('"') for line in done.stderr.splitlines() if "INCLUDES=" in line for word in line.split()]
+    places = [word.split("-I", 1)[1].strip('"') for word in words if "-I" in word]
+    assert places, done.stderr
+    return [part for place in places for part in ("-isystem", place)]
+
+
+def cuobjdump() -> str | None:
+    """Beside nvcc, or in the Triton wheel."""
+    compiler = nvcc()
+    beside = str(Path(os.path.realpath(compiler)).parent) if compiler else None
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("cuobjdump", path=beside)
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return shutil.which("cuobjdump", path=beside) or shutil.which("cuobjdump", path=str(bundled))

@@ -1,0 +1,152 @@
+"""How many launches, and tables too large for one. Run by test_harness.py on the host harness; on a GPU by test_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import looksam
+import looksam_kernels as lk
+from looksam_kernels.backends import native
+from tests.kernels import cases
+from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, Row
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def launches() -> int:
+    module = native._cuda if DEVICE == "cuda" else native._C
+    return module.launches()
+
+
+def tensors(count: int, size: int = 5) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(1 + i % size, generator=random).to(DEVICE) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "base"), [(1, "adamw"), (152, "adamw"), (152, "lamb"), (400, "lamb"), (4000, "adamw")]
+)
+def test_a_refresh_has_4_launches_and_a_reuse_2_and_one_more_each_for_lamb(count: int, base: str) -> None:
+    params = [torch.nn.Parameter(w) for w in tensors(count)]
+    kwargs: dict[str, Any] = {"max_grad_norm": None} if base == "lamb" else {}
+    optimizer = looksam.LookSAM(params, base, k=2, backend="native", lr=0.01, **kwargs)
+
+    def closure() -> None:
+        for p, g in zip(params, tensors(count), strict=True):
+            p.grad = g
+
+    counts = []
+    for _ in range(4):
+        before = launches()
+        optimizer.step(closure)
+        counts.append(launches() - before)
+    more = base == "lamb"
+    assert counts[2:] == [4 + more, 2 + more], "after a first cycle, which also files the table"
+
+
+def test_rows_of_two_dtypes_share_their_launches() -> None:
+    rows = [Row((33,), F32), Row((70,), BF16), Row((5,), BF16, master=True), Row((), F32)]
+    made = cases.table(rows, cases.columns(rows, DEVICE), "native")
+    c = COMBINATIONS["s"].coefficients(rows, DEVICE)._replace(inputs=("g",))
+    for _ in range(2):
+        before = launches()
+        lk.perturb(made, c)
+    assert launches() - before == 1
+
+
+def compare(rows: list[Row], base: str, direction: str, groups: list[dict[str, Any]]) -> None:
+    c = COMBINATIONS[direction].coefficients(rows, DEVICE)
+    start = cases.columns(rows, DEVICE)
+    results = []
+    for backend, columns in (("native", start), ("reference", start), ("reference", cases.widened(start))):
+        columns = cases.copy(columns)
+        made = cases.table(rows, columns, backend)
+        found = lk.sums(made, (("g", "g"), ("g", "s"), ("w", "w"))).values
+        lk.perturb(made, c._replace(d=0.05 * c.d))
+        lk.step(made, base, c, groups)
+        results.append((columns, found))
+    (mine, found), (baseline, _), (truth, exact) = results
+    assert torch.allclose(found, exact, rtol=1e-5, atol=1e-5)
+    for name in ("w", "exp_avg", "step"):
+        for row in range(len(rows)):
+            cases.assert_close(f"{name} of row {row}", mine[name][row], baseline[name][row], truth[name][row])
+
+
+def test_more_rows_than_a_launch_takes() -> None:
+    compare([Row((1 + i % 3,)) for i in range(4097)], *BASE_CASES["adamw"][:1], "g + c q", BASE_CASES["adamw"][1])
+
+
+@pytest.mark.parametrize("order", ["sorted", "mixed"])
+def test_more_groups_than_a_launch_takes(order: str) -> None:
+    count = 130
+    of_row = [i if order == "sorted" else 37 * i % count for i in range(count)]
+    groups = [{**BASE_CASES["lamb"][1][i % 3], "lr": 0.01 + 0.001 * i} for i in range(count)]
+    compare([Row((1 + i % 7,), group=g) for i, g in enumerate(of_row)], "lamb", "g + c q", groups)
+
+
+def test_more_groups_than_the_epilogue_takes() -> None:
+    rows = [Row((1 + i % 7,), group=i) for i in range(130)]
+    cols = cases.columns(rows, DEVICE)
+    groups = [{"rho": 0.01 * i, "perturb_eps": 1e-12} for i in range(130)]
+    _, mine = lk.measure(cases.table(rows, cols, "native"), "sam", groups)
+    _, theirs = lk.measure(cases.table(rows, cols, "reference"), "sam", groups)
+    assert torch.allclose(mine.d, theirs.d, rtol=1e-5)
+
+
+def test_a_dtype_that_the_kernel_of_the_row_does_not_know() -> None:
+    rows = [Row((65,), BF16, master=True), Row((65,), F32)]
+    cols = cases.columns(rows, DEVICE)
+    for column, dtype in (("g", F16), ("s", torch.float64), ("q", BF16)):
+        cols[column] = [None if x is None else x.to(dtype) for x in cols[column]]
+    c = COMBINATIONS["s, q <- mean of g"].coefficients(rows, DEVICE)
+    results = []
+    for backend in ("native", "reference"):
+        columns = cases.copy(cols)
+        lk.step(cases.table(rows, columns, backend), *BASE_CASES["adamw"][:1], c, BASE_CASES["adamw"][1])
+        results.append(columns)
+    for name in ("w", "b", "exp_avg", "q"):
+        for mine, theirs in zip(results[0][name], results[1][name], strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_messages_name_column_and_row() -> None:
+    rows = [Row((4,)), Row((5,))]
+    cols = cases.columns(rows, DEVICE)
+    cols["step"][1] = cols["step"][1].double()
+    with pytest.raises(TypeError, match="'step', row 1"):
+        lk.step(
+            cases.table(rows, cols, "native"),
+            *BASE_CASES["adam"][:1],
+            COMBINATIONS["s"].coefficients(rows, DEVICE),
+            BASE_CASES["adam"][1],
+        )
+
+
+@pytest.mark.parametrize("base", ["sgd-nesterov", "adamw", "lamb"])
+@pytest.mark.parametrize("variant", ["SAM", "LookSAM", "LookLayerSAM"])
+def test_twelve_steps_follow_the_reference(variant: str, base: str) -> None:
+    name, (hyper, *_) = BASE_CASES[base]
+    options = {key: value for key, value in hyper.items() if key not in ("always_adapt", "trust_clip")}
+    ends = []
+    for backend, dtype in (("native", F32), ("reference", F32), ("reference", torch.float64)):
+        params = [torch.nn.Parameter(w.to(dtype)) for w in tensors(9, size=70)]
+        optimizer = getattr(looksam, variant)(params, name, backend=backend, **options)
+        targets = [torch.linspace(-1, 1, p.numel(), dtype=dtype, device=DEVICE) for p in params]
+
+        def closure(params: Any = params, targets: Any = targets, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = sum(((p - t) ** 4).sum() + (p.sin() ** 2).sum() for p, t in zip(params, targets, strict=True))
+            loss.backward()
+            return loss
+
+        for _ in range(12):
+            optimizer.step(closure)
+        ends.append([p.detach() for p in params])
+    mine, baseline, truth = ends
+    for row, (x, y, z) in enumerate(zip(mine, baseline, truth, strict=True)):
+        error, allowed = (x.double() - z).abs().max(), (y.double() - z).abs().max()
+        assert error <= 4 * allowed + 12 * cases.FEW_ULPS * torch.finfo(F32).eps, f"row {row}: {error} > {allowed}"

@@ -1,0 +1,109 @@
+"""The CUDA kernels, executed on the CPU: the op matrix, under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The host harness (csrc/harness) runs the very bodies that nvcc compiles, thread by thread in random order between barriers,
+block by block in random order. Above them stands the binding that runs on a GPU, too. That all this finds faults is tested
+with faults: :data:`FAULTS` are the ones that were tried.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import build
+
+OP_MATRIX = "tests/kernels/test_ops.py"
+LAUNCHES = "tests/cuda/launch_cases.py"
+
+
+def on_harness(module: Path, *arguments: str, sanitize: bool) -> subprocess.CompletedProcess[str]:
+    """Runs tests whose CPU tensors go through the CUDA kernels."""
+    environment = {**os.environ, "LOOKSAM_HARNESS": str(module), "LOOKSAM_BACKEND": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(build.ROOT / "python"), str(build.ROOT)])
+    if sanitize:
+        library = build.run(build.CXX, "-print-file-name=libasan.so").strip()
+        environment |= {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda.on_harness", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *arguments], cwd=build.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def assert_green(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert " passed" in done.stdout
+
+
+PARTS = {
+    "sums, perturb and promises": "not test_step and not test_coefficients",
+    "step, sgd and adam": "test_step and (sgd or adam)",
+    "step, lamb and grad": "test_step and (lamb or grad)",
+    "coefficients": "test_coefficients",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_op_matrix(part: str) -> None:
+    module = build.harness(sanitize=True)
+    assert_green(on_harness(module, OP_MATRIX, "-k", f"native-cpu and {PARTS[part]}", sanitize=True))
+
+
+def test_launches() -> None:
+    assert_green(on_harness(build.harness(sanitize=False), LAUNCHES, sanitize=False))
+
+
+STEP, PERTURB, SUMS = "test_step and adamw", "test_perturb", "test_sums"
+
+FAULTS: dict[str, tuple[build.Fault, str]] = {
+    "the last element of a tail is left out": (
+        ("table.cuh", "chunk_size - i < T::lanes ? chunk_size - i :", "chunk_size - i < T::lanes ? chunk_size - i - 1 :"),
+        PERTURB,
+    ),
+    "the block sum reads its terms before all are there": (
+        ("block.cuh", "scratch.of_thread[block.rank()] = x;\n  block.barrier();", "scratch.of_thread[block.rank()] = x;"),
+        SUMS,
+    ),
+    "the two states are swapped": (
+        ("step.cuh", "m(at(a.first, chunk.row), chunk.offset), v(at(a.second,", "m(at(a.second, chunk.row), chunk.offset), v(at(a.first,"),
+        STEP,
+    ),
+    "the first block of a row finishes it, not the last": (
+        ("block.cuh", "block.arrive(counter) + 1 == expected", "block.arrive(counter) == 0"),
+        SUMS,
+    ),
+    "the offset of a chunk is taken in bytes": (
+        ("table.cuh", "data_ += offset * (narrow_ ? sizeof(Narrow) : sizeof(Wide))", "data_ += offset"),
+        PERTURB,
+    ),
+    "only some threads reach a barrier": (
+        ("block.cuh", "    scratch.of_lane[block.rank()] = sum;\n  }\n  block.barrier();", "    scratch.of_lane[block.rank()] = sum;\n  block.barrier();\n  }"),
+        SUMS,
+    ),
+    "an unaligned tensor is taken for an aligned one": (
+        ("table.cuh", "body(i, size, aligned && size == T::lanes);", "body(i, size, size == T::lanes);"),
+        PERTURB,
+    ),
+    "one element after the tail": (
+        ("table.cuh", "chunk_size - i < T::lanes ? chunk_size - i :", "chunk_size - i < T::lanes ? chunk_size - i + 1 :"),
+        PERTURB,
+    ),
+}
+"""Each is planted in a copy of the sources, which must then fail the part of the matrix named beside it. The last two do
+not make wrong numbers, or not always: the sanitizers find them."""
+
+FOUND_BY_SANITIZER = ("an unaligned tensor is taken for an aligned one", "one element after the tail")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str) -> None:
+    fault, part = FAULTS[name]
+    sanitize = name in FOUND_BY_SANITIZER
+    module = build.harness(sanitize, fault)
+    done = on_harness(module, OP_MATRIX, "-k", f"native-cpu and {part}", sanitize=sanitize)
+    assert done.returncode != 0, f"all is green with the fault: {name}"
+    said = "AddressSanitizer" if "after the tail" in name else "runtime error" if sanitize else "Error"
+    assert said in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
