@@ -1,0 +1,141 @@
+"""What only the native CPU backend promises: the same bits for any number of threads and any instruction set.
+
+Agreement with the reference for every op, dtype and shape: tests/kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from looksam_kernels import TensorTable, backend_info, ops
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    not backend_info("cpu")["native"].available, reason=f"no native backend: {backend_info('cpu')['native'].reason}"
+)
+
+GROUP = {
+    "rho": 0.05, "alpha": 0.7, "perturb_eps": 1e-12, "norm_scope": "global", "layer_scaled": 1.0,
+    "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "dampening": 0.0,
+    "nesterov": False, "always_adapt": False, "trust_clip": False,
+}  # fmt: skip
+
+SHAPES = [(0,), (1,), (), (3,), (300, 401), (65537,), (4097,), *[(1000 + i,) for i in range(40)]]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    from looksam_kernels import _C
+
+    threads, isa = torch.get_num_threads(), _C.isa()
+    yield
+    torch.set_num_threads(threads)
+    _C.use_isa(isa)
+
+
+def make_table(master: bool = True) -> TensorTable:
+    random = torch.Generator().manual_seed(0)
+
+    def column(wide: bool) -> list[Tensor]:
+        made = []
+        for row, shape in enumerate(SHAPES):
+            dtype = DTYPES[row % 4]
+            x = torch.randn(shape, generator=random, dtype=torch.float64)
+            made.append(x.to(torch.promote_types(dtype, torch.float32) if wide else dtype))
+        return made
+
+    w = column(wide=False)
+    return TensorTable(
+        w,
+        backend="native",
+        b=column(wide=master),
+        g=column(wide=False),
+        s=column(wide=False),
+        q=column(wide=True),
+        q_norm_sq=[torch.tensor(1.0, dtype=torch.float64) for _ in w],
+        exp_avg=column(wide=True),
+        exp_avg_sq=[x.square() for x in column(wide=True)],
+        momentum_buffer=column(wide=True),
+        step=[torch.tensor(float(row)) for row in range(len(w))],
+    )
+
+
+def run(base: str) -> list[Tensor]:
+    """A refresh, a reuse, and all that they leave."""
+    table = make_table()
+    sums, coefficients = ops.measure(table, "trust_normalized", [GROUP])
+    ops.perturb(table, coefficients)
+    moved = [w.clone() for w in table["w"]]
+    sums, coefficients = ops.measure(table, "looksam_refresh", [GROUP], known=sums, max_grad_norm=1.0)
+    ops.step(table, base, coefficients, [GROUP])
+    more, coefficients = ops.measure(table, "looksam_reuse", [GROUP])
+    ops.step(table, base, coefficients, [GROUP])
+    return [sums.values, more.values, *moved, *(x for name in table for x in table[name])]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    as_bytes = (
+        [x.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for x in tensors] for tensors in (a, b)
+    )
+    return next(as_bytes) == next(as_bytes)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "grad"])
+def test_same_bits_for_any_number_of_threads(base: str) -> None:
+    results = []
+    for threads in (1, 2, 4, 2):
+        torch.set_num_threads(threads)
+        results.append(run(base))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "grad"])
+def test_same_bits_for_any_instruction_set(base: str) -> None:
+    from looksam_kernels import _C
+
+    results = []
+    for isa in _C.isas():
+        _C.use_isa(isa)
+        results.append(run(base))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_every_written_tensor_says_so_to_autograd() -> None:
+    table = make_table(master=False)
+    versions = {name: [x._version for x in table[name]] for name in table}
+
+    def written() -> set[str]:
+        return {name for name in table if any(x._version > v for x, v in zip(table[name], versions[name], strict=True))}
+
+    sums, coefficients = ops.measure(table, "sam", [GROUP])
+    assert written() == set()
+    ops.perturb(table, coefficients)
+    assert written() == {"w", "b"}
+    _, coefficients = ops.measure(table, "looksam_refresh", [GROUP], known=sums)
+    ops.step(table, "adamw", coefficients, [GROUP])
+    assert {"w", "q", "q_norm_sq", "exp_avg", "exp_avg_sq", "step"} <= written()
+    assert not {"g", "s", "momentum_buffer"} & written()
+
+
+def test_a_column_that_no_longer_fits_is_an_error_not_an_overrun() -> None:
+    table = make_table()
+    table["g"][4].resize_(3)
+    with pytest.raises(ValueError, match="row 4: the shape has changed"):
+        ops.sums(table, [("g", "g")])
+
+
+def test_weights_on_another_device_are_an_error() -> None:
+    table = TensorTable([torch.ones(3), torch.ones(3, device="meta")], backend="native")
+    with pytest.raises(TypeError, match="row 1 is on meta"):
+        ops.sums(table, [("w", "w")])
+
+
+def test_small_and_large_sums_are_exact_where_float32_is_not() -> None:
+    """Squares of 1e-30 vanish and squares of 1e30 overflow in float32; partial sums are float64."""
+    for size in (1e-30, 1e30):
+        table = TensorTable([torch.zeros(100)], backend="native", g=[torch.full((100,), size)])
+        exact = 100 * torch.tensor(size).double().item() ** 2
+        assert ops.sums(table, [("g", "g")]).values.item() == pytest.approx(exact, rel=1e-12)
