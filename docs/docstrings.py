@@ -9,7 +9,8 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|mod|meth|attr|data):`~?([\w.]+)`")
-SIMPLE_TABLE = re.compile(r"^(=+ +)+=+\n(?:.*\n)+?(=+ +)+=+$", re.MULTILINE)
+SIMPLE_TABLE = re.compile(r"^(?:=+ +)+=+\n(?:.+\n)+(?:=+ +)+=+$", re.MULTILINE)
+INNER_PRODUCT = re.compile(r"<(?=\w+,\w+>)")
 API = Path(__file__).parent / "api"
 DOCUMENTED = {
     name.rpartition(".")[2]: name
@@ -29,6 +30,7 @@ class Markdown(griffe.Extension):
 
 def markdown(text: str) -> str:
     text = ROLE.sub(lambda m: link(m[1]), text)
+    text = INNER_PRODUCT.sub("&lt;", text)  # Markdown would take it for HTML
     text = SIMPLE_TABLE.sub(lambda m: pipe_table(m[0]), text)
     return code_blocks(text)
 
