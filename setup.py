@@ -1,7 +1,9 @@
-"""Builds looksam_kernels._C where it can; everything else about the package is in pyproject.toml.
+"""Builds looksam_kernels._C and ._cuda where it can; everything else about the package is in pyproject.toml.
 
 LOOKSAM_NATIVE=auto (the default) builds the extension where torch and a C++ compiler are there, and says in one line what
-was built or why not; 0 leaves it out; 1 makes every reason not to build it an error.
+was built or why not; 0 leaves it out; 1 makes every reason not to build it an error. LOOKSAM_CUDA says the same about the
+CUDA kernels, which need nvcc and a torch with CUDA. TORCH_CUDA_ARCH_LIST names the architectures; default: those of the
+GPUs in this machine, else 8.0 and 9.0, and newer ones through PTX.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ SOURCES = [
     "csrc/cpu/avx2.cpp",
     "csrc/cpu/avx512.cpp",
 ]
+CUDA_SOURCES = [
+    "csrc/cuda_bindings.cpp",
+    "csrc/cuda/sums.cu",
+    "csrc/cuda/perturb.cu",
+    "csrc/cuda/step.cu",
+    "csrc/cuda/file.cu",
+]
 # No contraction to fused multiply-adds: all instruction sets then give the same bits.
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 # For at::parallel_for in torch's headers. Only while compiling: linking it would bring a second OpenMP runtime with
 # threads of its own beside torch's.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+CUDA_MODULE = "looksam_kernels._cuda"
 # The installed package tells from this file why it has no extension, since pip shows a build's output only on failure.
 WHY_NOT = Path("looksam_kernels", "native_build.txt")
 
@@ -42,6 +52,19 @@ def why_not_buildable() -> str | None:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
         return "torch was not there while it was built; install torch first and pass --no-build-isolation to pip"
+    return None
+
+
+def why_no_cuda() -> str | None:
+    if os.environ.get("LOOKSAM_CUDA", "auto") == "0":
+        return "LOOKSAM_CUDA=0"
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "nvcc not found; CUDA_HOME names the toolkit's folder"
     return None
 
 
@@ -71,10 +94,15 @@ def output_to(log: Path) -> Iterator[None]:
             os.close(saved[0]), os.close(saved[1])
 
 
+def without_cuda(reason: str) -> None:
+    if os.environ.get("LOOKSAM_CUDA", "auto") == "1":
+        raise SystemExit(f"looksam-kernels: no CUDA kernels: {reason} (LOOKSAM_CUDA=0 builds without them)")
+
+
 def extension() -> dict[str, object]:
-    """setup()'s arguments that build the extension."""
+    """setup()'s arguments that build the extensions."""
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
         def build_extension(self, ext: object) -> None:
@@ -87,11 +115,14 @@ def extension() -> dict[str, object]:
                 say("the compiler failed; its log ends:")
                 print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
                 errors = [line for line in lines if "error" in line.lower()]
-                without_extension(f"the compiler failed ({(errors or [str(error)])[0].strip()})")
+                leave_out = without_cuda if ext.name == CUDA_MODULE else without_extension
+                leave_out(f"the compiler failed ({(errors or [str(error)])[0].strip()})")
                 ext.optional = True
             else:
-                WHY_NOT.unlink(missing_ok=True)
-                say(f"native backend built for CPU with torch {torch.__version__}")
+                if ext.name != CUDA_MODULE:
+                    WHY_NOT.unlink(missing_ok=True)
+                device = f"CUDA {torch.version.cuda}" if ext.name == CUDA_MODULE else "CPU"
+                say(f"native backend built for {device} with torch {torch.__version__}")
             finally:
                 log.unlink(missing_ok=True)
 
@@ -99,13 +130,20 @@ def extension() -> dict[str, object]:
             if not WHY_NOT.exists():
                 super().copy_extensions_to_source()
 
-    module = CppExtension(
-        "looksam_kernels._C",
-        SOURCES,
-        depends=[str(p) for p in Path("csrc").rglob("*.h")],
-        extra_compile_args=FLAGS + OPENMP,
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    headers = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh")]
+    modules = [
+        CppExtension("looksam_kernels._C", SOURCES, depends=headers, extra_compile_args=FLAGS + OPENMP),
+    ]
+    reason = why_no_cuda()
+    if reason is None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-DLOOKSAM_MODULE=_cuda"], "nvcc": ["-O3"]}
+        modules.append(CUDAExtension(CUDA_MODULE, CUDA_SOURCES, depends=headers, extra_compile_args=flags))
+    else:
+        without_cuda(reason)
+        say(f"without CUDA kernels: {reason}")
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
 reason = why_not_buildable()
