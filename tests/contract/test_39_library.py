@@ -32,8 +32,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         "sgd_": lambda: (tensors(0), tensors(1), count, tensors(2), tensors(3), c, 0.1, 0.9, 0.0, 0.01, True),
         **{
             base: lambda: (
-                (tensors(0), tensors(1), tensors(5, positive=True), count, tensors(2), tensors(3), c)
-                + (0.1, 0.9, 0.999, 1e-8, 0.01)
+                *(tensors(0), tensors(1), tensors(5, positive=True), count, tensors(2), tensors(3), c),
+                *(0.1, 0.9, 0.999, 1e-8, 0.01),
             )
             for base in ADAPTIVE
         },
