@@ -10,7 +10,7 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|mod|meth|attr|data):`~?([\w.]+)`")
 SIMPLE_TABLE = re.compile(r"^(?:=+ +)+=+\n(?:.+\n)+(?:=+ +)+=+$", re.MULTILINE)
-INNER_PRODUCT = re.compile(r"<(?=\w+,\w+>)")
+INNER_PRODUCT = re.compile(r"<(?=\w+, ?\w+>)")
 API = Path(__file__).parent / "api"
 DOCUMENTED = {
     name.rpartition(".")[2]: name
