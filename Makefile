@@ -11,9 +11,10 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench docs lint format clean
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-packages
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed ## train a small network with SGD, SAM, SAM-5 and LookSAM-5 on noisy labels and compare them
 	@echo '== $(DEMO)'
@@ -41,6 +42,40 @@ lint: .venv/installed ## check style (ruff), types (mypy) and import arrows (imp
 format: .venv/installed ## rewrite the Python files in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# On a machine with an NVIDIA GPU, nvcc and a CUDA torch. Nothing is installed there: GPU_PYTHON is used as it is, with
+# build/gpu-packages in front, into which gpu-packages puts what it lacks, on any machine with a network.
+GPU_PYTHON ?= python3
+GPU_TOOL ?= memcheck racecheck initcheck synccheck
+GPU_RUN := PYTHONPATH=python:.:build/gpu-packages:$$PYTHONPATH $(GPU_PYTHON)
+
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench ## on a GPU: build, test, sanitize and measure the CUDA kernels
+
+gpu-build: ## build the extensions in place, CUDA kernels and all
+	@echo '== gpu-build'
+	@LOOKSAM_NATIVE=1 LOOKSAM_CUDA=1 $(GPU_RUN) setup.py -q build_ext --inplace
+
+gpu-test: ## run the tests that need a GPU; PYTEST_ARGS passes options on
+	@echo '== gpu-test'
+	@$(GPU_RUN) -m pytest -q -m gpu tests/kernels tests/cuda $(PYTEST_ARGS)
+
+# Without the caching allocator every tensor is an allocation of its own, whose bounds the tools know. initcheck must also
+# see what torch's kernels write; the others look at ours only.
+gpu-sanitize: ## compute-sanitizer on every kernel: 0 errors; GPU_TOOL=racecheck runs one of the tools
+	@set -e; for tool in $(GPU_TOOL); do \
+	  echo "== gpu-sanitize: $$tool"; \
+	  only='--kernel-name kernel_substring=looksam'; [ $$tool = initcheck ] && only=''; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=python:.:build/gpu-packages:$$PYTHONPATH \
+	    compute-sanitizer --tool $$tool $$only --error-exitcode 1 $(GPU_PYTHON) -m tests.cuda.sanitize; \
+	done
+
+gpu-bench: ## measure on the GPU into benchmarks/results, and into $OUT where that is set; BENCH_ARGS passes options on
+	@echo '== gpu-bench'
+	@$(GPU_RUN) -m benchmarks --device cuda $(BENCH_ARGS)
+	@[ -z "$$OUT" ] || cp -r benchmarks/results "$$OUT"
+
+gpu-packages: ## fetch what the GPU tests and benchmarks import and such a machine may lack: pure Python, no torch
+	@$(PYTHON) -m pip -qq install --target build/gpu-packages --upgrade hypothesis rich pytest
 
 clean: ## remove the environment, builds and caches; results under runs/ stay
 	rm -rf .venv .venv-docs site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis

@@ -60,15 +60,27 @@ STEP, PERTURB, SUMS = "test_step and adamw", "test_perturb", "test_sums"
 
 FAULTS: dict[str, tuple[build.Fault, str]] = {
     "the last element of a tail is left out": (
-        ("table.cuh", "chunk_size - i < T::lanes ? chunk_size - i :", "chunk_size - i < T::lanes ? chunk_size - i - 1 :"),
+        (
+            "table.cuh",
+            "chunk_size - i < T::lanes ? chunk_size - i :",
+            "chunk_size - i < T::lanes ? chunk_size - i - 1 :",
+        ),
         PERTURB,
     ),
     "the block sum reads its terms before all are there": (
-        ("block.cuh", "scratch.of_thread[block.rank()] = x;\n  block.barrier();", "scratch.of_thread[block.rank()] = x;"),
+        (
+            "block.cuh",
+            "scratch.of_thread[block.rank()] = x;\n  block.barrier();",
+            "scratch.of_thread[block.rank()] = x;",
+        ),
         SUMS,
     ),
     "the two states are swapped": (
-        ("step.cuh", "m(at(a.first, chunk.row), chunk.offset), v(at(a.second,", "m(at(a.second, chunk.row), chunk.offset), v(at(a.first,"),
+        (
+            "step.cuh",
+            "m(at(a.first, chunk.row), chunk.offset), v(at(a.second,",
+            "m(at(a.second, chunk.row), chunk.offset), v(at(a.first,",
+        ),
         STEP,
     ),
     "the first block of a row finishes it, not the last": (
@@ -80,7 +92,11 @@ FAULTS: dict[str, tuple[build.Fault, str]] = {
         PERTURB,
     ),
     "only some threads reach a barrier": (
-        ("block.cuh", "    scratch.of_lane[block.rank()] = sum;\n  }\n  block.barrier();", "    scratch.of_lane[block.rank()] = sum;\n  block.barrier();\n  }"),
+        (
+            "block.cuh",
+            "    scratch.of_lane[block.rank()] = sum;\n  }\n  block.barrier();",
+            "    scratch.of_lane[block.rank()] = sum;\n  block.barrier();\n  }",
+        ),
         SUMS,
     ),
     "an unaligned tensor is taken for an aligned one": (
@@ -88,7 +104,11 @@ FAULTS: dict[str, tuple[build.Fault, str]] = {
         PERTURB,
     ),
     "one element after the tail": (
-        ("table.cuh", "chunk_size - i < T::lanes ? chunk_size - i :", "chunk_size - i < T::lanes ? chunk_size - i + 1 :"),
+        (
+            "table.cuh",
+            "chunk_size - i < T::lanes ? chunk_size - i :",
+            "chunk_size - i < T::lanes ? chunk_size - i + 1 :",
+        ),
         PERTURB,
     ),
 }

@@ -1,0 +1,149 @@
+"""On a GPU: streams, graphs, synchronisation, reproducible bits, launches. The op matrix runs there from tests/kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import looksam
+import looksam_kernels as lk
+from tests.kernels import cases
+from tests.kernels.cases import BASE_CASES, CASES, COMBINATIONS
+
+from .launch_cases import *  # noqa: F403  (the same cases, whose tensors are on the GPU where there is one)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+BACKENDS = ("native", "triton")
+VARIANTS = ("SAM", "LookSAM", "LayerSAM", "LookLayerSAM")
+BASES = ("sgd-nesterov", "adam", "adamw", "lamb")
+
+
+class Training:
+    """An optimizer over a few tensors with gradients that are a function of the weights."""
+
+    def __init__(self, variant: str, base: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+        random = torch.Generator().manual_seed(0)
+        shapes = [(64, 33), (5,), (), (9000,), (3, 4, 5)]
+        self.params = [torch.nn.Parameter(torch.randn(shape, generator=random).to("cuda", dtype)) for shape in shapes]
+        self.targets = [torch.randn(shape, generator=random).to("cuda", dtype) for shape in shapes]
+        name, (hyper, *_) = BASE_CASES[base]
+        options = {key: value for key, value in hyper.items() if key not in ("always_adapt", "trust_clip")}
+        more = {} if variant == "SAM" else {"k": 2}
+        self.optimizer = getattr(looksam, variant)(self.params, name, backend=backend, **options, **more)
+
+    def closure(self) -> None:
+        for p, target in zip(self.params, self.targets, strict=True):
+            p.grad = torch.sin(p) + p - target
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.optimizer.step(self.closure)
+
+    def bits(self) -> list[Tensor]:
+        state = [x for p in self.params for x in self.optimizer.state[p].values() if isinstance(x, Tensor)]
+        return [x.detach().clone() for x in [*self.params, *state]]
+
+
+def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    return cases.same_bits({"x": mine}, {"x": theirs})
+
+
+on_every_optimizer = pytest.mark.parametrize(
+    ("variant", "base"), [(variant, base) for variant in VARIANTS for base in BASES]
+)
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@on_every_backend
+@on_every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_have_the_same_bits(variant: str, base: str, backend: str, dtype: torch.dtype) -> None:
+    runs = []
+    for _ in range(2):
+        training = Training(variant, base, backend, dtype)
+        training.steps(12)
+        runs.append(training.bits())
+    assert same(*runs)
+
+
+@contextmanager
+def synchronising_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_every_backend
+@on_every_optimizer
+def test_no_step_synchronises(variant: str, base: str, backend: str) -> None:
+    training = Training(variant, base, backend)
+    training.steps(2)
+    torch.cuda.synchronize()
+    with synchronising_is_an_error():
+        training.steps(4)
+
+
+def captured(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+@on_every_optimizer
+def test_a_replayed_graph_has_the_bits_of_eager_steps(variant: str, base: str) -> None:
+    """One graph for each step of a cycle, after an eager cycle that creates the state."""
+    eager, graphed = (Training(variant, base, "native") for _ in range(2))
+    eager.steps(8)
+    graphed.steps(2)
+    graphs = [captured(lambda: graphed.steps(1)) for _ in range(2)]
+    for _ in range(3):
+        for graph in graphs:
+            graph.replay()
+    torch.cuda.synchronize()
+    assert same(eager.bits(), graphed.bits())
+
+
+def test_eager_steps_go_on_after_a_capture_that_never_ran() -> None:
+    """What a capture files on the device is not there before the graph runs."""
+    eager, other = (Training("LookSAM", "adamw", "native") for _ in range(2))
+    eager.steps(6)
+    other.steps(2)
+    graphs = [captured(lambda: other.steps(1)) for _ in range(2)]
+    assert len(graphs) == 2
+    other.steps(4)
+    assert same(eager.bits(), other.bits())
+
+
+def test_ops_run_on_the_current_stream() -> None:
+    rows = CASES["large"]
+    start = cases.columns(rows, "cuda")
+    c = COMBINATIONS["s, q = s - c g"].coefficients(rows, "cuda")
+    base, groups = BASE_CASES["lamb"]
+    results = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        columns = cases.copy(start)
+        made = cases.table(rows, columns, "native")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # work that follows on another stream would be early
+            for column in ("g", "s"):
+                for x in columns[column]:
+                    x.mul_(2)
+            lk.perturb(made, c._replace(inputs=("g",), d=c.d[:1]))
+            lk.step(made, base, c, groups)
+        torch.cuda.synchronize()
+        results.append(columns)
+    assert cases.same_bits(*results)
