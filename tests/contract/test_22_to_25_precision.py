@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract.support import (
     REUSING,
@@ -129,6 +130,37 @@ def test_contract_22_two_call_style(backend: str, variant: str, bad_call: int | 
     train(other, build(other.parameters(), variant, backend=backend), 3)
     for a, b in zip(weights(other), weights(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class NoScalarIsRead(TorchDispatchMode):
+    """On the CPU what would be a synchronisation on a GPU: ``item()``, ``bool()``, ``nonzero()`` of a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@on_variants
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contract_22_no_scalar_is_read(variant: str, base: str, scaled: bool, dtype: torch.dtype) -> None:
+    """By the driver and the reference; what a backend does inside is not seen here."""
+    model, amp = network(dtype=dtype), scaler()
+    optimizer = build(model.parameters(), variant, base, backend="reference")
+    x = torch.ones(2, 5, dtype=dtype)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).float().square().sum()
+        (amp.scale(loss) if scaled else loss).backward()
+        return loss
+
+    with NoScalarIsRead():
+        for _ in range(4):
+            _ = amp.step(optimizer, closure) if scaled else optimizer.step(closure)
+            if scaled:
+                amp.update()
 
 
 @on_backends
