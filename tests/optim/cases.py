@@ -13,6 +13,7 @@ import looksam_kernels
 
 K = 3
 BACKENDS = [name for name, info in looksam_kernels.backend_info("cpu").items() if info.available]
+QUICK = [name for name in BACKENDS if name != "triton"]  # Triton's interpreter takes seconds a step
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ADAM_HYPER, BACKENDS, BASES, METHODS, SGD_HYPER, Base, Method, build, names_for
+from cases import ADAM_HYPER, BASES, METHODS, QUICK, SGD_HYPER, Base, Method, build, names_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent import LAMB, Independent
@@ -25,7 +25,6 @@ from test_against_formulas import EPS, deviation, exact_and_tolerance
 import looksam
 
 FEW = settings(deadline=None, derandomize=True, max_examples=4)
-QUICK = [name for name in BACKENDS if name != "triton"]  # Triton's interpreter takes seconds a step
 VARIANTS = ("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "looklayersam-3")
 PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-3")
 ALWAYS = ("matrix", "vector", "scalar", "empty", "kernel", "never", "flat", "some_steps", "from_zero")
