@@ -186,7 +186,7 @@ class Replicas:
 
         Without it the replicas would drift: LookSAM's q is made of g and s, and s is already the average.
         """
-        if not distributed.is_initialized():
+        if not (distributed.is_available() and distributed.is_initialized()):
             return found_inf
         known = [name for name in DESCENTS[descent].inputs if name != last and name not in STORED]
         for name in known:

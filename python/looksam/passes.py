@@ -64,11 +64,15 @@ class Passes:
         with ExitStack() as stack:
             if number > 0 and self.model is not None:
                 stack.enter_context(frozen_running_stats(self.model))
-            local = self.m_sharpness and number < of - 1
+            if not self.m_sharpness:
+                return closure()
+            local = number < of - 1
             if local and self.model is not None:
                 stack.enter_context(self.model.no_sync())  # type: ignore[operator]
-            if self.m_sharpness and _takes_ddp_sync(closure):
+            if _takes_ddp_sync(closure):
                 return closure(ddp_sync=not local)
+            if self.model is None:
+                raise RuntimeError("m_sharpness needs model=, or a closure that takes ddp_sync and does as it says")
             return closure()
 
     def open(self) -> None:

@@ -262,7 +262,9 @@ def test_contract_07_closure_that_takes_ddp_sync(backend: str) -> None:
     optimizer.step(closure)
     optimizer.step(closure)
     assert seen == [False, True, True]
-    optimizer.step(Closure(model, optimizer))  # one that does not take it
+    optimizer.param_groups[0]["phase"] = 0
+    with pytest.raises(RuntimeError, match="ddp_sync"):
+        optimizer.step(Closure(model, optimizer))  # nothing would keep its gradients apart
 
 
 def test_every_base_of_the_matrix_is_what_it_says() -> None:
