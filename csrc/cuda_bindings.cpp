@@ -486,8 +486,9 @@ class Table {
   // A column of scalars. rows: those that must have one.
   const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, const Mask& needed) {
     std::vector<std::uint64_t> refs(rows());
+    const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows(); ++row) {
-      const at::Tensor& x = column(name)[row];
+      const at::Tensor& x = tensors[row];
       if (!x.defined()) {
         if (needed[row]) throw py::value_error("row " + std::to_string(row) + " takes part, but has no '" + name + "'");
         continue;
@@ -533,21 +534,23 @@ class Table {
     // Which kernel each row needs: after the last take().
     Plan& plan() {
       Kinds kinds(table_.rows(), Kind::f32);
-      std::array<bool, kKinds> found = {};
+      const Tensors& weights = table_.column("w");
       for (std::size_t row = 0; row < kinds.size(); ++row) {
-        const Dtype w = *dtype_of(table_.column("w")[row]);
-        Kind& kind = kinds[row];
-        if (w == Dtype::f64) kind = Kind::f64;
-        if (w == Dtype::bf16) kind = Kind::bf16;
-        if (w == Dtype::f16) kind = Kind::f16;
-        for (const Taken& taken : taken_) {
-          const at::Tensor& x = table_.column(taken.name)[row];
-          if (!x.defined() || kind != Kind::f32) continue;
-          if (x.scalar_type() == at::kBFloat16) kind = Kind::bf16;
-          if (x.scalar_type() == at::kHalf) kind = Kind::f16;
-        }
-        found[static_cast<int>(kind)] = true;
+        const at::ScalarType w = weights[row].scalar_type();
+        if (w == at::kDouble) kinds[row] = Kind::f64;
+        if (w == at::kBFloat16) kinds[row] = Kind::bf16;
+        if (w == at::kHalf) kinds[row] = Kind::f16;
       }
+      for (const Taken& taken : taken_) {
+        const Tensors& tensors = table_.column(taken.name);
+        for (std::size_t row = 0; row < kinds.size(); ++row) {
+          if (kinds[row] != Kind::f32 || !tensors[row].defined()) continue;
+          if (tensors[row].scalar_type() == at::kBFloat16) kinds[row] = Kind::bf16;
+          if (tensors[row].scalar_type() == at::kHalf) kinds[row] = Kind::f16;
+        }
+      }
+      std::array<bool, kKinds> found = {};
+      for (const Kind kind : kinds) found[static_cast<int>(kind)] = true;
       // Rows of float alone go along with others, for one launch instead of two.
       const Kind host = found[static_cast<int>(Kind::bf16)] ? Kind::bf16 : Kind::f16;
       if (found[static_cast<int>(host)]) std::replace(kinds.begin(), kinds.end(), Kind::f32, host);
@@ -580,26 +583,27 @@ class Table {
       const Tensors &tensors = table_.column(taken.name), &weights = table_.column("w");
       taken.refs.assign(kinds.size(), 0);
       for (std::size_t row = 0; row < kinds.size(); ++row) {
-        at::Tensor x = tensors[row];
+        const at::Tensor& x = tensors[row];
         if (!x.defined()) continue;
         const Dtype dtype = *dtype_of(x);
         const bool known = dtype == wide(kinds[row]) || dtype == narrow(kinds[row]);
+        at::Tensor copy;
         if (!known || !in_row_order(x, weights[row])) {
           if (!taken.rows[row]) continue;
           const at::TensorOptions options = x.options().dtype(scalar_type(known ? dtype : wide(kinds[row])));
           const at::Tensor& w = weights[row];
-          at::Tensor copy = w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options)
-                                                             : at::empty(w.sizes(), options);
+          copy = w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options)
+                                                  : at::empty(w.sizes(), options);
           copy.copy_(x);
           (taken.access == Access::write ? copies_ : alive_).emplace_back(x, copy);
-          x = copy;
         }
-        const auto address = reinterpret_cast<std::uint64_t>(x.const_data_ptr());
+        const at::Tensor& used = copy.defined() ? copy : x;
+        const auto address = reinterpret_cast<std::uint64_t>(used.const_data_ptr());
         if (address >> 48 != 0) throw std::runtime_error("an address of more than 48 bits");
-        const bool is_narrow = x.scalar_type() != scalar_type(wide(kinds[row]));
+        const bool is_narrow = used.scalar_type() != scalar_type(wide(kinds[row]));
         taken.refs[row] = (x.numel() == 0 ? kNowhere : address) | static_cast<std::uint64_t>(is_narrow);
-        if (taken.access == Access::write && taken.rows[row] && !tensors[row].is_inference())
-          tensors[row].unsafeGetTensorImpl()->bump_version();
+        if (taken.access == Access::write && taken.rows[row] && !x.is_inference())
+          x.unsafeGetTensorImpl()->bump_version();
       }
     }
 
