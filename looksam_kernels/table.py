@@ -93,8 +93,9 @@ class TensorTable:
         tensors = list(tensors)
         weights = tensors if name == "w" else self._columns["w"]
         for row in self._suspects(name, tensors, weights):
-            if tensors[row] is not None and weights[row] is not None:
-                _check(name, row, tensors[row], weights[row])
+            x, w = tensors[row], weights[row]
+            if x is not None and w is not None:
+                _check(name, row, x, w)
         self._columns[name] = tensors
         self._present[name] = [x is not None for x in tensors]
         self.dirty.add(name)

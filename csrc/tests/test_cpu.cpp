@@ -88,7 +88,8 @@ void whole(std::int64_t count, std::int64_t, const cpu::Body& body) {
   if (count > 0) body(0, count);
 }
 
-const std::vector<std::int64_t> kSizes = {0, 1, 3, 31, 33, 255, 256, 257, 4097, kChunk - 1, kChunk + 1, 3 * kChunk + 5};
+const std::vector<std::int64_t> kSizes = {0, 1, 3, 31, 33, 255, 256, 257, 4097, kChunk - 1, kChunk + 1, 3 * kChunk + 5,
+                                          9 * kChunk + 1};
 const Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::f16, Dtype::bf16};
 
 struct Fixture {
@@ -125,6 +126,11 @@ void test_conversions() {
     if (!std::isnan(value)) CHECK(narrow_f16(wide).bits == bits, "%x", bits);
     const bfloat16 brain{static_cast<std::uint16_t>(bits)};
     if (!std::isnan(widen(brain))) CHECK(narrow_bf16(widen(brain)).bits == bits, "%x", bits);
+    if (std::isfinite(widen(brain))) {
+      CHECK(narrow_bf16(float_of(bits << 16 | 0x8000)).bits == bits + (bits & 1), "%x", bits);
+      CHECK(narrow_bf16(float_of(bits << 16 | 0x8001)).bits == bits + 1, "%x", bits);
+      CHECK(narrow_bf16(float_of(bits << 16 | 0x7fff)).bits == bits, "%x", bits);
+    }
     if (exponent == 31) continue;
     // Half way to the next half rounds to the even one, a little more rounds up.
     const float next = exponent == 30 && mantissa == 1023 ? std::copysign(65536.0f, wide) : widen(float16{std::uint16_t(bits + 1)});

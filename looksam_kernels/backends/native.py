@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pa
 from looksam_kernels.table import TensorTable
 
 try:
-    from looksam_kernels import _C
+    _C: Any = importlib.import_module("looksam_kernels._C")
 except ImportError as error:
-    _C, _why_not = None, f"looksam_kernels was installed without its compiled extension ({error})"
+    _note = Path(__file__).parents[1] / "native_build.txt"  # left by setup.py
+    _C, _why_not = None, _note.read_text().strip() if _note.exists() else f"there is no compiled extension ({error})"
 
 try:
     _cuda: Any = importlib.import_module("looksam_kernels._cuda")  # not a name that every build has

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from looksam_kernels import TensorTable, backend_info, ops
 from torch import Tensor
+
+from looksam_kernels import TensorTable, backend_info, ops
 
 pytestmark = pytest.mark.skipif(
     not backend_info("cpu")["native"].available, reason=f"no native backend: {backend_info('cpu')['native'].reason}"
