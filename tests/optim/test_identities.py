@@ -531,4 +531,5 @@ def test_a_group_that_joins_later_equals_one_without_gradients_until_then(varian
         there.steps(1)
         late.steps(1)
         assert same_bits(there.weights, late.weights)
+        assert len({group["phase"] for group in late.optimizer.param_groups}) == 1
     assert there.closure.calls == late.closure.calls
