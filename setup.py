@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,9 +45,11 @@ WHY_NOT = Path("looksam_kernels", "native_build.txt")
 def why_not_buildable() -> str | None:
     if os.environ.get("LOOKSAM_NATIVE", "auto") == "0":
         return "it was installed with LOOKSAM_NATIVE=0"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if not (shutil.which(compiler) or shutil.which("g++")):
-        return f"no C++ compiler was there ({compiler} not found)"
+    compiler = os.environ.get("CXX", "c++").split()  # as torch chooses it
+    try:
+        subprocess.run([*compiler, "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"no C++ compiler was there ({error})"
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
@@ -72,10 +74,12 @@ def say(line: str) -> None:
     print(f"looksam-kernels: {line}", file=sys.stderr, flush=True)
 
 
-def without_extension(reason: str) -> None:
+def without_extension(reason: str, build_folder: str = "") -> None:
     if os.environ.get("LOOKSAM_NATIVE", "auto") == "1":
         raise SystemExit(f"looksam-kernels: no native backend: {reason} (LOOKSAM_NATIVE=0 installs without it)")
-    WHY_NOT.write_text(f"looksam_kernels has no compiled extension: {reason}\n")
+    for note in (WHY_NOT, Path(build_folder) / WHY_NOT):  # when the compiler fails, the package is already copied
+        if note.parent.is_dir():
+            note.write_text(f"looksam_kernels has no compiled extension: {reason}\n")
     say(f"no native backend: {reason}. The other backends work; LOOKSAM_NATIVE=0 leaves it out without this message.")
 
 
@@ -115,20 +119,20 @@ def extension() -> dict[str, object]:
                 say("the compiler failed; its log ends:")
                 print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
                 errors = [line for line in lines if "error" in line.lower()]
-                leave_out = without_cuda if ext.name == CUDA_MODULE else without_extension
-                leave_out(f"the compiler failed ({(errors or [str(error)])[0].strip()})")
+                reason = f"the compiler failed ({(errors or [str(error)])[0].strip()})"
+                if ext.name == CUDA_MODULE:
+                    without_cuda(reason)
+                else:
+                    without_extension(reason, self.build_lib)
                 ext.optional = True
             else:
                 if ext.name != CUDA_MODULE:
-                    WHY_NOT.unlink(missing_ok=True)
+                    for note in (WHY_NOT, Path(self.build_lib) / WHY_NOT):
+                        note.unlink(missing_ok=True)
                 device = f"CUDA {torch.version.cuda}" if ext.name == CUDA_MODULE else "CPU"
                 say(f"native backend built for {device} with torch {torch.__version__}")
             finally:
                 log.unlink(missing_ok=True)
-
-        def copy_extensions_to_source(self) -> None:
-            if not WHY_NOT.exists():
-                super().copy_extensions_to_source()
 
     headers = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh")]
     modules = [
