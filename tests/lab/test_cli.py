@@ -43,7 +43,10 @@ def test_compare_writes_every_file_and_prints_the_report_last(compared):
     folder, result = compared
     assert result.exit_code == 0, result.output
     assert result.output.rstrip().splitlines()[-1] == str(folder / "report.md")
-    assert {p.name for p in folder.iterdir()} == {"results.jsonl", "report.md", *(f"{n}.png" for n in FIGURES)}
+    assert {p.name for p in folder.iterdir()} == {
+        *("results.jsonl", "report.md", "checkpoints"),
+        *(f"{n}.png" for n in FIGURES),
+    }
 
 
 def test_results_hold_one_line_per_epoch(compared):
@@ -136,9 +139,9 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
     configs = [replace(config, seed=seed) for seed in (0, 1)]
     ends = {}
     for event in run_jobs(configs, jobs=1):
-        if event.record is None:
+        if event.ends_run:
             ends[event.config.seed] = event.error
-        elif event.config.seed == 0 and event.record.epoch == 1:
+        elif event.config.seed == 0 and event.record and event.record.epoch == 1:
             (process,) = multiprocessing.active_children()
             process.kill()
     assert set(ends) == {0, 1}
@@ -149,8 +152,8 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
 def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
     import looksam.lab.experiment as experiment
 
-    def interrupted(configs, jobs):
-        for count, event in enumerate(run_jobs(configs, jobs)):
+    def interrupted(*arguments):
+        for count, event in enumerate(e for e in run_jobs(*arguments) if e.part is None):
             yield event
             if count == 1:
                 raise KeyboardInterrupt
@@ -174,6 +177,12 @@ def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
         (["train", "sam", "--data", "no/such/folder"], "must hold train/<class>"),
         (["train", "sam", "--train-size", "5000"], "digits has 1000 training images"),
         (["compare"], "Missing argument"),
+        (["train", "sam", "--fsdp"], "--fsdp needs several processes; start: torchrun --nproc-per-node N -m looksam"),
+        (["train", "sam", "--m-sharpness"], "--m-sharpness needs several processes; start: torchrun"),
+        (["train", "sam", "--accumulate", "3"], "--batch-size 50 cannot be shared out over 1 process(es) x 3"),
+        (["train", "sam", "--resume"], "holds no results to go on with; leave --resume out to begin"),
+        (["train", "sam", "--resume", "--overwrite"], "--resume needs --out DIR"),
+        (["train", "sam", "--amp", "fp8"], "'fp8' is not one of 'fp16', 'bf16'"),
     ],
 )
 def test_usage_errors_come_before_any_work(arguments, message, tmp_path):

@@ -15,8 +15,10 @@ from looksam.lab.methods import (
 )
 
 
-def params():
-    return [torch.nn.Parameter(torch.ones(3))]
+def model():
+    one = torch.nn.Module()
+    one.w = torch.nn.Parameter(torch.ones(3))
+    return one
 
 
 @pytest.mark.parametrize(
@@ -77,25 +79,25 @@ def test_every_variant_of_the_library_is_a_method():
 @pytest.mark.parametrize("base", sorted(BASES))
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_every_variant_builds_and_steps_on_every_base(variant, base):
-    weights = params()
-    optimizer = build_optimizer(TrainConfig(f"{variant}+{base}", lr=0.1, weight_decay=0.0, clip=1.0), weights)
+    trained = model()
+    optimizer = build_optimizer(TrainConfig(f"{variant}+{base}", lr=0.1, weight_decay=0.0, clip=1.0), trained)
     assert type(optimizer) is VARIANTS[variant]
 
     def closure():
         optimizer.zero_grad()
-        loss = (weights[0] ** 2).sum()
+        loss = (trained.w**2).sum()
         loss.backward()
         return loss
 
     assert float(optimizer.step(closure).detach()) == 3.0
-    assert (weights[0] < 1).all()
+    assert (trained.w < 1).all()
 
 
 def test_values_reach_the_optimizer():
     config = TrainConfig(
         "looksam-7", lr=0.3, momentum=0.8, weight_decay=0.01, clip=2.0, options=(("alpha", 0.2), ("rho", 0.1))
     )
-    group = build_optimizer(config, params()).param_groups[0]
+    group = build_optimizer(config, model()).param_groups[0]
     expected = {
         "k": 7,
         "lr": 0.3,
@@ -109,7 +111,7 @@ def test_values_reach_the_optimizer():
 
 
 def test_defaults_of_a_base():
-    group = build_optimizer(TrainConfig("sgd"), params()).param_groups[0]
+    group = build_optimizer(TrainConfig("sgd"), model()).param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
 
 

@@ -6,28 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from looksam.lab.config import DataConfig, TrainConfig, make_generator
+from looksam.lab.config import DataConfig, make_generator
 from looksam.lab.data import load_dataset
-from looksam.lab.train import Trainer, resolve_device, train_run
+from looksam.lab.defaults import resolve_device
+from looksam.lab.train import Trainer, train_run
 
-SMALL = TrainConfig("sgd", epochs=2, data=DataConfig(train_size=200), batch_size=20, threads=1)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """The runs set torch's thread count; the other tests keep theirs."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def comparable(record):
-    """A record without its times."""
-    return replace(record, seconds=0.0, optimizer_seconds=0.0)
+from .runs import SMALL, comparable, weights
 
 
 @pytest.mark.parametrize(("method", "passes"), [("sgd", 10), ("sam", 20), ("sam-5", 12), ("looksam-3", 14)])
@@ -43,9 +27,9 @@ def test_passes_are_counted(method, passes):
 def test_same_seed_same_run_other_seed_other_run():
     config = replace(SMALL, method="looksam-5", augment="randaugment", mixup=0.2)
     first, second = train_run(config), train_run(config)
-    assert torch.equal(weights(first.trainer), weights(second.trainer))
+    assert torch.equal(weights(first), weights(second))
     assert list(map(comparable, first.records)) == list(map(comparable, second.records))
-    assert not torch.equal(weights(first.trainer), weights(train_run(replace(config, seed=1)).trainer))
+    assert not torch.equal(weights(first), weights(train_run(replace(config, seed=1))))
 
 
 def test_learning_rate_follows_the_schedule():
@@ -55,29 +39,21 @@ def test_learning_rate_follows_the_schedule():
     assert rates == pytest.approx([0.1 / 11, 0.1, 0.1 * 20 / 30, 0.1 * 10 / 30])
 
 
-def test_state_dict_continues_a_run_exactly():
-    config = replace(SMALL, method="looksam-3", augment="basic", mixup=0.1)
-    whole = train_run(config)
-    data = load_dataset(config.data, config.seed)
-    first = Trainer(config, data)
-    first.train_epoch()
-    continued = Trainer(config, data)
-    continued.load_state_dict(first.state_dict())
-    record = continued.train_epoch()
-    assert comparable(record) == comparable(whole.records[1])
-    assert torch.equal(weights(continued), weights(whole.trainer))
-
-
 def test_it_learns_and_reports_what_evaluate_sees():
-    result = train_run(replace(SMALL, epochs=5, data=DataConfig()))
-    last = result.records[-1]
+    trainer = train_run(replace(SMALL, epochs=5, data=DataConfig()))
+    last = trainer.records[-1]
     assert last.test_accuracy > 0.9
-    assert result.trainer.evaluate() == (last.test_loss, last.test_accuracy)
-    logits = result.trainer.model.eval()(
-        (result.trainer.test_x.float() / 255 - result.trainer.mean) / result.trainer.std
-    )
-    assert last.test_accuracy == pytest.approx(float((logits.argmax(1) == result.trainer.test_y).float().mean()))
-    assert result.records[0].train_loss > last.train_loss
+    assert trainer.evaluate() == (last.test_loss, last.test_accuracy)
+    logits = trainer.model.eval()((trainer.test_x.float() / 255 - trainer.mean) / trainer.std)
+    assert last.test_accuracy == pytest.approx(float((logits.argmax(1) == trainer.test_y).float().mean()))
+    assert trainer.records[0].train_loss > last.train_loss
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "looksam-3"])
+def test_running_statistics_move_once_a_step(method):
+    trainer = train_run(replace(SMALL, method=method, width=0.25))
+    counts = [int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts == [20, 20, 20]
 
 
 def test_times_are_parts_of_each_other():
@@ -85,13 +61,15 @@ def test_times_are_parts_of_each_other():
         assert 0 < record.optimizer_seconds < record.seconds < 60
 
 
+@pytest.mark.parametrize("amp", [None, "fp16"])
 @pytest.mark.parametrize("method", ["sgd", "sam", "lamb"])
-def test_clipping_limits_the_first_update(method):
+def test_clipping_limits_the_first_update(method, amp, perceptron):
     moved = []
     for clip in (None, 1e-4):
         config = replace(
-            SMALL, method=method, momentum=0.0, weight_decay=0.0, lr=1.0, clip=clip, epochs=1, schedule="constant"
-        )
+            SMALL, method=method, momentum=0.0, weight_decay=0.0, lr=1.0, clip=clip, epochs=1, schedule="constant",
+            amp=amp,
+        )  # fmt: skip
         data = load_dataset(DataConfig(train_size=20), 0)
         trainer = Trainer(config, data)
         before = weights(trainer)
@@ -115,6 +93,8 @@ def test_divergence_ends_the_run_and_is_recorded():
 def test_impossible_batch_size_and_device():
     with pytest.raises(ValueError, match="--batch-size 300 exceeds the 200 training images"):
         train_run(replace(SMALL, batch_size=300))
+    with pytest.raises(ValueError, match=r"1 process\(es\) x 3 micro-batch\(es\).*choose a multiple of 3"):
+        train_run(replace(SMALL, accumulate=3))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda"):
             resolve_device("cuda")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from .files import replacing
 
 
 def cache_folder() -> Path:
@@ -34,9 +35,6 @@ def cached_arrays(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dic
         with np.load(file) as stored:
             return dict(stored)
     arrays = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and then renamed: another process never reads half a file.
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+    with replacing(file) as part:
         np.savez(part, **arrays)  # type: ignore[arg-type]
-    os.replace(part.name, file)
     return arrays

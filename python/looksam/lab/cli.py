@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-try:
-    import click
-    import matplotlib  # noqa: F401
-    import PIL  # noqa: F401
-    import rich  # noqa: F401
-    import sklearn  # noqa: F401
-except ModuleNotFoundError as error:
-    raise SystemExit(f"looksam: {error.name} is not installed; run: pip install 'looksam-kernels[lab]'") from error
+from . import requirements  # noqa: F401  # isort: skip - before all that imports them
+import click
 
 from .commands import COMMANDS
 

@@ -25,7 +25,8 @@ class TrainConfig:
     """Everything that decides a run's outcome. None means: the default of the data set, model or optimizer.
 
     ``options`` holds keyword arguments for the optimizer as (name, value) pairs, already chosen for this method.
-    ``warmup`` and ``epochs`` count epochs; ``threads`` = 0 leaves torch's own choice.
+    ``warmup`` and ``epochs`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size`` counts the images
+    of one step, over all processes and the ``accumulate`` micro-batches of each.
     """
 
     method: str
@@ -47,6 +48,10 @@ class TrainConfig:
     augment: str | None = None
     randaugment: tuple[int, float] = (2, 9.0)
     mixup: float = 0.0
+    amp: str | None = None
+    accumulate: int = 1
+    m_sharpness: bool = False
+    fsdp: bool = False
     device: str = "auto"
     threads: int = 0
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cache import cached_arrays, tree_fingerprint
 from .config import DataConfig, make_generator
+from .environment import version
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "train/<class>/*.jpg|png and test/<class>/*.jpg|png"
@@ -105,6 +106,12 @@ def _dataset(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...],
 
 def _digits() -> Dataset:
     """1,797 grey 8x8 digits that scikit-learn carries; a fixed stratified split into 1,000 and 797."""
+    # Cached as the import of scikit-learn takes longer than many a run, in each of its processes.
+    arrays = cached_arrays(f"digits 1 scikit-learn {version('scikit-learn')}", _split_digits)
+    return _dataset("digits", arrays, tuple("0123456789"), flip=False)
+
+
+def _split_digits() -> dict[str, np.ndarray]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -114,8 +121,7 @@ def _digits() -> Dataset:
     train_x, test_x, train_y, test_y = train_test_split(
         images, labels, train_size=1000, stratify=labels, random_state=0
     )
-    arrays = {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
-    return _dataset("digits", arrays, tuple("0123456789"), flip=False)
+    return {"train_x": train_x, "train_y": train_y, "test_x": test_x, "test_y": test_y}
 
 
 def _fashion_mnist(directory: str | None) -> Dataset:

@@ -113,8 +113,11 @@ def check_options(methods: Iterable[str], options: dict[str, Any]) -> None:
             raise ValueError(f"no method given takes the option {key!r}; they take: {', '.join(taken) or 'none'}")
 
 
-def build_optimizer(config: TrainConfig, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of ``config``. Where ``Method.clips`` is false, the caller clips."""
+def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` for the parameters of ``model``. Where ``Method.clips`` is false, the caller clips.
+
+    The variants also get the model itself: running statistics move in the first pass only.
+    """
     method = parse_method(config.method)
     base = BASES[method.base]
     arguments: dict[str, Any] = {
@@ -126,8 +129,8 @@ def build_optimizer(config: TrainConfig, params: Iterable[torch.nn.Parameter]) -
     if config.clip is not None and method.clips:
         arguments["max_grad_norm"] = config.clip
     if method.variant is None:
-        return base.optimizer(params, **arguments)
-    arguments |= {"backend": config.backend} | dict(config.options)
+        return base.optimizer(model.parameters(), **arguments)
+    arguments |= {"backend": config.backend, "model": model, "m_sharpness": config.m_sharpness} | dict(config.options)
     if method.k is not None:
         arguments["k"] = method.k
-    return VARIANTS[method.variant](params, method.base, **arguments)  # type: ignore[arg-type]
+    return VARIANTS[method.variant](model.parameters(), method.base, **arguments)  # type: ignore[arg-type]

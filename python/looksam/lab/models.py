@@ -66,6 +66,9 @@ class ViT(nn.Module):
         return self.head(self.blocks(tokens)[:, 0])
 
 
+BLOCKS = (Residual, nn.TransformerEncoderLayer)
+"""The repeated parts of the large models: what FSDP gathers at a time."""
+
 CONVOLUTIONAL = {"cnn": cnn, "resnet18": resnet18}
 TRANSFORMERS = {
     "vit-tiny": partial(ViT, dim=192, heads=3, depth=12),

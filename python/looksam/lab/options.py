@@ -11,8 +11,10 @@ import click
 
 from .augment import AUGMENTATIONS
 from .config import DataConfig, TrainConfig
-from .methods import BASES, VARIANTS, canonical_name, check_options, select_options
+from .methods import BASES, VARIANTS, canonical_name, check_options, parse_method, select_options
 from .models import MODELS
+from .precision import PRECISIONS
+from .processes import TORCHRUN, World
 from .schedule import SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,6 +26,8 @@ COUNT = click.IntRange(1)
 METHOD_HELP = f"""
 METHOD is NAME[-K][+BASE], for example sgd, sam, sam-5 (SAM on every 5th step), looksam-5, looklayersam-5+lamb.
 Base optimizers: {", ".join(BASES)}. Variants: {", ".join(VARIANTS)}.
+
+Several processes share each run under: {TORCHRUN} ...
 """
 
 OPTIONS = (
@@ -68,6 +72,10 @@ OPTIONS = (
         help="Operations, strength of 30.",
     ),
     click.option("--mixup", type=NOT_NEGATIVE, default=0.0, help="Parameter of the Beta distribution; 0 is off."),
+    click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Mixed precision: autocast; fp16 scales the loss."),
+    click.option("--accumulate", type=COUNT, default=1, help="Micro-batches per step; --batch-size is their sum."),
+    click.option("--m-sharpness", is_flag=True, help="Under torchrun: each process climbs along its own gradient."),
+    click.option("--fsdp", is_flag=True, help="Under torchrun: shard the parameters (FSDP2) instead of DDP."),
     click.option("--backend", help="Force a backend of looksam_kernels; see looksam info."),
     click.option("--seed", type=int, default=0, help="First seed."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
@@ -75,6 +83,8 @@ OPTIONS = (
     click.option("--jobs", type=COUNT, help="Runs at a time; default: one per core, or 1 on CUDA."),
     click.option("--out", type=click.Path(file_okay=False), help="Results; default: runs/<command>-<time>."),
     click.option("--overwrite", is_flag=True, help="Replace the results in --out."),
+    click.option("--checkpoint-every", type=COUNT, metavar="STEPS", help="Checkpoints within epochs too."),
+    click.option("--resume", is_flag=True, help="Go on with the experiment in --out, from its checkpoints."),
 )
 
 
@@ -118,6 +128,7 @@ def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) ->
     same = (
         *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
         *("schedule", "warmup", "clip", "augment", "randaugment", "mixup", "device"),
+        *("amp", "accumulate", "m_sharpness", "fsdp"),
     )
     common = TrainConfig("", data=data, **{name: values[name] for name in same})
     return [
@@ -125,3 +136,18 @@ def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) ->
         for seed in range(values["seed"], values["seed"] + seeds)
         for name in names
     ]
+
+
+def check_processes(values: dict[str, Any], methods: Sequence[str], world: World) -> None:
+    """Raise click.UsageError for options that do not go together with the way the command was started."""
+    if not world.started_by_torchrun:
+        for name in ("fsdp", "m_sharpness"):
+            if values[name]:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs several processes; start: {TORCHRUN} ...")
+        return
+    if values["jobs"] is not None:
+        raise click.UsageError("--jobs: under torchrun all processes share one run after the other; leave it out")
+    if values["m_sharpness"] and values["fsdp"]:
+        raise click.UsageError("--m-sharpness needs each process's own gradient, which --fsdp never has; drop one")
+    if values["m_sharpness"] and all(parse_method(method).variant is None for method in methods):
+        raise click.UsageError(f"--m-sharpness: no method given climbs; use one of {', '.join(VARIANTS)}")

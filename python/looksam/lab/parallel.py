@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 
+from .checkpoint import Checkpoints
 from .config import TrainConfig
-from .train import EpochRecord, train_run
+from .measure import EpochRecord
+from .processes import ALONE, World
+from .train import train_run
+
+SECONDS_BETWEEN_NEWS = 0.5
 
 
 @dataclass(frozen=True)
 class Event:
-    """News of a run: exactly one of an epoch's record, an error (its traceback), or neither: the run is complete."""
+    """News of a run: one of an epoch's record, the part of an epoch that is over, an error (its traceback), or none of
+    them: the run is complete."""
 
     config: TrainConfig
     record: EpochRecord | None = None
+    part: float | None = None
     error: str | None = None
+
+    @property
+    def ends_run(self) -> bool:
+        return self.record is None and self.part is None
+
+
+Listener = Callable[[Event], object]
 
 
 class Worker:
     """A process that trains what it is sent, one run at a time, and sends back events."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoints: Checkpoints | None) -> None:
         context = multiprocessing.get_context("spawn")  # fork would break torch's threads and CUDA
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, checkpoints), daemon=True)
         self.process.start()
         theirs.close()  # so that the death of the process is the end of file here
         self.config: TrainConfig | None = None
@@ -54,45 +70,63 @@ class Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, checkpoints: Checkpoints | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
             config: TrainConfig = connection.recv()
         except EOFError:
             return
-        connection.send(run_job(config, partial(_send_epoch, connection, config)))
+        try:
+            run_here(config, connection.send, checkpoints)
+        except Exception:  # whatever it is, it is this run's and gets reported under its name
+            connection.send(Event(config, error=traceback.format_exc()))
 
 
-def _send_epoch(connection: Connection, config: TrainConfig, record: EpochRecord) -> None:
-    connection.send(Event(config, record))
+def _die_with_parent() -> None:
+    """A parent that is killed cannot stop its processes: they would train, and write checkpoints, to the epoch's end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def run_job(config: TrainConfig, on_epoch: Callable[[EpochRecord], None]) -> Event:
-    """Train in this process; the event that ends the run, an error included."""
-    try:
-        train_run(config, on_epoch)
-    except Exception:  # whatever it is, it is this run's and gets reported under its name
-        return Event(config, error=traceback.format_exc())
-    return Event(config)
+def run_here(
+    config: TrainConfig, listener: Listener, checkpoints: Checkpoints | None = None, world: World = ALONE
+) -> None:
+    """Train in this process; the listener gets the events. What the run raises is passed on."""
+    last_news = time.monotonic()
+
+    def on_step(part: float) -> None:
+        nonlocal last_news
+        if time.monotonic() - last_news > SECONDS_BETWEEN_NEWS:
+            last_news = time.monotonic()
+            listener(Event(config, part=part))
+
+    def on_epoch(record: EpochRecord) -> None:
+        listener(Event(config, record))
+
+    train_run(config, on_epoch, on_step, checkpoints, world)
+    listener(Event(config))
 
 
-def run_jobs(configs: Sequence[TrainConfig], jobs: int) -> Iterator[Event]:
+def run_jobs(configs: Sequence[TrainConfig], jobs: int, checkpoints: Checkpoints | None = None) -> Iterator[Event]:
     """Train all ``configs``, ``jobs`` at a time, and yield the events as they come; close the iterator to stop."""
     waiting = deque(configs)
     workers: list[Worker] = []
     try:
         for _ in range(min(jobs, len(configs))):
-            workers.append(Worker())
+            workers.append(Worker(checkpoints))
             workers[-1].start(waiting.popleft())
         while busy := {w.connection: w for w in workers if w.config is not None}:
             for connection in wait(list(busy)):
                 worker = busy[connection]  # type: ignore[index]
                 event = worker.receive()
-                if event.record is None:
+                if event.ends_run:
                     worker.config = None
                     if not worker.process.is_alive():
-                        workers[workers.index(worker)] = worker = Worker()
+                        workers[workers.index(worker)] = worker = Worker(checkpoints)
                     if waiting:
                         worker.start(waiting.popleft())
                 yield event

@@ -14,19 +14,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .train import EpochRecord
+from .files import replacing
+from .measure import EpochRecord
 
 RESULTS = "results.jsonl"
 
 
 class ResultsWriter:
-    """Appends to DIR/results.jsonl and flushes each line: an interrupted experiment keeps what it measured."""
+    """Begins DIR/results.jsonl anew with the header, then appends each line as it comes: an interrupted experiment keeps
+    what it measured."""
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / RESULTS
-        self.path.write_text("")
-        self._append({"kind": "header"} | header)
+        with replacing(self.path) as file:
+            file.write(json.dumps({"kind": "header"} | header).encode() + b"\n")
 
     def epoch(self, record: EpochRecord) -> None:
         self._append({"kind": "epoch"} | asdict(record))
@@ -71,6 +72,10 @@ class Experiment:
 
     def started(self, method: str) -> list[Run]:
         return [r for r in self.runs if r.method == method]
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    return read_experiment(folder).header
 
 
 def read_experiment(folder: Path) -> Experiment:

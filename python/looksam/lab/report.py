@@ -18,8 +18,9 @@ COLUMNS = (
 )  # fmt: skip
 NOTES = """\
 Accuracy: final epoch, clean test labels, mean ± standard error over seeds, runs that finished only. Passes: forward
-and backward together, counted. Times: median over epochs, training only, with {jobs} run(s) of {threads} thread(s) at
-a time on one machine. Optimizer: time inside `step` outside the passes; share: its part of an epoch's time."""
+and backward together, counted. Times: median over epochs, training only, with {jobs} run(s) at a time of
+{processes} process(es) x {threads} thread(s). Optimizer: time inside `step` outside the passes; share: its part of an
+epoch's time."""
 
 
 def row(summary: Summary) -> tuple[str, ...]:
@@ -65,7 +66,7 @@ def write_report(folder: Path) -> Path:
     figures = draw_figures(experiment, folder)
     lines = [f"# looksam {header['command']}: {title(experiment)}", ""]
     lines += markdown_table(COLUMNS, [row(summary) for summary in summaries(experiment)])
-    lines += ["", NOTES.format(**header["parallel"]), ""]
+    lines += ["", NOTES.format(**{"processes": 1} | header["parallel"]), ""]
     for failure in experiment.failures:
         last = failure["error"].strip().splitlines()[-1]
         lines += [f"**Failed: {failure['method']}, seed {failure['seed']}**: {last}", ""]

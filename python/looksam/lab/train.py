@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,205 +15,243 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augmentation, mixup
+from .checkpoint import Checkpoints
 from .config import TrainConfig, make_generator
 from .data import Dataset, load_dataset
+from .defaults import defaults_of, resolve_batch_size, resolve_device
+from .measure import Epoch, EpochRecord
 from .methods import build_optimizer, parse_method
 from .models import build_model
+from .precision import Precision
+from .processes import ALONE, World, full_state, load_full_state, local_gradients
 from .schedule import lr_factor
 
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a data set is trained with when the user says nothing."""
-
-    model: str
-    batch_size: int
-    augment: str
-
-
-DEFAULTS = {"digits": Defaults("cnn", 50, "none"), "fashion-mnist": Defaults("cnn", 128, "basic")}
-IMAGE_DEFAULTS = Defaults("resnet18", 128, "basic")
-
-
-@dataclass
-class Stopwatch:
-    """Adds up the seconds spent inside ``with stopwatch.running()``, waiting for the GPU at both ends."""
-
-    device: torch.device
-    seconds: float = 0.0
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.seconds += self.now() - start
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What is written down after each epoch. ``epoch`` counts from 1; times are seconds of training, without
-    evaluation; ``passes`` are forward+backward passes; losses are None where they were not finite."""
-
-    method: str
-    seed: int
-    epoch: int
-    train_loss: float | None
-    test_loss: float | None
-    test_accuracy: float
-    lr: float
-    steps: int
-    passes: int
-    seconds: float
-    optimizer_seconds: float
-    backend: str
-    diverged: bool
-
-
-@dataclass
-class Result:
-    """The records of one run, and the trainer as the last epoch left it."""
-
-    trainer: Trainer
-    records: list[EpochRecord] = field(default_factory=list)
+Piece = tuple[Tensor, Tensor]
+"""Images float [B, C, H, W] and class probabilities [B, classes]."""
 
 
 class Trainer:
-    """Model, optimizer, schedule and randomness of one run; ``state_dict`` is all that a continuation needs."""
+    """Model, optimizer, schedule and randomness of one run; ``state_dict`` is all that a continuation needs.
 
-    def __init__(self, config: TrainConfig, data: Dataset) -> None:
-        defaults = DEFAULTS.get(config.data.source, IMAGE_DEFAULTS)
+    Under torchrun every process has a trainer with the same seed and draws the same batches, of which it computes its
+    own part: but for rounding, and for batch normalisation over the part, a run does not depend on their number.
+    """
+
+    def __init__(self, config: TrainConfig, data: Dataset, world: World = ALONE) -> None:
+        defaults = defaults_of(config)
         self.config = config
+        self.world = world
         self.device = resolve_device(config.device)
-        self.batch_size = config.batch_size or defaults.batch_size
+        self.batch_size = resolve_batch_size(config, len(data.train_y), world)
         self.steps_per_epoch = len(data.train_y) // self.batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"--batch-size {self.batch_size} exceeds the {len(data.train_y)} training images")
         self.classes = len(data.classes)
         self.train_x, self.train_y, self.test_x, self.test_y = (
             tensor.to(self.device) for tensor in (data.train_x, data.train_y, data.test_x, data.test_y)
         )
         self.mean, self.std = (tensor.to(self.device) for tensor in data.statistics())
         self.augmentation = Augmentation(config.augment or defaults.augment, data.flip, config.randaugment)
+        self.precision = Precision(config.amp, self.device)
 
         torch.manual_seed(config.seed)
         channels, size = data.train_x.shape[1:3]
         model = build_model(config.model or defaults.model, channels, size, self.classes, config.width, config.patch)
         self.model = model.to(self.device)
-        self.optimizer = build_optimizer(config, self.model.parameters())
+        self.net = world.wrap(self.model, config.fsdp)  # what is trained: self.model, whose gradients get averaged
+        self.optimizer = build_optimizer(config, self.net)
         warmup = round(config.warmup * self.steps_per_epoch)
         total = config.epochs * self.steps_per_epoch
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(config.schedule, step, total, warmup)
         )
         self.generator = make_generator(config.seed, "batches")
-        self.epoch = 0
-        self.passes, self.pass_watch = 0, Stopwatch(self.device)
         self.clip = None if parse_method(config.method).clips else config.clip
+        self.records: list[EpochRecord] = []  # of the epochs that are over
+        self.epoch: Epoch | None = None  # the one under way
+
+    @property
+    def finished(self) -> bool:
+        """All epochs are over, or the loss diverged."""
+        return len(self.records) == self.config.epochs or any(record.diverged for record in self.records)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        """Tensors and plain values; of a finished run the weights and records only, nothing follows from the rest.
+
+        Under torchrun all processes must call it, and it is the first one's that counts.
+        """
+        if self.config.fsdp:
+            model, optimizer = full_state(self.model, self.optimizer)
+        else:
+            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        state: dict[str, Any] = {"model": model, "records": [asdict(record) for record in self.records]}
+        if self.finished:
+            return state
+        if self.epoch is not None:
+            state["epoch"] = self.epoch.state_dict() | {"loss": self.world.mean(self.epoch.loss)}
+        if self.device.type == "cuda":
+            state["cuda_generator"] = torch.cuda.get_rng_state()
+        return state | {
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
             "generator": self.generator.get_state(),
-            "epoch": self.epoch,
+            "torch_generator": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.records = [EpochRecord(**record) for record in state["records"]]
+        if self.config.fsdp:
+            load_full_state(self.model, state["model"])
+        else:
+            self.model.load_state_dict(state["model"])
+        if self.finished:
+            return
+        if self.config.fsdp:
+            load_full_state(self.model, state["optimizer"], self.optimizer)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
-        self.epoch = state["epoch"]
+        torch.set_rng_state(state["torch_generator"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"])
+        self.epoch = Epoch.from_state_dict(state["epoch"], self.device) if "epoch" in state else None
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images float [B, C, H, W] and class probabilities [B, classes] of training images."""
+    def batch(self, indices: Tensor) -> list[Piece]:
+        """The training images of a step, augmented and normalised: this process's micro-batches of it.
+
+        The whole batch is augmented in every process, so that its images do not depend on the number of processes.
+        """
         indices = indices.to(self.device)
         x = self.augmentation(self.train_x[indices].float() / 255, self.generator)
         targets = F.one_hot(self.train_y[indices], self.classes).float()
         x = (x - self.mean) / self.std
-        return mixup(x, targets, self.config.mixup, self.generator) if self.config.mixup else (x, targets)
+        if self.config.mixup:
+            x, targets = mixup(x, targets, self.config.mixup, self.generator)
+        count = self.config.accumulate
+        pieces = list(zip(x.chunk(count * self.world.size), targets.chunk(count * self.world.size), strict=True))
+        return pieces[self.world.rank * count : (self.world.rank + 1) * count]
 
-    def forward_backward(self, x: Tensor, targets: Tensor) -> Any:
-        """The closure that the optimizer calls once per pass; returns the loss, a 0-dim tensor."""
-        with self.pass_watch.running():
+    def forward_backward(self, epoch: Epoch, pieces: list[Piece]) -> Tensor:
+        """The closure that the optimizer calls once per pass; returns the loss, a 0-dim tensor.
+
+        The gradient is that of the mean over the pieces. Under DDP only the last one's backward averages over the
+        processes, if the optimizer lets it.
+        """
+        with epoch.pass_watch.running():
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(x), targets)
-            loss.backward()
-        self.passes += 1
-        if self.clip is not None:  # timed as the optimizer's work, as it is for the variants
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        return loss
+            total = torch.zeros((), device=self.device)
+            for number, (x, targets) in enumerate(pieces, start=1):
+                with nullcontext() if number == len(pieces) else local_gradients(self.net):
+                    with self.precision.autocast():
+                        logits = self.net(x)
+                    loss = F.cross_entropy(logits.to(targets.dtype), targets) / len(pieces)
+                    self.precision.backward(loss)
+                total += loss.detach()
+        epoch.passes += 1
+        return total
 
-    def train_epoch(self) -> EpochRecord:
-        """One pass over the shuffled training images in full batches (the remainder is left out), then a test."""
-        self.passes, self.pass_watch = 0, Stopwatch(self.device)
-        epoch_watch, step_watch = Stopwatch(self.device), Stopwatch(self.device)
-        lr = self.optimizer.param_groups[0]["lr"]
-        losses = torch.zeros((), device=self.device)
-        self.model.train()
-        with epoch_watch.running():
+    def train_epoch(self, after_step: Callable[[int], None] = lambda step: None) -> EpochRecord:
+        """Train to the end of the epoch, in full batches (the remainder is left out), and test.
+
+        ``after_step`` is called with the number of steps done, when ``state_dict`` may be taken: not after the last
+        one, where the epoch's end is near.
+        """
+        epoch = self.epoch
+        if epoch is None:
             order = torch.randperm(len(self.train_y), generator=self.generator)
-            for step in range(self.steps_per_epoch):
-                batch = self.batch(order[step * self.batch_size : (step + 1) * self.batch_size])
-                with step_watch.running():
-                    loss: Any = self.optimizer.step(partial(self.forward_backward, *batch))
-                self.scheduler.step()
-                losses += loss.detach()
-        self.epoch += 1
-        train_loss = float(losses) / self.steps_per_epoch
+            epoch = self.epoch = Epoch.begin(order, self.optimizer.param_groups[0]["lr"], self.device)
+        self.net.train()
+        while epoch.step < self.steps_per_epoch:
+            with epoch.watch.running():
+                pieces = self.batch(epoch.order[epoch.step * self.batch_size : (epoch.step + 1) * self.batch_size])
+                with epoch.step_watch.running():
+                    closure = partial(self.forward_backward, epoch, pieces)
+                    epoch.loss += self.precision.step(self.optimizer, closure, self.clip)
+                self._advance_schedule()
+            epoch.step += 1
+            if epoch.step < self.steps_per_epoch:
+                after_step(epoch.step)
+        record = self._record(epoch)
+        self.records.append(record)
+        self.epoch = None
+        return record
+
+    def _advance_schedule(self) -> None:
+        with warnings.catch_warnings():  # of a first step that did not happen: the scaler skips it where it overflows
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+
+    def _record(self, epoch: Epoch) -> EpochRecord:
+        train_loss = float(self.world.mean(epoch.loss)) / self.steps_per_epoch
         test_loss, test_accuracy = self.evaluate()
         return EpochRecord(
             self.config.method,
             self.config.seed,
-            self.epoch,
+            len(self.records) + 1,
             train_loss if math.isfinite(train_loss) else None,
             test_loss if math.isfinite(test_loss) else None,
             test_accuracy,
-            lr,
+            epoch.lr,
             self.steps_per_epoch,
-            self.passes,
-            epoch_watch.seconds,
-            step_watch.seconds - self.pass_watch.seconds,
+            epoch.passes,
+            epoch.watch.seconds,
+            epoch.step_watch.seconds - epoch.pass_watch.seconds,
             str(getattr(self.optimizer, "backend", "torch")),
             not (math.isfinite(train_loss) and math.isfinite(test_loss)),
         )
 
     @torch.no_grad()
     def evaluate(self, batch_size: int = 1000) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy (a fraction) on the clean test images, the model in evaluation mode."""
+        """Mean cross-entropy and accuracy (a fraction) on the clean test images, the model in evaluation mode.
+
+        Every process computes all of it, with the first one's running statistics: they get the same numbers.
+        """
+        self.world.share_buffers(self.model)
         self.model.eval()
         loss = correct = 0.0
         for x, y in zip(self.test_x.split(batch_size), self.test_y.split(batch_size), strict=True):
-            logits = self.model((x.float() / 255 - self.mean) / self.std)
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            with self.precision.autocast():
+                logits = self.model((x.float() / 255 - self.mean) / self.std)
+            loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
             correct += int((logits.argmax(1) == y).sum())
         return loss / len(self.test_y), correct / len(self.test_y)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of ``--device``; "auto" is CUDA where torch sees it."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def train_run(
+    config: TrainConfig,
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    on_step: Callable[[float], None] = lambda part: None,
+    checkpoints: Checkpoints | None = None,
+    world: World = ALONE,
+) -> Trainer:
+    """Train as ``config`` says. Ends early only if the loss diverges.
 
-
-def train_run(config: TrainConfig, on_epoch: Callable[[EpochRecord], None] = lambda record: None) -> Result:
-    """Train as ``config`` says and hand each epoch's record to ``on_epoch``. Ends early only if the loss diverges."""
+    ``on_epoch`` gets each epoch's record, those before a resumption included; ``on_step`` the part of the epoch that is
+    over. A checkpoint is on disk before its record is handed out, so that every record can be had again.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    result = Result(Trainer(config, load_dataset(config.data, config.seed)))
-    while result.trainer.epoch < config.epochs:
-        record = result.trainer.train_epoch()
-        result.records.append(record)
+    trainer = Trainer(config, load_dataset(config.data, config.seed), world)
+
+    def save() -> None:
+        if checkpoints is not None:
+            state = trainer.state_dict()
+            if world.rank == 0:
+                checkpoints.save(config, state)
+
+    def after_step(step: int) -> None:
+        if checkpoints is not None and checkpoints.due(step):
+            save()
+        on_step(step / trainer.steps_per_epoch)
+
+    state = world.from_first(partial(checkpoints.load, config)) if checkpoints is not None else None
+    if state is not None:
+        trainer.load_state_dict(state)
+        for record in trainer.records:
+            on_epoch(record)
+    while not trainer.finished:
+        record = trainer.train_epoch(after_step)
+        save()
         on_epoch(record)
-        if record.diverged:
-            break
-    return result
+    return trainer

@@ -1,0 +1,60 @@
+"""The events of an experiment: written to its results file and shown on the console as they come."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from .config import TrainConfig
+from .parallel import Event
+from .records import ResultsWriter
+
+
+class Display:
+    """Writes down and shows the events of the runs: a row for each run under way, above them the count of all."""
+
+    def __init__(self, progress: Progress, console: Console, writer: ResultsWriter, runs: int) -> None:
+        self.progress, self.console, self.writer, self.runs = progress, console, writer, runs
+        self.failures = self.ended = 0
+        self.rows: dict[TrainConfig, TaskID] = {}
+        self.overall = progress.add_task("all runs", total=runs, news="", count=f"0/{runs}")
+
+    def show(self, event: Event) -> None:
+        config, row = event.config, self.row(event.config)
+        if event.part is not None:
+            epochs = math.floor(self.progress.tasks[self.progress.task_ids.index(row)].completed)
+            self.progress.update(row, completed=epochs + event.part)
+        elif event.record is not None:
+            record = event.record
+            self.writer.epoch(record)
+            count, news = f"{record.epoch}/{config.epochs}", f"{100 * record.test_accuracy:.1f} %"
+            self.progress.update(row, completed=record.epoch, count=count, news=news)
+            if record.diverged:
+                self.console.print(f"[yellow]{_name(config)} diverged in epoch {record.epoch}[/]")
+        else:
+            if event.error is not None:
+                self.failures += 1
+                self.writer.failure(config.method, config.seed, event.error)
+                _report_failure(event, self.console)
+            self.ended += 1
+            self.progress.update(self.rows.pop(config), visible=False)
+            self.progress.update(self.overall, completed=self.ended, count=f"{self.ended}/{self.runs}")
+
+    def row(self, config: TrainConfig) -> TaskID:
+        if config not in self.rows:
+            self.rows[config] = self.progress.add_task(
+                _name(config), total=config.epochs, news="", count=f"0/{config.epochs}"
+            )
+        return self.rows[config]
+
+
+def _report_failure(event: Event, console: Console) -> None:
+    assert event.error is not None
+    console.print(f"[red]{_name(event.config)} failed:[/]")
+    console.print(event.error.rstrip(), markup=False, highlight=False)
+
+
+def _name(config: TrainConfig) -> str:
+    return f"{config.method}, seed {config.seed}"
