@@ -80,7 +80,7 @@ def harness(sanitize: bool, fault: Fault | None = None) -> Path:
         name += "-" + hashlib.sha256(repr(fault).encode()).hexdigest()[:8]
     with locked(name) as folder:
         source = CSRC if fault is None else _with_fault(fault, folder)
-        flags = ["-std=c++17", "-O1", *COMMON, *(SANITIZE if sanitize else [])]
+        flags = ["-std=c++17", "-O1" if fault is None else "-O0", *COMMON, *(SANITIZE if sanitize else [])]
         sources = [source / "cuda" / f"{kernel}.cu" for kernel in KERNELS] + [source / "harness" / "execute.cpp"]
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(compiled, [CXX, *flags, "-x", "c++"], path, folder) for path in sources]
