@@ -22,13 +22,12 @@ def _work(rank: int, store: str, paths: list[str], inbox: Any, outbox: Any) -> N
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
-    while (job := inbox.get()) is not None:
-        function, args = job
+    while True:
+        function, args = inbox.get()
         try:
             outbox.put((rank, function(rank, *args), None))
         except BaseException:
             outbox.put((rank, None, traceback.format_exc()))
-    distributed.destroy_process_group()
 
 
 class Ranks:
@@ -73,9 +72,5 @@ class Ranks:
         self._processes = []
 
     def close(self) -> None:
-        if self._processes:
-            for inbox in self._inboxes:
-                inbox.put(None)
-            for process in self._processes:
-                process.join(10)
+        """Nothing of theirs is worth waiting for."""
         self._kill()
