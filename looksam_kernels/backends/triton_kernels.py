@@ -433,6 +433,8 @@ def step(
                         bias_correction2_sqrt = tl.load(corrections + rows + row).to(ACC)
                         if BASE == "adam":
                             d += weight_decay.to(ACC) * x
+                        if BASE == "lamb":
+                            tl.store(partials + programs, tl.sum(x * x))
                         m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
                         v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         m, v = moments(d, m, v, (1 - beta1).to(ACC), (1 - beta2).to(ACC), beta2.to(ACC))
@@ -444,7 +446,6 @@ def step(
                             )
                             if not FULL:  # eps may be 0
                                 u = tl.where(place[1] < place[2], u, 0.0)
-                            tl.store(partials + programs, tl.sum(x * x))
                             tl.store(partials + 2 * programs, tl.sum(u * u))
                         else:
                             if BASE == "adamw":

@@ -13,12 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import looksam_kernels as lk
@@ -54,22 +56,28 @@ def report(compiled: Any, kernel: Any, constexprs: dict[str, Any]) -> dict[str, 
     found: dict[str, Any] = {"kernel": kernel.fn.__name__, "constexprs": str(constexprs)}
     if "ptx" in compiled.asm:
         accesses = re.findall(r"(?:ld|st)\.global[\w.:]*\.(?:v\d\.)?[bfsu]\d+", compiled.asm["ptx"])
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            tool = triton.knobs.nvidia.cuobjdump.path
-            usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-        found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-        found["stack"] = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+        said = assemble(compiled.asm["ptx"])
+        found["registers"] = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
+        found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
         found["loads"] = sum(map(words_of_16_bytes, (x for x in accesses if x.startswith("ld"))))
         found["stores"] = sum(map(words_of_16_bytes, (x for x in accesses if x.startswith("st"))))
     else:
         assembly = compiled.asm["amdgcn"]
         found["loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
         found["stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly))
-        found["stack"] = sum(map(int, re.findall(r"[sv]gpr_spill_count: (\d+)", assembly)))
+        found["spilled"] = sum(map(int, re.findall(r"[sv]gpr_spill_count: (\d+)", assembly)))
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
     return found
+
+
+def assemble(ptx: str) -> str:
+    """What ptxas has to say about it."""
+    architecture = re.search(r"\.target sm_(\w+)", ptx)[1]  # type: ignore[index]
+    tool = get_ptxas(int(architecture.rstrip("a")))
+    with tempfile.TemporaryDirectory() as folder:
+        (source := Path(folder, "kernel.ptx")).write_text(ptx)
+        command = [tool.path, "-v", f"-arch=sm_{architecture}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def words_of_16_bytes(access: str) -> bool:

@@ -30,7 +30,7 @@ def test_every_launch_compiles_without_spills_and_in_16_byte_words(target: str) 
 
     assert {x["kernel"] for x in launches} == {*STREAMS, "add_partials", "advance", "finish_step"}
     for launch in launches:
-        assert launch["stack"] == 0, f"registers are spilled: {launch}"
+        assert launch["spilled"] == 0, f"registers are spilled: {launch}"
         if launch["kernel"] in STREAMS:
             assert launch["loads"] > 0, f"no 16-byte load: {launch}"
             assert launch["stores"] > 0 or launch["kernel"] == "inner_products", f"no 16-byte store: {launch}"
