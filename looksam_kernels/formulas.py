@@ -204,8 +204,13 @@ def looksam_refresh(sums: Sums, hyper: Hyper) -> Direction:
 
 
 def looksam_reuse(sums: Sums, hyper: Hyper) -> Direction:
-    """d = g + alpha (||g||/||q||) q; q's term is 0 where ||q|| = 0. LookSAM, Liu et al. 2022."""
+    """d = g + alpha (||g||/||q||) q. LookSAM, Liu et al. 2022.
+
+    q's term is 0 where ||q|| <= 2^-21 ||g||: such a q is what rounding left of nothing, as in a tensor of one element,
+    and ||g||/||q|| would make a full step of it.
+    """
     gg, qq = (_scoped(sums.of(x, x), hyper) for x in "gq")
+    qq = torch.where(qq > ROUNDING_SQ * gg, qq, 0.0)
     return Direction(d=(1.0, hyper.row("alpha") * ratio(gg, qq).sqrt()))
 
 
@@ -259,6 +264,10 @@ def sampa(sums: Sums, hyper: Hyper) -> Direction:
 def _gamma_odds(hyper: Hyper) -> Tensor:
     gamma = hyper.row("gamma")
     return gamma / (1 - gamma)
+
+
+ROUNDING_SQ = 2.0**-42
+"""(4 float32 ulps)^2."""
 
 
 def _scoped(x: Tensor, hyper: Hyper) -> Tensor:

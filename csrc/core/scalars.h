@@ -134,6 +134,9 @@ LOOKSAM_HD double over_norm(double numerator, double norm, double perturb_eps) {
   return norm > 0 ? numerator / (norm + perturb_eps) : 0;
 }
 
+// ||g|| / ||q||, 0 where ||q|| <= 2^-21 ||g||: such a q is what rounding left of nothing, as in a tensor of one element.
+LOOKSAM_HD double reuse_ratio(double gg, double qq) { return qq > 0x1p-42 * gg ? sqrt(gg / qq) : 0; }
+
 LOOKSAM_HD double root(double square) { return square > 0 ? sqrt(square) : 0; }
 
 // L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and outside the layer filter; 0 where g_p = 0.
@@ -164,7 +167,7 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::friendly: return {{1, -h.sigma}, {}, {}};
     case Rule::ahead: return {{-h.lr}, {}, {}};
     case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
-    case Rule::looksam_reuse: return {{1, h.alpha * sqrt(ratio(scoped.of(g, g), scoped.of(q, q)))}, {}, {}};
+    case Rule::looksam_reuse: return {{1, h.alpha * reuse_ratio(scoped.of(g, g), scoped.of(q, q))}, {}, {}};
     case Rule::ssam: return {{over_norm(root(total.of(g, g)), root(total.of(s, s)), eps)}, {}, {}};
     case Rule::gsam: return {{1 + h.alpha * over_norm(total.of(g, s), total.of(s, s), eps), -h.alpha}, {}, {}};
     case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
@@ -228,14 +231,19 @@ struct BaseHyper {
   bool nesterov, always_adapt, trust_clip;
 };
 
-// x^n by squaring: a GPU's pow() takes a thousand instructions and a stack for it.
+// x^n for a whole n >= 0. 1 - beta^n cancels, so agreement with torch within ulps takes the host's pow(); a GPU's takes a
+// thousand instructions and a stack frame, and there squaring is exact enough for float states.
 LOOKSAM_HD double power(double x, double n) {
+#ifdef __CUDA_ARCH__
   double result = 1;
   for (auto bits = static_cast<std::uint64_t>(n); bits != 0; bits >>= 1) {
     if (bits & 1) result *= x;
     x *= x;
   }
   return result;
+#else
+  return pow(x, n);
+#endif
 }
 
 // count: how many updates this row has had, this one included.

@@ -163,8 +163,8 @@ def sgd(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalar
     d = d + h["weight_decay"] * w
     if not h["momentum"]:
         return w - h["lr"] * d, {}
-    keep_of_d = torch.where(count == 1, 1.0, 1 - h["dampening"]).to(d.dtype)
-    buf = h["momentum"] * state["momentum_buffer"] + keep_of_d * d
+    direction_weight = torch.where(count == 1, torch.ones_like(count), 1 - h["dampening"]).to(d.dtype)
+    buf = h["momentum"] * state["momentum_buffer"] + direction_weight * d
     return w - h["lr"] * (d + h["momentum"] * buf if h["nesterov"] else buf), {"momentum_buffer": buf}
 
 

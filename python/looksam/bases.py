@@ -66,6 +66,8 @@ class Wrapped(NamedTuple):
     def step(self, inner: Optimizer, groups: list[Group], state: Any) -> None:
         """The class's ``step`` without torch's wrapper around it: hooks and profiler ranges belong to the outer step."""
         inner.param_groups, inner.state = groups, state
+        for p in [p for g in groups for p in g["params"] if p.numel() == 0]:
+            p.grad = None  # nothing to update, and some classes divide by the number of elements
         step = self.cls.step
         if getattr(step, "hooked", False):
             step = inspect.unwrap(step, stop=lambda f: not getattr(f, "hooked", False))

@@ -348,9 +348,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         assert isinstance(self._base, bases.Wrapped)
         assert self._inner is not None
         self._base.step(self._inner, self.param_groups, self.state)
-        for p, extra in self._aside.items():
-            self.state[p].update(extra)
-        self._aside.clear()
+        for p in [p for p in self._aside if p.grad is not None]:
+            self.state[p].update(self._aside.pop(p))
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
