@@ -74,7 +74,10 @@ class Hyper:
         """Shape [rows]."""
         values = [g[name] for g in self.groups]
         if any(isinstance(v, Tensor) for v in values):
-            every = [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=self.device) for v in values]
+            every = [
+                v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=self.device)
+                for v in values
+            ]
             every = [v.to(self.device, torch.float64).reshape(()) for v in every]
             return torch.stack(every)[self.upload(self.group, torch.int64)]
         return self.upload([values[i] for i in self.group])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contract.support import (
+from tests.contract.support import (
     BASES,
     Closure,
     assert_same,

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 import looksam
-from contract.support import (
+from tests.contract.support import (
     REUSING,
     Closure,
     assert_same,

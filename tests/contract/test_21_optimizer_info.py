@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import looksam
-from contract.support import BACKENDS, assert_same, states
+from tests.contract.support import BACKENDS, assert_same, states
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="needs torch's tests and expecttest")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contract.support import (
+from tests.contract.support import (
     REUSING,
     Closure,
     assert_same,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import looksam
-from contract.support import Closure, assert_same, build, data, network, on_backends, on_variants, train, weights
+from tests.contract.support import Closure, assert_same, build, data, network, on_backends, on_variants, train, weights
 
 NORMS = {
     "batch1d": (nn.BatchNorm1d, (8, 3)),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from contract.support import BACKENDS, assert_same, build, data, network, on_variants, weights
+from tests.contract.support import BACKENDS, assert_same, build, data, network, on_variants, weights
 
 needs_compiler = pytest.mark.skipif(
     not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not run on this Python"

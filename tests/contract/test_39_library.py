@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import looksam_kernels.library  # noqa: F401
-from contract.support import BACKENDS, assert_same
 from looksam_kernels import use_backend
+from tests.contract.support import BACKENDS, assert_same
 
 SHAPES = [(3, 4), (5,), (), (0,)]
 ADAPTIVE = ("adam_", "adamw_", "lamb_")

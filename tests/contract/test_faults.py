@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from contract.support import (
+from looksam import bases
+from looksam_kernels import ops
+from tests.contract.support import (
     Closure,
     assert_same,
     build,
@@ -21,8 +23,6 @@ from contract.support import (
     train,
     weights,
 )
-from looksam import bases
-from looksam_kernels import ops
 
 
 class Injected(BaseException):

@@ -3,12 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from torch import distributed
 
-from distributed.ranks import Ranks
-
-torch.set_num_threads(1)
+from tests.distributed.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.support import BACKENDS, VARIANTS, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.ranks import Ranks
-from distributed.training import alone, arrays, batch, build, half, train
+from tests.contract.support import BACKENDS, VARIANTS, network
+from tests.distributed.ranks import Ranks
+from tests.distributed.training import alone, arrays, batch, build, half, train
 
 STEPS = 5
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.support import BACKENDS, VARIANTS, network
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed.ranks import Ranks
-from distributed.training import alone, arrays, build, half, train
+from tests.contract.support import BACKENDS, VARIANTS, network
+from tests.distributed.ranks import Ranks
+from tests.distributed.training import alone, arrays, build, half, train
 
 STEPS = 5
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from contract.support import BASES, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import looksam
+from tests.contract.support import BASES, network
 
 
 def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

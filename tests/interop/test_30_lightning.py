@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import looksam
-from interop.plain import FORWARDS, ROWS, STEPS, Examples, Network, assert_same_weights, by_hand, optimizer_for
+from tests.interop.plain import FORWARDS, ROWS, STEPS, Examples, Network, assert_same_weights, by_hand, optimizer_for
 
 lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")

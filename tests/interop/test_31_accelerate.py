@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from interop.plain import FORWARDS, ROWS, Examples, Network, assert_same_weights, by_hand, optimizer_for
+from tests.interop.plain import FORWARDS, ROWS, Examples, Network, assert_same_weights, by_hand, optimizer_for
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
 import looksam  # noqa: E402

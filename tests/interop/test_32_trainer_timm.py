@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import looksam
-from interop.plain import FORWARDS, ROWS, STEPS, Examples, Network, assert_same_weights, by_hand, optimizer_for
+from tests.interop.plain import FORWARDS, ROWS, STEPS, Examples, Network, assert_same_weights, by_hand, optimizer_for
 
 
 def test_contract_32_trainer_equals_the_loop(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from contract.support import BACKENDS
+
+from tests.contract.support import BACKENDS
 
 pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
 SDIST = os.environ.get("PYTORCH_OPTIMIZER_SDIST", "")

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import cases
 import pytest
 import torch
-from cases import BASE_CASES, CASES, COMBINATIONS, F32, F64, RULE_GROUPS, TARGETS, Columns, Combination, Row, Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +15,20 @@ from torch import Tensor
 import looksam_kernels as lk
 from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Sums
 from looksam_kernels.ops import pairs_of
+from tests.kernels import cases
+from tests.kernels.cases import (
+    BASE_CASES,
+    CASES,
+    COMBINATIONS,
+    F32,
+    F64,
+    RULE_GROUPS,
+    TARGETS,
+    Columns,
+    Combination,
+    Row,
+    Target,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")
 

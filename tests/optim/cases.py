@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from independent import LAMB, SGD, Adam, AdamW, FromTorch, ascent_asam, ascent_sam
-from problem import SHAPES, Problem
 from torch import optim
 
 import looksam
 import looksam_kernels
+from tests.optim.independent import LAMB, SGD, Adam, AdamW, FromTorch, ascent_asam, ascent_sam
+from tests.optim.problem import SHAPES, Problem
 
 K = 3
 BACKENDS = [name for name, info in looksam_kernels.backend_info("cpu").items() if info.available]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, BASES, METHODS, QUICK, Base, Method, build, hypers, names_for
-from independent import Independent, ascent_layer
-from problem import Closure, Problem
 from torch import optim
 
 import looksam
+from tests.optim.cases import BACKENDS, BASES, METHODS, QUICK, Base, Method, build, hypers, names_for
+from tests.optim.independent import Independent, ascent_layer
+from tests.optim.problem import Closure, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")  # Triton's, slow: that is known here
 
