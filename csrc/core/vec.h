@@ -30,7 +30,7 @@ LOOKSAM_HD Pack<T> load(const T* p) {
   const uint4 raw = cache == Cache::stream ? __ldcs(source) : *source;
   memcpy(&pack, &raw, 16);
 #else
-  memcpy(&pack, p, 16);
+  pack = *reinterpret_cast<const Pack<T>*>(p);  // whose alignment a sanitizer checks, as it does not in memcpy
 #endif
   return pack;
 }
@@ -54,10 +54,10 @@ LOOKSAM_HD void store(T* p, const Pack<T>& pack) {
     memcpy(&raw, &pack, 16);
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), raw);
   } else {
-    memcpy(p, &pack, 16);
+    *reinterpret_cast<Pack<T>*>(p) = pack;
   }
 #else
-  memcpy(p, &pack, 16);
+  *reinterpret_cast<Pack<T>*>(p) = pack;
 #endif
 }
 
