@@ -22,7 +22,20 @@ from looksam.lab.config import DataConfig, TrainConfig
 from looksam.lab.parallel import run_jobs
 from looksam.lab.records import read_experiment, summarize
 
-FAST = ["--epochs", "2", "--train-size", "200", "--batch-size", "20", "--device", "cpu", "--threads", "1"]
+FAST = [
+    "--epochs",
+    "2",
+    "--train-size",
+    "200",
+    "--batch-size",
+    "20",
+    "--width",
+    "0.5",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
 FIGURES = {"accuracy_epochs", "accuracy_passes", "accuracy_seconds", "accuracy_final", "train_loss"}
 
 
@@ -118,7 +131,18 @@ def test_results_are_not_overwritten_unasked(compared):
 
 def test_a_failing_method_is_named_and_the_others_finish(tmp_path):
     out = tmp_path / "out"
-    arguments = ["compare", "looksam-5", "sgd", *FAST, "--seeds", 1, "--set", "looksam.norm_scope=nonsense"]
+    arguments = [
+        "compare",
+        "looksam-5",
+        "sgd",
+        *FAST,
+        "--seeds",
+        1,
+        "--jobs",
+        1,
+        "--set",
+        "looksam.norm_scope=nonsense",
+    ]
     result = run(*arguments, "--out", out)
     assert result.exit_code == 1
     assert "looksam-5, seed 0 failed:" in result.output
@@ -138,7 +162,7 @@ def test_a_diverging_run_is_reported_and_left_out_of_the_mean(tmp_path):
 
 
 def test_a_process_that_dies_takes_no_other_run_with_it():
-    config = TrainConfig("sgd", epochs=30, data=DataConfig(train_size=200), threads=1)
+    config = TrainConfig("sgd", epochs=30, width=0.25, data=DataConfig(train_size=200), threads=1)
     configs = [replace(config, seed=seed) for seed in (0, 1)]
     ends = {}
     for event in run_jobs(configs, jobs=1):
@@ -226,7 +250,7 @@ def test_colour_images_from_a_tar(tmp_path, monkeypatch):
             member.size = buffer.tell()
             buffer.seek(0)
             archive.addfile(member, buffer)
-    data = ["--data", tmp_path / "pets.tar", "--model", "cnn", "--width", 0.5]
+    data = ["--data", tmp_path / "pets.tar", "--model", "cnn", "--width", 0.5, "--threads", 1]
     result = run(
         "train", "looksam-2", *data, "--epochs", 6, "--batch-size", 8, "--device", "cpu", "--out", tmp_path / "o"
     )

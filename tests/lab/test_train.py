@@ -16,7 +16,7 @@ from .runs import SMALL, comparable, weights
 
 @pytest.mark.parametrize(("method", "passes"), [("sgd", 10), ("sam", 20), ("sam-5", 12), ("looksam-3", 14)])
 def test_passes_are_counted(method, passes):
-    records = train_run(replace(SMALL, method=method)).records
+    records = train_run(replace(SMALL, method=method, width=0.25)).records
     first, second = records
     assert (first.steps, second.steps) == (10, 10)
     assert first.passes == passes
@@ -25,7 +25,7 @@ def test_passes_are_counted(method, passes):
 
 
 def test_same_seed_same_run_other_seed_other_run():
-    config = replace(SMALL, method="looksam-5", augment="randaugment", mixup=0.2)
+    config = replace(SMALL, method="looksam-5", augment="randaugment", mixup=0.2, width=0.25)
     first, second = train_run(config), train_run(config)
     assert torch.equal(weights(first), weights(second))
     assert list(map(comparable, first.records)) == list(map(comparable, second.records))
@@ -33,7 +33,7 @@ def test_same_seed_same_run_other_seed_other_run():
 
 
 def test_learning_rate_follows_the_schedule():
-    config = replace(SMALL, epochs=4, schedule="linear", warmup=1.0, lr=0.1)
+    config = replace(SMALL, width=0.25, epochs=4, schedule="linear", warmup=1.0, lr=0.1)
     rates = [record.lr for record in train_run(config).records]
     # at the first step of each epoch, 10 steps each: 10 of warm-up, then 30 down to 0
     assert rates == pytest.approx([0.1 / 11, 0.1, 0.1 * 20 / 30, 0.1 * 10 / 30])
