@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 @contextmanager
@@ -20,13 +21,14 @@ def frozen_running_stats(model: Module) -> Iterator[None]:
     For the passes at perturbed weights, whose activations the model never has when it is used. (``momentum = 0`` would
     not do: it still counts batches, and 0 times an overflow is NaN.)
     """
-    stats = ("running_mean", "running_var", "num_batches_tracked")
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    buffers = [{name: m._buffers[name] for name in stats if name in m._buffers} for m in norms]
+    buffers = [dict(m._buffers) for m in norms]
     try:
-        for m, own in zip(norms, buffers, strict=True):
-            m.track_running_stats = False
-            m._buffers.update(dict.fromkeys(own))  # instance norms look at the buffers, not at the flag
+        for m in norms:
+            if isinstance(m, _InstanceNorm):  # writes its buffers whatever the flag says: copies take the writes
+                m._buffers.update({name: x if x is None else x.clone() for name, x in m._buffers.items()})
+            else:
+                m.track_running_stats = False
         yield
     finally:
         for m, own in zip(norms, buffers, strict=True):

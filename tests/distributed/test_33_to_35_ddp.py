@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import looksam
 from tests.contract.support import BACKENDS, VARIANTS, network
 from tests.distributed.ranks import Ranks
 from tests.distributed.training import alone, arrays, batch, build, half, train
@@ -155,3 +156,19 @@ def test_contract_35_bucket_views(ranks: Ranks, backend: str, variant: str) -> N
     for (w, q), (expected_w, expected_q) in zip(with_views, without, strict=True):
         for a, b in zip([*expected_w, *expected_q], [*w, *q], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def _with_batch_norm(rank: int) -> list[Any]:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    replica = DistributedDataParallel(model)
+    optimizer = looksam.LookSAM(replica.parameters(), "sgd", k=2, lr=0.1, model=replica)
+    train(replica, optimizer, 4, half(rank))
+    return [*arrays(model.parameters()), *arrays(model.buffers())]
+
+
+def test_contract_33_buffers_that_ddp_broadcasts(ranks: Ranks) -> None:
+    """DDP broadcasts batch-norm buffers before each forward, the second pass of a sharp step included."""
+    first, second = ranks.run(_with_batch_norm)
+    for a, b in zip(first[:6], second[:6], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert first[-1] == 4, "num_batches_tracked moves once a step"
