@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.optim.test_against_formulas import EPS, deviation, exact_and_tolerance
 
 import looksam
 from tests.optim.cases import ADAM_HYPER, BASES, METHODS, QUICK, SGD_HYPER, Base, Method, build, names_for
 from tests.optim.independent import LAMB, Independent
 from tests.optim.problem import GROUPS, Closure, Problem
+from tests.optim.test_against_formulas import EPS, deviation, exact_and_tolerance
 
 FEW = settings(deadline=None, derandomize=True, max_examples=4)
 VARIANTS = ("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "looklayersam-3")
