@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from . import build
 
+Done = subprocess.CompletedProcess[str]
 OP_MATRIX = "tests/kernels/test_ops.py"
 LAUNCHES = "tests/cuda/launch_cases.py"
 
 
-def on_harness(module: Path, *arguments: str, sanitize: bool) -> subprocess.CompletedProcess[str]:
+def on_harness(module: Path, *arguments: str, sanitize: bool) -> Done:
     """Runs tests whose CPU tensors go through the CUDA kernels."""
     environment = {**os.environ, "LOOKSAM_HARNESS": str(module), "LOOKSAM_BACKEND": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(build.ROOT / "python"), str(build.ROOT)])
@@ -34,7 +36,7 @@ def on_harness(module: Path, *arguments: str, sanitize: bool) -> subprocess.Comp
     )
 
 
-def assert_green(done: subprocess.CompletedProcess[str]) -> None:
+def assert_green(done: Done) -> None:
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert " passed" in done.stdout
 
@@ -47,10 +49,21 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_op_matrix(part: str) -> None:
+@pytest.fixture(scope="module")
+def matrix() -> dict[str, Done]:
+    """All parts, two at a time."""
     module = build.harness(sanitize=True)
-    assert_green(on_harness(module, OP_MATRIX, "-k", f"native-cpu and {PARTS[part]}", sanitize=True))
+
+    def run(part: str) -> Done:
+        return on_harness(module, OP_MATRIX, "-k", f"native-cpu and ({PARTS[part]})", sanitize=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(PARTS, pool.map(run, PARTS), strict=True))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_op_matrix(matrix: dict[str, Done], part: str) -> None:
+    assert_green(matrix[part])
 
 
 def test_launches() -> None:
@@ -120,15 +133,30 @@ FAULTS: dict[str, tuple[build.Fault, str]] = {
 """Each is planted in a copy of the sources, which must then fail the part of the matrix named beside it. The last two do
 not make wrong numbers, or not always: the sanitizers find them."""
 
-FOUND_BY_SANITIZER = ("an unaligned tensor is taken for an aligned one", "one element after the tail")
+FOUND_BY_SANITIZER = {
+    "an unaligned tensor is taken for an aligned one": "runtime error",
+    "one element after the tail": "AddressSanitizer",
+}
+"""And the word by which."""
+
+
+@pytest.fixture(scope="module")
+def with_fault() -> dict[str, Done]:
+    """What the matrix says of each fault, two at a time."""
+
+    def run(name: str) -> Done:
+        fault, part = FAULTS[name]
+        sanitize = name in FOUND_BY_SANITIZER
+        module = build.harness(sanitize, fault)
+        return on_harness(module, OP_MATRIX, "-k", f"native-cpu and {part}", sanitize=sanitize)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FAULTS, pool.map(run, FAULTS), strict=True))
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name: str) -> None:
-    fault, part = FAULTS[name]
-    sanitize = name in FOUND_BY_SANITIZER
-    module = build.harness(sanitize, fault)
-    done = on_harness(module, OP_MATRIX, "-k", f"native-cpu and {part}", sanitize=sanitize)
+def test_a_planted_fault_is_found(with_fault: dict[str, Done], name: str) -> None:
+    done = with_fault[name]
     assert done.returncode != 0, f"all is green with the fault: {name}"
-    said = "AddressSanitizer" if "after the tail" in name else "runtime error" if sanitize else "Error"
+    said = FOUND_BY_SANITIZER.get(name, "Error")
     assert said in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
