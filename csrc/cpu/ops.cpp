@@ -1,10 +1,21 @@
 #include "ops.h"
 
+#include <numeric>
+
 namespace looksam::cpu {
 
 namespace {
 
-constexpr std::int64_t kGrain = 4;  // chunks; below 32 K elements a second thread costs more than it brings
+constexpr std::int64_t kGrain = 32768;  // elements; for fewer a second thread costs more than it brings
+
+// The same in units of work, chunks or rows, of which `units` have `elements` together.
+std::int64_t grain(std::int64_t units, std::int64_t elements) {
+  return elements > 0 ? 1 + kGrain * units / elements : units;
+}
+
+std::int64_t grain(const ChunkMap& map) {
+  return grain(map.chunks, std::accumulate(map.numel, map.numel + map.rows, std::int64_t{0}));
+}
 
 // Rows of at most this many chunks do both phases of lamb on one thread, so that w, d, m and v of the row (16 bytes an
 // element, 1 MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of sums.
@@ -25,9 +36,15 @@ void step_lamb(const StepArgs& args, StepRow* rows, const BaseHyper* const* base
       rows[row].trust_ratio = trust_ratio(total(args.w_sq, map, row), total(args.u_sq, map, row), *base_of_row[row]);
   };
   std::vector<std::int64_t> small, large;
-  for (std::int64_t row = 0; row < map.rows; ++row) (chunks_of(row) <= kCachedChunks ? small : large).push_back(row);
+  std::int64_t elements_of_small = 0;
+  for (std::int64_t row = 0; row < map.rows; ++row) {
+    const bool is_small = chunks_of(row) <= kCachedChunks;
+    (is_small ? small : large).push_back(row);
+    if (is_small) elements_of_small += map.numel[row];
+  }
+  const auto rows_of_small = static_cast<std::int64_t>(small.size());
 
-  parallel_for(static_cast<std::int64_t>(small.size()), kGrain, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(rows_of_small, grain(rows_of_small, elements_of_small), [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t row = small[i];
       kernels.step(args, map.first[row], map.first[row + 1]);
@@ -37,11 +54,11 @@ void step_lamb(const StepArgs& args, StepRow* rows, const BaseHyper* const* base
   });
   for (const std::int64_t row : large) {
     const std::int64_t begin = map.first[row];
-    parallel_for(chunks_of(row), kGrain, [&](std::int64_t first, std::int64_t last) {
+    parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
       kernels.step(args, begin + first, begin + last);
     });
     find_trust_ratio(row);
-    parallel_for(chunks_of(row), kGrain, [&](std::int64_t first, std::int64_t last) {
+    parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
       kernels.lamb_apply(args, begin + first, begin + last);
     });
   }
@@ -84,7 +101,7 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
   std::vector<double> partial(static_cast<std::size_t>(args.pairs * args.map.chunks));
   args.partial = partial.data();
   if (args.pairs > 0)
-    parallel_for(args.map.chunks, kGrain, [&](std::int64_t first, std::int64_t last) { kernels.sums(args, first, last); });
+    parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.sums(args, first, last); });
   for (std::int64_t p = 0; p < args.pairs; ++p)
     for (std::int64_t row = 0; row < args.map.rows; ++row)
       values[p * args.map.rows + row] = total(args.partial + p * args.map.chunks, args.map, row);
@@ -92,7 +109,7 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
 
 void perturb(const PerturbArgs& args, const ParallelFor& parallel_for) {
   const Kernels& kernels = isa();
-  parallel_for(args.map.chunks, kGrain, [&](std::int64_t first, std::int64_t last) { kernels.perturb(args, first, last); });
+  parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.perturb(args, first, last); });
 }
 
 void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
@@ -107,7 +124,7 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
   if (args.base == Base::lamb) {
     step_lamb(args, rows, base_of_row, parallel_for);
   } else {
-    parallel_for(args.map.chunks, kGrain, [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });
+    parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });
   }
   for (std::int64_t row = 0; row < args.map.rows && q_sq_of_row != nullptr; ++row)
     if (rows[row].action == Action::update) q_sq_of_row[row] = total(args.q_sq, args.map, row);
