@@ -21,7 +21,7 @@ demo: .venv/installed ## train a small network with SGD, SAM, SAM-5 and LookSAM-
 	@$(BIN)/$(DEMO)
 
 test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options on
-	@$(BIN)/pytest -q $(PYTEST_ARGS)
+	@$(BIN)/pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: .venv/installed ## measure every op and step beside its peers; BENCH_ARGS=--quick passes options on
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
