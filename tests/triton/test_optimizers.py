@@ -1,0 +1,58 @@
+"""Every optimizer on the Triton backend, over whole cycles of k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import looksam
+
+pytest.importorskip("triton")
+
+STEPS, K = 12, 3
+SHAPES = ((33, 17), (17,), ())
+OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
+    "SAM over sgd": lambda p, **o: looksam.SAM(p, "sgd", k=K, lr=0.05, momentum=0.9, weight_decay=1e-2, **o),
+    "ASAM over lamb": lambda p, **o: looksam.SAM(p, "lamb", rho=0.5, adaptive=True, k=K, lr=0.02, **o),
+    "LookSAM over adam": lambda p, **o: looksam.LookSAM(p, "adam", rho=0.1, k=K, lr=0.02, weight_decay=1e-2, **o),
+    "LayerSAM over adamw": lambda p, **o: looksam.LayerSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
+    "LookLayerSAM over lamb": lambda p, **o: looksam.LookLayerSAM(p, "lamb", rho=0.1, k=K, lr=0.02, **o),
+    "LAMB": lambda p, **o: looksam.LAMB(p, lr=0.02, **o),
+}
+
+
+def _train(build: Callable[..., Any], backend: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    x = torch.randn(64, 33, generator=generator, dtype=torch.float64).to(dtype)
+    params = [torch.nn.Parameter(w.to(dtype)) for w in start]
+    optimizer = build(params, backend=backend)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        matrix, bias, scale = params
+        loss: Tensor = ((torch.tanh(x @ matrix + bias) * scale) ** 2).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    return [p.detach().double() for p in params]
+
+
+def _error(weights: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(weights, exact, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_12_steps_agree_with_the_reference(name: str) -> None:
+    """The error in float32 is at most twice the reference's, which takes the same roundings in another order, plus one
+    ulp of the largest weight a step for the sums that differ."""
+    exact = _train(OPTIMIZERS[name], "reference", torch.float64)
+    ulp = torch.finfo(torch.float32).eps * max(float(w.abs().max()) for w in exact)
+    reference = _error(_train(OPTIMIZERS[name], "reference", torch.float32), exact)
+    assert _error(_train(OPTIMIZERS[name], "triton", torch.float32), exact) <= 2 * reference + STEPS * ulp
