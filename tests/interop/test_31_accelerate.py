@@ -14,6 +14,14 @@ accelerate = pytest.importorskip("accelerate", reason="Accelerate is not install
 import looksam  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate decides once a process whether it is one of several, from these variables, and remembers."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("base", ["adamw", torch.optim.RMSprop])
 def test_contract_31_accelerate_equals_the_loop(base: object) -> None:
     def make(model: torch.nn.Module) -> looksam.LookSAM:
