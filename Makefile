@@ -57,7 +57,7 @@ gpu-build: ## build the extensions in place, CUDA kernels and all
 
 gpu-test: ## run the tests that need a GPU; PYTEST_ARGS passes options on
 	@echo '== gpu-test'
-	@$(GPU_RUN) -m pytest -q -m gpu tests/kernels tests/cuda $(PYTEST_ARGS)
+	@$(GPU_RUN) -m pytest -q -m gpu tests/kernels tests/cuda tests/triton tests/contract $(PYTEST_ARGS)
 
 # Without the caching allocator every tensor is an allocation of its own, whose bounds the tools know. initcheck must also
 # see what torch's kernels write; the others look at ours only.
