@@ -118,7 +118,11 @@ inline void write_once(Span x, const T* results, int size) {
 struct InnerProduct {
   static constexpr int kLanes = 32;
   static constexpr int kAhead = 512;
-  double lane[kLanes] = {};
+  double lane[kLanes];
+
+  void clear() {
+    for (double& x : lane) x = 0;
+  }
 
   template <class T>
   inline void add(const T* x, const T* y, int size) {
@@ -147,33 +151,49 @@ struct InnerProduct {
 // sums ------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-void sums_chunk(const SumsArgs& a, std::int64_t index) {
-  const Chunk chunk = a.map.at(index);
+void sums_tile(const SumsArgs& a, const Chunk& chunk, int begin, InnerProduct* product) {
+  const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+  const std::int64_t offset = chunk.offset + begin;
   Tile<T> tile[kMaxOperands], weights;
-  InnerProduct product[kMaxPairs];
-  for (int begin = 0; begin < chunk.size; begin += kTile) {
-    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
-    const std::int64_t offset = chunk.offset + begin;
-    const T* x[kMaxOperands];
-    for (int k = 0; k < a.operands; ++k) {
-      x[k] = values(span(a.operand[k].column, chunk.row, offset), size, tile[k]);
-      if (x[k] == nullptr || !a.operand[k].adaptive || a.eta == nullptr || a.eta[chunk.row] != a.eta[chunk.row]) continue;
-      const T eta = static_cast<T>(a.eta[chunk.row]);
-      const T* w = values(span(a.w, chunk.row, offset), size, weights);
-      T* scaled = tile[k].at;
-      LOOKSAM_VECTORIZE
-      for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], eta) * x[k][i];
-      x[k] = scaled;
-    }
-    for (int p = 0; p < a.pairs; ++p)
-      if (x[a.x[p]] != nullptr && x[a.y[p]] != nullptr) product[p].add(x[a.x[p]], x[a.y[p]], size);
+  const T* x[kMaxOperands];
+  for (int k = 0; k < a.operands; ++k) {
+    x[k] = values(span(a.operand[k].column, chunk.row, offset), size, tile[k]);
+    if (x[k] == nullptr || !a.operand[k].adaptive || a.eta == nullptr || a.eta[chunk.row] != a.eta[chunk.row]) continue;
+    const T eta = static_cast<T>(a.eta[chunk.row]);
+    const T* w = values(span(a.w, chunk.row, offset), size, weights);
+    T* scaled = tile[k].at;
+    LOOKSAM_VECTORIZE
+    for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], eta) * x[k][i];
+    x[k] = scaled;
   }
-  for (int p = 0; p < a.pairs; ++p) a.partial[p * a.map.chunks + index] = product[p].total();
+  for (int p = 0; p < a.pairs; ++p)
+    if (x[a.x[p]] != nullptr && x[a.y[p]] != nullptr) product[p].add(x[a.x[p]], x[a.y[p]], size);
 }
 
+// Chunks from four places in turns, a tile of each: a sum reads one or two tensors, and a core that reads in one place
+// only does not fill the memory's bandwidth.
 void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
-  for (std::int64_t i = first; i < last; ++i)
-    a.w.dtype[a.map.row_of[i]] == Dtype::f64 ? sums_chunk<double>(a, i) : sums_chunk<float>(a, i);
+  constexpr int kPlaces = 4;
+  const std::int64_t share = (last - first + kPlaces - 1) / kPlaces;
+  for (std::int64_t i = 0; i < share; ++i) {
+    Chunk chunk[kPlaces];
+    InnerProduct product[kPlaces][kMaxPairs];
+    for (int k = 0; k < kPlaces; ++k) {
+      const std::int64_t index = first + k * share + i;
+      chunk[k] = index < last ? a.map.at(index) : Chunk{};
+      for (int p = 0; p < a.pairs; ++p) product[k][p].clear();
+    }
+    for (int begin = 0; begin < kChunk; begin += kTile) {
+      for (int k = 0; k < kPlaces; ++k) {
+        if (begin >= chunk[k].size) continue;
+        a.w.dtype[chunk[k].row] == Dtype::f64 ? sums_tile<double>(a, chunk[k], begin, product[k])
+                                              : sums_tile<float>(a, chunk[k], begin, product[k]);
+      }
+    }
+    for (int k = 0; k < kPlaces; ++k)
+      for (int p = 0; p < a.pairs && chunk[k].size > 0; ++p)
+        a.partial[p * a.map.chunks + first + k * share + i] = product[k][p].total();
+  }
 }
 
 // sum_i c_i x_i over the inputs of one row.
@@ -311,6 +331,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
   InnerProduct qq, ww, uu;
+  qq.clear(), ww.clear(), uu.clear();
   Tile<T> input_tile[kMaxInputs], d_tile, q_tile, origin_tile, out_tile, first_tile, second_tile;
 
   for (int begin = 0; begin < chunk.size; begin += kTile) {
