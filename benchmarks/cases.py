@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from benchmarks.shapes import Shape
 from looksam import LAMB, SAM, LookLayerSAM, LookSAM, SharpnessAware
-from looksam.optimizer import PLAIN, Variant
+from looksam.plans import PLAIN, Variant
 from looksam_kernels import TensorTable, ops
 
 Closure = Callable[[], Any]

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from looksam.binding import Binding, State
+from looksam.hyper import Group
+from looksam.masters import needs_master
 from looksam_kernels import ops
-
-Group = dict[str, Any]
+from looksam_kernels.formulas import Coefficients
 
 NOT_FUSED = ("amsgrad",)
 """Options of torch's classes that the fused updates leave to the class itself."""
-
-
-def is_low_precision(p: Tensor) -> bool:
-    """Does the parameter need a float32 master?"""
-    return p.dtype not in (torch.float32, torch.float64)
 
 
 class Fused(NamedTuple):
@@ -30,7 +27,46 @@ class Fused(NamedTuple):
     name: str
     defaults: Group
 
-    def state_for(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    @property
+    def comes_first(self) -> bool:
+        return False
+
+    @property
+    def inner(self) -> None:
+        """No optimizer of its own."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("step", *ops.BASES[self.name])
+
+    def check(self, group: Group) -> None:
+        """
+        Raises:
+            ValueError: an option of torch's class that the fused update does not have.
+        """
+        for option in NOT_FUSED:
+            if group.get(option):
+                raise ValueError(f"{option}=True in one group only is not supported; give it to the optimizer")
+
+    def share(self, groups: list[Group], state: dict[Tensor, State]) -> None:
+        """Nothing is kept of either."""
+
+    def missing(self, p: Tensor, group: Group, state: State) -> State:
+        new_momentum = group.get("momentum") and "momentum_buffer" not in state
+        new_master = needs_master(p) and "master_param" not in state
+        return self.state_for(p, group) if "step" not in state or new_momentum or new_master else {}
+
+    def as_stepped(self, groups: list[Group]) -> list[Group]:
+        return groups
+
+    def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
+        """Updates the parameters with the direction."""
+        binding.shards.step(binding.table, self.name, coefficients, groups)
+
+    def create_state(self, binding: Binding) -> None:
+        """Nothing is missing: the binding has asked for it."""
+
+    def state_for(self, p: Tensor, group: Mapping[str, Any]) -> State:
         """Fresh state: float32 (float64 for float64 parameters), in the parameter's memory order.
 
         A float16 or bfloat16 parameter gets a float32 ``master_param``: a perturbation of rho = 0.05 would mostly be
@@ -41,31 +77,74 @@ class Fused(NamedTuple):
         for name in ops.BASES[self.name]:
             if name != "momentum_buffer" or group["momentum"] != 0:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if is_low_precision(p):
+        if needs_master(p):
             state["master_param"] = p.detach().to(dtype)
         return state
 
 
-class Wrapped(NamedTuple):
-    """Any optimizer class: the direction goes to ``.grad`` and the class's own ``step`` follows."""
+class Wrapped:
+    """Any optimizer class: the direction goes to ``.grad`` and the class's own ``step`` follows.
 
-    cls: type[Optimizer]
-    kwargs: Group
-    defaults: Group
-    renamed: dict[str, str]
-    """The base's name of an argument -> its name in our groups, where the variant has an argument of the same name."""
+    Args:
+        renamed: the base's name of an argument -> its name in our groups, where the variant has an argument of that name.
+    """
 
-    def build(self, groups: list[Group], state: Any) -> Optimizer:
-        """The inner optimizer, on our own groups and state; its constructor's errors are raised as they are."""
-        inner = self.cls([{"params": list(g["params"])} for g in groups], **self.kwargs)
-        for p, eager in inner.state.items():
-            state[p].update(eager)
-        inner.param_groups, inner.state = groups, state
-        return inner
+    columns: tuple[str, ...] = ()
+    comes_first = True
 
-    def step(self, inner: Optimizer, groups: list[Group], state: Any) -> None:
+    def __init__(self, cls: type[Optimizer], kwargs: Group, defaults: Group, renamed: dict[str, str]) -> None:
+        self.cls, self.kwargs, self.defaults, self.renamed = cls, kwargs, defaults, renamed
+        self.inner: Optimizer | None = None
+
+    def check(self, group: Group) -> None:
+        """The class has its own checks."""
+
+    def share(self, groups: list[Group], state: dict[Tensor, State]) -> None:
+        """The inner optimizer, made at the first call, works on our own groups and state; its constructor's errors are
+        raised as they are."""
+        if self.inner is None:
+            self.inner = self.cls([{"params": list(g["params"])} for g in groups], **self.kwargs)
+            for p, eager in self.inner.state.items():
+                state[p].update(eager)
+        self.inner.param_groups, self.inner.state = groups, state  # type: ignore[assignment]
+
+    def missing(self, p: Tensor, group: Group, state: State) -> State:
+        return {}
+
+    def as_stepped(self, groups: list[Group]) -> list[Group]:
+        """The groups for the direction, which the class itself turns round where it maximizes."""
+        return [{**g, "maximize": False} for g in groups] if any(g.get("maximize") for g in groups) else groups
+
+    def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
+        """Updates the parameters with the direction. If the class's step raises, what was written is as before."""
+        table = binding.table
+        names = () if coefficients.q is None else (coefficients.writes, f"{coefficients.writes}_norm_sq")
+        written = [(x, x.clone()) for name in names for x in table[name] if x is not None]
+        try:
+            binding.shards.step(table, "grad", coefficients, groups)
+            if not bool(coefficients.found_inf):  # the one read of the host: no wrapped optimizer can skip by itself
+                self.step(binding)
+        except BaseException:
+            for x, before in written:
+                x.copy_(before)
+            raise
+
+    def create_state(self, binding: Binding) -> None:
+        """A step of the class with lr = 0."""
+        lrs = [group["lr"] for group in binding.groups]
+        for group in binding.groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        try:
+            self.step(binding)
+        finally:
+            for group, lr in zip(binding.groups, lrs, strict=True):
+                group["lr"] = lr
+
+    def step(self, binding: Binding) -> None:
         """The class's ``step`` without torch's wrapper around it: hooks and profiler ranges belong to the outer step."""
-        inner.param_groups, inner.state = groups, state
+        groups, inner = binding.groups, self.inner
+        assert inner is not None
+        self.share(groups, binding.state)
         for p in [p for g in groups for p in g["params"] if p.numel() == 0]:
             p.grad = None  # nothing to update, and some classes divide by the number of elements
         step = self.cls.step
@@ -74,6 +153,7 @@ class Wrapped(NamedTuple):
         with self._own_names(groups):
             step(inner)
         inner._opt_called = True  # type: ignore[attr-defined]  # what a scheduler on the inner optimizer asks for
+        binding.hand_over()
 
     @contextmanager
     def _own_names(self, groups: list[Group]) -> Iterator[None]:

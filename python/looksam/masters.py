@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def needs_master(p: Tensor) -> bool:
+    """Would the parameter's own precision round small updates and perturbations away?"""
+    return p.dtype not in (torch.float32, torch.float64)
+
+
 class Masters:
     """Keeps masters in step with their parameters.
 

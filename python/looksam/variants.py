@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from looksam.optimizer import PLAIN, Look, Plan, SharpnessAware, Variant
+from looksam.optimizer import SharpnessAware
+from looksam.plans import PLAIN, Look, Plan, Variant
 
 BaseOptimizer = str | type[Optimizer]
 

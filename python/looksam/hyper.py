@@ -1,0 +1,86 @@
+"""Hyper-parameters: the values that are allowed, and the groups as the rules of the ops read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Group = dict[str, Any]
+
+
+class Range(NamedTuple):
+    """The values that a hyper-parameter may have."""
+
+    accepts: Callable[[Any], bool]
+    text: str
+    """Completes "must be ..."."""
+
+
+def at_least(low: float) -> Range:
+    return Range(lambda x: bool(x >= low), f"at least {low}")
+
+
+def whole_at_least(low: int) -> Range:
+    return Range(lambda x: isinstance(x, int) and x >= low, f"a whole number of at least {low}")
+
+
+def one_of(*names: str) -> Range:
+    return Range(lambda x: x in names, f"one of {', '.join(map(repr, names))}")
+
+
+RANGES: Mapping[str, Range] = {
+    "rho": at_least(0),
+    "alpha": at_least(0),
+    "eta": at_least(0),
+    "perturb_eps": at_least(0),
+    "k": whole_at_least(1),
+    "norm_scope": one_of("global", "tensor"),
+    "layer_scale": one_of("trust_normalized", "trust", "trust_global", "unit"),
+}
+
+COMMON = ("k", "norm_scope", "layer_scale", "perturb_eps", "max_grad_norm")
+"""What all groups share, beside the phase."""
+
+
+def check(group: Group, names: Sequence[str], first: Group) -> None:
+    """Are the values of ``names`` in range, and those that all groups share the same as in the ``first`` group?
+
+    Raises:
+        ValueError: which names the argument, what it may be, and the value.
+    """
+    for name in names:
+        if name in RANGES and not RANGES[name].accepts(group[name]):
+            raise ValueError(f"{name} must be {RANGES[name].text}, not {group[name]!r}")
+    for name in COMMON:
+        if name in group and group[name] != first[name]:
+            raise ValueError(f"{name} must be the same in all groups: {first[name]!r} and {group[name]!r}")
+
+
+def settle_layer_filter(group: Group) -> None:
+    """The function of the constructor -> what it says of each parameter, which a checkpoint can hold."""
+    accepts = group.get("layer_filter", [])
+    if not isinstance(accepts, list):
+        group["layer_filter"] = [accepts is None or bool(accepts(p)) for p in group["params"]]
+
+
+def for_ops(groups: list[Group]) -> list[Group]:
+    """The groups as the ops read them; twice where a layer filter keeps some tensors out of the layer-wise scale."""
+    if not any("layer_filter" in g for g in groups):
+        return groups
+    return [{**g, "layer_scaled": scaled} for scaled in (1.0, 0.0) for g in groups]
+
+
+def row_groups(groups: list[Group]) -> list[int]:
+    """The index into :func:`for_ops` of each parameter's group."""
+    rows = []
+    for i, g in enumerate(groups):
+        inside = g.get("layer_filter", [True] * len(g["params"]))
+        rows += [i if ok else i + len(groups) for ok in inside]
+    return rows
+
+
+def etas(groups: list[Group]) -> list[float | None] | None:
+    """ASAM's eta of each weight tensor (ndim >= 2) of the adaptive groups."""
+    if not any(g.get("adaptive") for g in groups):
+        return None
+    return [g["eta"] if g["adaptive"] and p.ndim >= 2 else None for g in groups for p in g["params"]]

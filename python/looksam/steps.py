@@ -1,0 +1,137 @@
+"""Step: one step under way, from the first gradient to the updated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from looksam import bases, hyper
+from looksam.binding import Binding
+from looksam.distributed import Replicas
+from looksam.hyper import Group
+from looksam.passes import Passes
+from looksam.plans import Look, Plan
+from looksam_kernels import ops
+from looksam_kernels.formulas import Coefficients, Sums
+
+
+class Step:
+    """Looks, climbs and comes down as the plan says; who calls it runs the forwards and backwards in between.
+
+    Until :meth:`descend` has returned, :meth:`abandon` goes back to where the step began.
+    """
+
+    def __init__(self, plan: Plan, binding: Binding, base: bases.Fused | bases.Wrapped, passes: Passes) -> None:
+        self.plan = plan
+        self.moved = False
+        """Are the weights away from where the step began?"""
+        self._binding, self._base, self._passes = binding, base, passes
+        self._sums: Sums | None = None
+        self._found_inf: Tensor | None = None
+
+    def collect(self, look: Look, keep_grad: bool = False) -> None:
+        """Takes the gradients of now into the table: the tensors themselves, or copies where they must also stay."""
+        plan, binding = self.plan, self._binding
+        last = look is plan.looks[-1]
+        if not self.moved:
+            binding.follow()
+        binding.take(look.column, plan.ascends, plan.writes if last else None)
+        table = binding.table
+        if keep_grad or (not last and _are_views(table[look.column])):
+            table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
+        if not (keep_grad or last):
+            for p in binding.params:
+                p.grad = None
+
+    def ascend(self, look: Look, grad_scale: Tensor | None) -> None:
+        """Measures the gradients collected so far and moves the weights to where ``look`` is taken."""
+        assert look.ascent is not None
+        binding, rule = self._binding, look.ascent
+        etas = hyper.etas(binding.groups)
+        if etas is not None and rule == "sam":
+            rule = "asam"
+        coefficients = self._measure(rule, hyper.for_ops(binding.groups), grad_scale, etas)
+        self.moved = True
+        ops.perturb(binding.table, coefficients, etas)
+        self._weights_changed()
+
+    def descend(self, grad_scale: Tensor | None) -> Tensor:
+        """Measures what is still unknown, combines, restores and updates.
+
+        Returns:
+            1.0 if a gradient was not finite and the update was therefore left out, else 0.0.
+        """
+        binding, plan = self._binding, self.plan
+        if self._passes.m_sharpness and self.moved:
+            replicas = Replicas(self._passes.model)
+            self._found_inf = replicas.agree(binding.table, plan.descent, plan.looks[-1].column, self._found_inf)
+            self._sums = None
+        groups = self._base.as_stepped(hyper.for_ops(binding.groups))
+        clip = binding.groups[0]["max_grad_norm"]
+        coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
+        self._base.update(binding, coefficients, groups)
+        self._weights_changed()
+        self._end()
+        return coefficients.found_inf
+
+    def create_state(self) -> None:
+        """Instead of a step: creates the state of all parameters that have a gradient; moves no weight.
+
+        torch.distributed.checkpoint asks for this, by a step with zero gradients on a fresh optimizer.
+        """
+        self._binding.follow()
+        self._binding.take(self.plan.looks[-1].column, writes=self.plan.writes)
+        self._base.create_state(self._binding)
+        self._end()
+
+    def abandon(self) -> None:
+        """Every weight is as before the step."""
+        self._binding.restore()
+        if self.moved:
+            self._weights_changed()
+        self._end()
+
+    def _measure(
+        self,
+        rule: str,
+        groups: list[Group],
+        grad_scale: Tensor | None,
+        etas: list[float | None] | None,
+        max_grad_norm: float | None = None,
+    ) -> Coefficients:
+        """The scalars of a rule; sums and found_inf go on from one look to the next."""
+        self._sums, coefficients = ops.measure(
+            self._binding.table,
+            rule,
+            groups,
+            known=self._sums,
+            adaptive=etas,
+            all_reduce=self._binding.shards.all_reduce,
+            grad_scale=grad_scale,
+            found_inf=self._found_inf,
+            max_grad_norm=max_grad_norm,
+        )
+        self._found_inf = coefficients.found_inf
+        return coefficients
+
+    def _weights_changed(self) -> None:
+        """Copies of the weights that others keep are out of date: autocast's casts, gathered shards."""
+        torch.clear_autocast_cache()
+        self._binding.shards.reshard(self._passes.model)
+
+    def _end(self) -> None:
+        self._binding.masters.written()
+        self.moved = False
+        self._passes.close()
+        self._binding.drop([look.column for look in self.plan.looks])
+
+
+def _are_views(gradients: Sequence[Tensor | None]) -> bool:
+    """Do gradients live in a larger buffer, which the next backward overwrites (DDP's ``gradient_as_bucket_view``)?
+
+    Buckets take all parameters of a model, so the first and the last gradient tell.
+    """
+    there = [g for g in gradients if g is not None]
+    return any(g.untyped_storage().nbytes() > g.numel() * g.element_size() for g in (*there[:1], *there[-1:]))
