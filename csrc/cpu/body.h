@@ -18,7 +18,8 @@
 namespace looksam::cpu {
 namespace {
 
-constexpr int kTile = 256;
+constexpr int kTile = 128;
+constexpr int kAhead = 2 * kTile;
 
 template <class T>
 struct alignas(64) Tile {
@@ -66,10 +67,17 @@ void narrow_to(Span to, const T* from, int size) {
   }
 }
 
+// Asks the memory for a later tile of x: the processor's own prefetch ends at every page.
+inline void prefetch(Span x) {
+  const char* later = static_cast<const char*>(x.data) + kAhead * size_of(x.dtype);
+  for (int i = 0; i < kTile * static_cast<int>(size_of(x.dtype)); i += 64) __builtin_prefetch(later + i);
+}
+
 // Reading: the tensor itself where it has the type of the arithmetic, else its values in `tile`.
 template <class T>
 inline T* values(Span x, int size, Tile<T>& tile) {
   if (x.data == nullptr) return nullptr;
+  prefetch(x);
   if (x.dtype == dtype_of<T>) return static_cast<T*>(x.data);
   widen_to(tile.at, x, size);
   return tile.at;
@@ -117,7 +125,6 @@ inline void write_once(Span x, const T* results, int size) {
 // An inner product in double, in 32 fixed lanes.
 struct InnerProduct {
   static constexpr int kLanes = 32;
-  static constexpr int kAhead = 512;
   double lane[kLanes];
 
   void clear() {
@@ -129,14 +136,8 @@ struct InnerProduct {
     double sum[kLanes];  // a local array: the compiler then knows that it is none of the inputs
     for (int k = 0; k < kLanes; ++k) sum[k] = lane[k];
     int i = 0;
-    for (; i + kLanes <= size; i += kLanes) {
-      // A sum reads one or two streams, too few for the processor's own prefetch to fill the memory's bandwidth.
-      for (int k = 0; k < kLanes; k += 64 / static_cast<int>(sizeof(T))) {
-        __builtin_prefetch(x + i + k + kAhead);
-        __builtin_prefetch(y + i + k + kAhead);
-      }
+    for (; i + kLanes <= size; i += kLanes)
       for (int k = 0; k < kLanes; ++k) sum[k] += static_cast<double>(x[i + k]) * static_cast<double>(y[i + k]);
-    }
     for (int k = 0; i < size; ++i, ++k) sum[k] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
     for (int k = 0; k < kLanes; ++k) lane[k] = sum[k];
   }
