@@ -313,12 +313,13 @@ void restore_chunk(const StepArgs& a, const Chunk chunk) {
 template <class T>
 struct Weights {
   Span w, b;
+  bool w_was_read;
   Tile<T>& tile;
 
-  T* room_for_new() const { return b.data != nullptr ? room(b, tile) : room(w, tile); }
+  T* room_for_new() const { return b.data != nullptr ? room(b, tile) : w_was_read ? room(w, tile) : tile.at; }
   void put_new(const T* results, int size) const {
     put(b, results, size);
-    put(w, results, size);
+    w_was_read ? put(w, results, size) : write_once(w, results, size);
   }
 };
 
@@ -345,7 +346,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
-    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, out_tile};
+    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
     T* out = target.room_for_new();
     const Span first_span = span(a.first_state, chunk.row, offset), second_span = span(a.second_state, chunk.row, offset);
     T* m = values(first_span, size, first_tile);
@@ -427,7 +428,7 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
     const T* m = values(span(a.first_state, chunk.row, offset), size, first_tile);
     const T* v = values(span(a.second_state, chunk.row, offset), size, second_tile);
-    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, out_tile};
+    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
     T* out = target.room_for_new();
     LOOKSAM_VECTORIZE
     for (int i = 0; i < size; ++i) out[i] = lamb(w[i], m[i], v[i], trust_ratio, h);
