@@ -38,6 +38,11 @@ inline Span span(const Column& column, std::int32_t row, std::int64_t offset) {
   return {static_cast<char*>(column.data[row]) + offset * size_of(dtype), dtype};
 }
 
+inline Span advance(Span x, int elements) {
+  if (x.data != nullptr) x.data = static_cast<char*>(x.data) + elements * size_of(x.dtype);
+  return x;
+}
+
 template <class T>
 constexpr Dtype dtype_of = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
 
@@ -124,51 +129,66 @@ inline void write_once(Span x, const T* results, int size) {
 
 // An inner product in double, in 32 fixed lanes.
 struct InnerProduct {
+  using Vector = double __attribute__((vector_size(64)));
   static constexpr int kLanes = 32;
-  double lane[kLanes];
 
-  void clear() {
-    for (double& x : lane) x = 0;
-  }
+  Vector lane[4];
 
+  void clear() { lane[0] = lane[1] = lane[2] = lane[3] = Vector{}; }
+
+  // At most a tile. Products first, then their sums: in one loop the compiler leaves the lanes in memory.
   template <class T>
   inline void add(const T* x, const T* y, int size) {
-    double sum[kLanes];  // a local array: the compiler then knows that it is none of the inputs
-    for (int k = 0; k < kLanes; ++k) sum[k] = lane[k];
-    int i = 0;
-    for (; i + kLanes <= size; i += kLanes)
-      for (int k = 0; k < kLanes; ++k) sum[k] += static_cast<double>(x[i + k]) * static_cast<double>(y[i + k]);
-    for (int k = 0; i < size; ++i, ++k) sum[k] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
-    for (int k = 0; k < kLanes; ++k) lane[k] = sum[k];
+    Tile<double> product;
+    LOOKSAM_VECTORIZE
+    for (int i = 0; i < size; ++i) product.at[i] = static_cast<double>(x[i]) * static_cast<double>(y[i]);
+    for (int i = size; i % kLanes != 0; ++i) product.at[i] = 0;
+    Vector sum0 = lane[0], sum1 = lane[1], sum2 = lane[2], sum3 = lane[3];
+    for (int i = 0; i < size; i += kLanes) {
+      const Vector* of = reinterpret_cast<const Vector*>(product.at + i);
+      sum0 += of[0];
+      sum1 += of[1];
+      sum2 += of[2];
+      sum3 += of[3];
+    }
+    lane[0] = sum0, lane[1] = sum1, lane[2] = sum2, lane[3] = sum3;
   }
 
   double total() const {
     double sum = 0;
-    for (const double x : lane) sum += x;
+    for (const Vector& part : lane)
+      for (int i = 0; i < 8; ++i) sum += part[i];
     return sum;
   }
 };
 
 // sums ------------------------------------------------------------------------------------------------------------------
 
+// One chunk whose sums are being made, tile by tile.
+struct Summing {
+  Chunk chunk;
+  Span operand[kMaxOperands];
+  InnerProduct product[kMaxPairs];
+};
+
 template <class T>
-void sums_tile(const SumsArgs& a, const Chunk& chunk, int begin, InnerProduct* product) {
-  const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
-  const std::int64_t offset = chunk.offset + begin;
+void sums_tile(const SumsArgs& a, Summing& at, int begin) {
+  const int size = at.chunk.size - begin < kTile ? at.chunk.size - begin : kTile;
   Tile<T> tile[kMaxOperands], weights;
   const T* x[kMaxOperands];
   for (int k = 0; k < a.operands; ++k) {
-    x[k] = values(span(a.operand[k].column, chunk.row, offset), size, tile[k]);
-    if (x[k] == nullptr || !a.operand[k].adaptive || a.eta == nullptr || a.eta[chunk.row] != a.eta[chunk.row]) continue;
-    const T eta = static_cast<T>(a.eta[chunk.row]);
-    const T* w = values(span(a.w, chunk.row, offset), size, weights);
+    x[k] = values(advance(at.operand[k], begin), size, tile[k]);
+    if (!a.operand[k].adaptive || x[k] == nullptr || a.eta == nullptr) continue;
+    const double eta = a.eta[at.chunk.row];
+    if (eta != eta) continue;
+    const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights);
     T* scaled = tile[k].at;
     LOOKSAM_VECTORIZE
-    for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], eta) * x[k][i];
+    for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], static_cast<T>(eta)) * x[k][i];
     x[k] = scaled;
   }
   for (int p = 0; p < a.pairs; ++p)
-    if (x[a.x[p]] != nullptr && x[a.y[p]] != nullptr) product[p].add(x[a.x[p]], x[a.y[p]], size);
+    if (x[a.x[p]] != nullptr && x[a.y[p]] != nullptr) at.product[p].add(x[a.x[p]], x[a.y[p]], size);
 }
 
 // Chunks from four places in turns, a tile of each: a sum reads one or two tensors, and a core that reads in one place
@@ -176,24 +196,24 @@ void sums_tile(const SumsArgs& a, const Chunk& chunk, int begin, InnerProduct* p
 void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
   constexpr int kPlaces = 4;
   const std::int64_t share = (last - first + kPlaces - 1) / kPlaces;
+  Summing place[kPlaces];
   for (std::int64_t i = 0; i < share; ++i) {
-    Chunk chunk[kPlaces];
-    InnerProduct product[kPlaces][kMaxPairs];
-    for (int k = 0; k < kPlaces; ++k) {
-      const std::int64_t index = first + k * share + i;
-      chunk[k] = index < last ? a.map.at(index) : Chunk{};
-      for (int p = 0; p < a.pairs; ++p) product[k][p].clear();
+    for (int n = 0; n < kPlaces; ++n) {
+      const std::int64_t index = first + n * share + i;
+      Summing& at = place[n];
+      at.chunk = index < last ? a.map.at(index) : Chunk{};
+      for (int k = 0; k < a.operands; ++k) at.operand[k] = span(a.operand[k].column, at.chunk.row, at.chunk.offset);
+      for (int p = 0; p < a.pairs; ++p) at.product[p].clear();
     }
     for (int begin = 0; begin < kChunk; begin += kTile) {
-      for (int k = 0; k < kPlaces; ++k) {
-        if (begin >= chunk[k].size) continue;
-        a.w.dtype[chunk[k].row] == Dtype::f64 ? sums_tile<double>(a, chunk[k], begin, product[k])
-                                              : sums_tile<float>(a, chunk[k], begin, product[k]);
+      for (Summing& at : place) {
+        if (begin >= at.chunk.size) continue;
+        a.w.dtype[at.chunk.row] == Dtype::f64 ? sums_tile<double>(a, at, begin) : sums_tile<float>(a, at, begin);
       }
     }
-    for (int k = 0; k < kPlaces; ++k)
-      for (int p = 0; p < a.pairs && chunk[k].size > 0; ++p)
-        a.partial[p * a.map.chunks + first + k * share + i] = product[k][p].total();
+    for (int n = 0; n < kPlaces; ++n)
+      for (int p = 0; p < a.pairs && place[n].chunk.size > 0; ++p)
+        a.partial[p * a.map.chunks + first + n * share + i] = place[n].product[p].total();
   }
 }
 
