@@ -436,7 +436,9 @@ def step(
                         m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
                         v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         m, v = moments(d, m, v, (1 - beta1).to(ACC), (1 - beta2).to(ACC), beta2.to(ACC))
-                        if BASE == "lamb":  # only now: across a sum's barrier d would cost registers, and spill on sm_80
+                        if (
+                            BASE == "lamb"
+                        ):  # only now: across a sum's barrier d would cost registers, and spill on sm_80
                             tl.store(partials + programs, tl.sum(x * x))
                         store(states[0], place, m, STATES[0], ALIGNED, FULL)
                         store(states[1], place, v, STATES[1], ALIGNED, FULL)
