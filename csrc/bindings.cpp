@@ -254,7 +254,9 @@ class Table {
   }
 
   // moved: the table's list of perturbed rows, in which the rows that have the first input are marked.
-  void perturb(const std::vector<std::string>& inputs, py::handle d, py::handle adaptive, py::list moved) {
+  // threshold 0: no mask.
+  void perturb(const std::vector<std::string>& inputs, py::handle d, py::handle adaptive, std::uint32_t key,
+               std::uint32_t threshold, py::list moved) {
     const at::NoGradGuard no_grad;
     check_inputs(inputs);
     const Tensors &weights = column("w"), &backups = column("b");
@@ -279,6 +281,7 @@ class Table {
     args.eta = eta.empty() ? nullptr : eta.data();
     args.inputs = static_cast<int>(inputs.size());
     args.c = doubles(c);
+    args.mask = {key, threshold};
     {
       const py::gil_scoped_release release;
       cpu::perturb(args, parallel_for);

@@ -327,7 +327,9 @@ class Table {
   }
 
   // moved: the table's list of perturbed rows, in which the rows that have the first input are marked.
-  void perturb(const std::vector<std::string>& inputs, py::handle d, py::handle adaptive, py::list moved) {
+  // threshold 0: no mask.
+  void perturb(const std::vector<std::string>& inputs, py::handle d, py::handle adaptive, std::uint32_t key,
+               std::uint32_t threshold, py::list moved) {
     guarded([&](const Session& session) {
       check_inputs(inputs);
       const Mask moves = present(inputs[0]);
@@ -345,6 +347,7 @@ class Table {
       args.b = lease.column("b");
       args.eta = to_eta(session, adaptive);
       args.c = data<double>(c);
+      args.mask = {key, threshold};
       for (const Layout& layout : plan.layouts) {
         for (const Window& window : windows(layout, /*groups=*/false)) {
           args.map = layout.map;

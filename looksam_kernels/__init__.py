@@ -5,11 +5,13 @@ A sharpness-aware step is a few :func:`sums` over aligned lists of tensors, a fe
 """
 
 from looksam_kernels.backends import BackendInfo, backend_info, use_backend
+from looksam_kernels.masks import Mask
 from looksam_kernels.ops import coefficients, measure, perturb, restore, step, sums
 from looksam_kernels.table import TensorTable
 
 __all__ = [
     "BackendInfo",
+    "Mask",
     "TensorTable",
     "backend_info",
     "coefficients",

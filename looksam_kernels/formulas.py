@@ -114,6 +114,11 @@ def asam(sums: Sums, hyper: Hyper) -> Tensor:
     return _over_norm(hyper.row("rho"), sums.total("Tg", "Tg").sqrt(), hyper)
 
 
+def esam(sums: Sums, hyper: Hyper) -> Tensor:
+    """c = rho / (beta (||g|| + perturb_eps)), where a mask keeps each element with probability beta. ESAM, Du et al. 2022."""
+    return _over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("g", "g").sqrt(), hyper)
+
+
 def trust_normalized(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho L_p / ||L g||, so that ||e|| = rho. LayerSAM, Liu et al. 2022."""
     scale = _layer_ratio(sums, hyper)
@@ -307,6 +312,7 @@ def _pairs(names: str) -> tuple[Pair, ...]:
 ASCENTS = {
     "sam": Ascent(sam, _pairs("gg")),
     "asam": Ascent(asam, (("Tg", "Tg"),)),
+    "esam": Ascent(esam, _pairs("gg")),
     "trust_normalized": Ascent(trust_normalized, _pairs("gg ww")),
     "trust": Ascent(trust, _pairs("gg ww")),
     "trust_global": Ascent(trust_global, _pairs("gg ww")),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
 
 Adaptive = Sequence[float | None]
@@ -94,8 +95,12 @@ def measure(
     return found, scalars
 
 
-def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive | None = None) -> None:
+def perturb(
+    table: TensorTable, coefficients: Coefficients, adaptive: Adaptive | None = None, mask: Mask | None = None
+) -> None:
     """b <- w, w <- w + T^2 sum_i c_ip x_ip, for the rows that have the first input.
+
+    With a mask only the elements that :class:`looksam_kernels.Mask` keeps are moved; the others keep b's bits.
 
     Rows that are perturbed already, and rows with a master copy, start from b and leave it alone: w <- round(b + ...).
     With all c_ip = 0 w keeps b's bits whatever x holds. Inputs that are ``None`` count as 0. Marks the rows in
@@ -105,7 +110,7 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive |
         ValueError: a row that takes part has no b.
     """
     _need(table, "b", table.present(coefficients.inputs[0]))
-    table.backend.perturb(table, coefficients, adaptive)
+    table.backend.perturb(table, coefficients, adaptive, mask)
 
 
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:

@@ -25,7 +25,7 @@ LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg;
 
 enum class Rule : std::uint8_t {
   // ascents, e = T^2 sum_i c_i x_i
-  sam, asam, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, carried, ahead,
+  sam, asam, esam, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, carried, ahead,
   // descents, d and what is written or added beside it
   as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso_second, friendly_second, sampa,
 };
@@ -48,6 +48,7 @@ inline constexpr RuleInfo kRules[] = {
     // ascents
     {"sam", Rule::sam, 1, {g}, kRho, false, false},
     {"asam", Rule::asam, 1, {g}, kRho, false, false},
+    {"esam", Rule::esam, 1, {g}, kRho | kBeta, false, false},
     {"trust_normalized", Rule::trust_normalized, 1, {g}, kRho | kLayerScaled, false, false},
     {"trust", Rule::trust, 1, {g}, kRho | kLayerScaled, false, false},
     {"trust_global", Rule::trust_global, 1, {g}, kRho | kLayerScaled, false, false},
@@ -156,6 +157,7 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
   switch (rule) {
     case Rule::sam:
     case Rule::asam:
+    case Rule::esam:
     case Rule::unit:
     case Rule::carried:
     case Rule::as_is: return {{1}, {}, {}};
@@ -207,6 +209,7 @@ LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const Ro
     case Rule::trust_global: return over_norm(h.rho, root(total.of(g, g)), eps);
     case Rule::unit: return over_norm(h.rho, root(h.layer_scaled > 0 ? row.of(g, g) : total.of(g, g)), eps);
     case Rule::asam: return over_norm(h.rho, root(total.of(Tg, Tg)), eps);
+    case Rule::esam: return over_norm(h.rho / h.beta, root(direction_sq_total), eps);
     default: return over_norm(h.rho, root(direction_sq_total), eps);
   }
 }

@@ -296,6 +296,19 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
     const T* origin = from_b ? values(b_span, size, origin_tile) : w;
     const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
     const T* e = ascent.of(x.at, size, e_tile);
+    if (a.mask.present()) {
+      const MaskSpan mask(a.mask, chunk.row, offset);
+      std::uint32_t hash[kTile];
+      T* kept = e_tile.at;
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) hash[i] = mask.hash(i);
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) {
+        const T moved = e[i];
+        kept[i] = hash[i] < mask.threshold ? moved : T(-0.0);  // origin + -0.0 has origin's bits
+      }
+      e = kept;
+    }
     T* out = room(w_span, out_tile);
     if (eta != eta) {
       LOOKSAM_VECTORIZE

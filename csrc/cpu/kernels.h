@@ -3,6 +3,7 @@
 // Each op runs over all chunks of all rows, whatever their dtypes, and writes a partial sum per chunk where it sums.
 #pragma once
 
+#include "../core/mask.h"
 #include "../core/scalars.h"
 #include "../core/table.h"
 
@@ -28,7 +29,8 @@ struct SumsArgs {
   double* partial;                 // [pairs, chunks], 0 where an operand is absent
 };
 
-// In the rows that have the first input: b <- w unless they start from b, then w <- origin + T^2 sum_i c_i x_i.
+// In the rows that have the first input: b <- w unless they start from b, then w <- origin + T^2 sum_i c_i x_i in the
+// elements that the mask keeps.
 struct PerturbArgs {
   ChunkMap map;
   Column w, b;
@@ -37,6 +39,7 @@ struct PerturbArgs {
   int inputs;
   Column input[kMaxInputs];
   const double* c;  // [inputs, rows]
+  Mask mask;
 };
 
 enum class Action : std::uint8_t { skip, restore, update };

@@ -1,8 +1,9 @@
-// perturb: b <- w, w <- w + T^2 sum_i c_i x_i, in the rows that have the first input.
+// perturb: b <- w, w <- w + T^2 sum_i c_i x_i, in the rows that have the first input and the elements that the mask keeps.
 #pragma once
 
 #include <type_traits>
 
+#include "../core/mask.h"
 #include "block.cuh"
 #include "table.cuh"
 
@@ -16,6 +17,7 @@ struct PerturbArgs {
   const Ref *w, *b;
   const double* eta;  // [rows], NaN where T = 1; null: everywhere
   const double* c;    // [inputs, rows of the whole table]
+  Mask mask;
   Bits perturbed;     // rows that start from b and leave it alone, as those do whose b is a master copy
 };
 
@@ -40,6 +42,7 @@ struct PerturbBody {
     const bool moves = !combination.is_zero();
     const double eta = a.eta != nullptr ? a.eta[chunk.row] : 0;
     const bool scaled = a.eta != nullptr && eta == eta;
+    const MaskSpan mask(a.mask, chunk.row, chunk.offset);
     const bool aligned = w.aligned() && b.aligned() && x[0].aligned() && x[1].aligned() && x[2].aligned();
 
     for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
@@ -62,7 +65,10 @@ struct PerturbBody {
       Vector<T> moved = origin;
       if (moves) {
         const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
-        const Vector<T> e = combination.of(inputs);
+        Vector<T> e = combination.of(inputs);
+        if (a.mask.present())
+          for (int k = 0; k < T::lanes; ++k)
+            if (!mask.keeps(i + k)) e.lane[k] = Wide(-0.0);  // origin + -0.0 has origin's bits
         for (int k = 0; k < T::lanes; ++k) {
           const Wide scale = scaled ? adaptive_scale(current.lane[k], static_cast<Wide>(eta)) : Wide(1);
           moved.lane[k] = looksam::perturbed(origin.lane[k], scale, e.lane[k]);

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from looksam_kernels.backends import reference
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
 
 try:
@@ -83,8 +84,9 @@ def measure(
     return Sums(all_pairs, values), _named(rule, scalars)
 
 
-def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive) -> None:
-    _synced(table).perturb(coefficients.inputs, coefficients.d, adaptive, table.perturbed)
+def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
+    key, threshold = (0, 0) if mask is None else (mask.key, mask.threshold)
+    _synced(table).perturb(coefficients.inputs, coefficients.d, adaptive, key, threshold, table.perturbed)
 
 
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:

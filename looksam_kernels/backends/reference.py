@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels.formulas import ASCENTS, BASES, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
+from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
 
 Scalars = Mapping[str, Any]
@@ -67,7 +68,14 @@ def evaluate(
     return descent(rule, sums, hyper, bad, max_grad_norm)
 
 
-def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Sequence[float | None] | None) -> None:
+def perturb(
+    table: TensorTable,
+    coefficients: Coefficients,
+    adaptive: Sequence[float | None] | None,
+    mask: Mask | None,
+    numbers: Sequence[int] | None = None,
+) -> None:
+    """``numbers``: the rows' numbers where the table is a part of another, which the mask counts."""
     for row, x in enumerate(table[coefficients.inputs[0]]):
         if x is None:
             continue
@@ -76,6 +84,8 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Sequence[f
         if not (has_master(table, row) or table.perturbed[row]):
             b.copy_(w)
         e = t * t * _combine(table, row, coefficients.inputs, coefficients.d)
+        if mask is not None:
+            e = torch.where(mask.row(row if numbers is None else numbers[row], w), e, -0.0)  # b + -0.0 has b's bits
         w.copy_(torch.where((coefficients.d[:, row] != 0).any().to(w.device), b + e, b))
         table.perturbed[row] = True
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from looksam_kernels.backends import reference
 from looksam_kernels.formulas import BASES, Coefficients, Groups, Hyper, Pair, Sums
+from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable, holds_scalars
 
 Adaptive = Sequence[float | None] | None
@@ -389,13 +390,14 @@ def coefficients(
     return reference.evaluate(rule, sums, hyper, found_inf, max_grad_norm)
 
 
-def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive) -> None:
+def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
     layout, kernels = _layout(table), _kernels()
     inputs = coefficients.inputs
     takes_part = table.present(inputs[0])
     from_b = [moved or reference.has_master(table, row) for row, moved in enumerate(table.perturbed)]
     buckets, odd = layout.split(["b", *inputs], takes_part, from_b)
     c, eta = coefficients.d.contiguous(), _eta(layout, adaptive)
+    key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
     for bucket in buckets:
         w, b, *types = bucket.types("w", "b", *inputs)
         _launch(
@@ -406,6 +408,8 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive) 
             layout.addresses(*inputs),
             c,
             eta,
+            key,
+            threshold,
             bucket.chunks,
             layout.sizes,
             len(table),
@@ -414,15 +418,21 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive) 
             TYPES=tuple(types),
             FROM_B=bucket.from_b,
             STRETCHED=eta is not None,
+            MASKED=mask is not None,
             **bucket.walk(),
         )
 
     def by_reference(part: TensorTable, rows: list[int]) -> None:
         eta_of_part = None if adaptive is None else [adaptive[row] for row in rows]
-        reference.perturb(part, _of_rows(coefficients, rows), eta_of_part)
+        reference.perturb(part, _of_rows(coefficients, rows), eta_of_part, mask, rows)
 
     _elsewhere(table, odd, by_reference)
     table.perturbed = [moved or part for moved, part in zip(table.perturbed, takes_part, strict=True)]
+
+
+def _int32(word: int) -> int:
+    """32 bits as the signed number that every kernel takes without being compiled again for larger ones."""
+    return word - 2**32 if word >= 2**31 else word
 
 
 def restore(table: TensorTable) -> None:

@@ -106,6 +106,24 @@ def stretch(w, eta):
     return tl.where(eta < 0, 1.0, tl.abs(w) + eta)
 
 
+@triton.jit
+def mix(x):
+    """:func:`looksam_kernels.masks.mix`."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def keeps(place, chunks, key, threshold, CHUNK: tl.constexpr):
+    """The bits of :class:`looksam_kernels.Mask` for this program's elements."""
+    start = tl.load(chunks + tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * CHUNK
+    of_row = mix(key.to(tl.uint32, bitcast=True) ^ place[0].to(tl.uint32, bitcast=True))
+    here = mix(of_row ^ (start >> 32).to(tl.uint32))
+    index = (start & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, CHUNK).to(tl.uint32)
+    return mix(mix(index ^ here) + here) < threshold.to(tl.uint32, bitcast=True)
+
+
 # Arithmetic: Triton's own / and sqrt are approximate in float32 -------------------------------------------------------
 
 
@@ -248,6 +266,8 @@ def perturb(
     inputs,
     c,
     eta,
+    key,
+    threshold,
     chunks,
     sizes,
     rows,
@@ -256,11 +276,15 @@ def perturb(
     TYPES: tl.constexpr,
     FROM_B: tl.constexpr,
     STRETCHED: tl.constexpr,
+    MASKED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """b <- w, w <- w + T^2 sum_i c_i x_i; with FROM_B w <- b + T^2 sum_i c_i x_i. With all c_i = 0 the bits stay."""
+    """b <- w, w <- w + T^2 sum_i c_i x_i; with FROM_B w <- b + T^2 sum_i c_i x_i. With all c_i = 0 the bits stay.
+
+    MASKED: elements that the mask of key and threshold (32 bits each, as int32) does not keep stay, too.
+    """
     place, full = locate(chunks, sizes, CHUNK)
     row = place[0]
     moves = False
@@ -279,6 +303,8 @@ def perturb(
                 at = load(w, place, W, ALIGNED, FULL) if FROM_B else origin
                 t = stretch(at.to(ACC), tl.load(eta + row).to(ACC))
                 e = t * t * e
+            if MASKED:
+                e = tl.where(keeps(place, chunks, key, threshold, CHUNK), e, -0.0)
             moved = tl.where(moves, convert(origin.to(ACC) + e, W), convert(origin, W))
             store(w, place, moved, W, ALIGNED, FULL)
 

@@ -70,7 +70,7 @@ def test_launches() -> None:
     assert_green(on_harness(build.harness(sanitize=False), LAUNCHES, sanitize=False))
 
 
-STEP, PERTURB, SUMS = "test_step and adamw", "test_perturb", "test_sums"
+STEP, PERTURB, SUMS = "test_step and adamw", "(test_perturb or test_a_mask)", "test_sums"
 
 FAULTS: dict[str, tuple[build.Fault, str]] = {
     "the last element of a tail is left out": (
@@ -107,6 +107,10 @@ FAULTS: dict[str, tuple[build.Fault, str]] = {
     ),
     "the offset of a chunk is taken in bytes": (
         ("table.cuh", "data_ += offset * (narrow_ ? sizeof(Narrow) : sizeof(Wide))", "data_ += offset"),
+        PERTURB,
+    ),
+    "a mask is counted from the chunk on": (
+        ("perturb.cuh", "mask(a.mask, chunk.row, chunk.offset)", "mask(a.mask, chunk.row, 0)"),
         PERTURB,
     ),
     "only some threads reach a barrier": (

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,10 +76,11 @@ def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> 
 
 @on_every_target
 @on_every_case
-@pytest.mark.parametrize("inputs", ["c g", "T^2 c g", "c g + c q", "c g from b"])
+@pytest.mark.parametrize("inputs", ["c g", "T^2 c g", "c g + c q", "c g from b", "b c g", "b T^2 c g"])
 def test_perturb(target: Target, case: str, inputs: str) -> None:
     rows = CASES[case]
-    eta = cases.eta(rows) if inputs == "T^2 c g" else None
+    eta = cases.eta(rows) if "T^2" in inputs else None
+    mask = lk.Mask(keep=0.6, seed=3, draw=5) if inputs.startswith("b ") else None
     start = cases.columns(rows, target.device)
     several = Combination(("g", "q"), (0.05, -0.02)) if inputs == "c g + c q" else UP
     c = several.coefficients(rows, target.device)
@@ -88,7 +90,7 @@ def test_perturb(target: Target, case: str, inputs: str) -> None:
     def run(backend: str, cols: Columns) -> Columns:
         made = cases.table(rows, cols, backend, moved if again else None)
         storage = [w.data_ptr() for w in cols["w"]]
-        lk.perturb(made, c, eta)
+        lk.perturb(made, c, eta, mask)
         assert made.perturbed == moved
         assert [w.data_ptr() for w in cols["w"]] == storage
         return cols
@@ -107,6 +109,42 @@ def test_perturb(target: Target, case: str, inputs: str) -> None:
         saved = start["b" if rows[row].master or again else "w"][row]
         assert cases.same_bits({"b": [found["b"][row]]}, {"b": [saved]}), "the backup is not exact"
         cases.assert_close(f"w of row {row}", found["w"][row], baseline["w"][row], truth["w"][row])
+
+
+@on_every_target
+@pytest.mark.parametrize("case", ["shapes", "large", "unaligned", "channels last", "not dense", "dtypes", "groups"])
+def test_a_mask_moves_the_elements_that_its_hash_keeps_and_no_bit_of_the_others(target: Target, case: str) -> None:
+    rows = CASES[case]
+    cols = cases.columns(rows, target.device)
+    for w, g in zip(cols["w"], cols["g"], strict=True):
+        g.fill_(8.0)  # moves a float16 too
+        if w.numel():
+            w[(0,) * w.ndim] = -0.0  # whose sign + 0.0 would take off
+    before = cases.copy(cols)
+    c = UP.coefficients(rows, target.device)
+    lk.perturb(cases.table(rows, cols, target.backend), c, None, lk.Mask(keep=0.37, seed=2**40 + 17, draw=2**31 + 1))
+    for row, (w, old) in enumerate(zip(cols["w"], before["w"], strict=True)):
+        kept = kept_elements(0.37, 2**40 + 17, 2**31 + 1, row, w)
+        assert torch.equal(w != old, kept), f"row {row}"
+        assert cases.same_bits({"w": [w[~kept]]}, {"w": [old[~kept]]}), f"row {row}"
+
+
+def kept_elements(keep: float, seed: int, draw: int, row: int, w: Tensor) -> Tensor:
+    """The mask of a row, from the hash's description alone, in NumPy."""
+
+    def mix(x: Any) -> Any:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = np.multiply(x ^ (x >> np.uint32(shift)), np.uint32(factor))
+        return x ^ (x >> np.uint32(16))
+
+    key = np.array([0x9E3779B9], np.uint32)
+    for word in (seed % 2**32, seed // 2**32, draw, row, 0):
+        key = mix(key ^ np.uint32(word))
+    drawn = mix(mix(np.arange(w.numel(), dtype=np.uint32) ^ key) + key) / 2**32 < keep
+    dense = w.numel() == 0 or 1 + sum((n - 1) * s for n, s in zip(w.shape, w.stride(), strict=True)) == w.numel()
+    by_place = sorted(range(w.ndim), key=lambda d: -w.stride(d)) if dense else range(w.ndim)
+    shape = [w.shape[d] for d in by_place]
+    return torch.from_numpy(drawn).view(shape).permute([*map(list(by_place).index, range(w.ndim))]).to(w.device)
 
 
 def _steps() -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from looksam_kernels import TensorTable, backend_info, ops
+from looksam_kernels import Mask, TensorTable, backend_info, ops
 
 pytestmark = pytest.mark.skipif(
     not backend_info("cpu")["native"].available, reason=f"no native backend: {backend_info('cpu')['native'].reason}"
@@ -68,7 +68,7 @@ def run(base: str) -> list[Tensor]:
     """A refresh, a reuse, and all that they leave."""
     table = make_table()
     sums, coefficients = ops.measure(table, "trust_normalized", [GROUP])
-    ops.perturb(table, coefficients)
+    ops.perturb(table, coefficients, mask=Mask(keep=0.6))
     moved = [w.clone() for w in table["w"]]
     sums, coefficients = ops.measure(table, "looksam_refresh", [GROUP], known=sums, max_grad_norm=1.0)
     ops.step(table, base, coefficients, [GROUP])

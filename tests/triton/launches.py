@@ -104,6 +104,8 @@ def launch_everything() -> None:
                 lk.sums(table, (("Tg", "Tg"),), [0.01])
                 lk.perturb(table, up, [0.01])
                 lk.restore(table)
+                lk.perturb(table, up, None, lk.Mask(keep=0.6))
+                lk.restore(table)
             lk.perturb(table, up)
             hyper: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "momentum", "dampening", "nesterov"), 0.1)
             hyper |= {"betas": (0.9, 0.99), "eps": 1e-8, "always_adapt": True, "trust_clip": False}
