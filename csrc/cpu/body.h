@@ -98,8 +98,12 @@ inline void put(Span x, const T* results, int size) {
   if (x.data != nullptr && x.data != results) narrow_to(x, results, size);
 }
 
-// to <- from of one dtype, past the caches.
+// to <- from of one dtype, past the caches; less than a tile is not worth a wait for the memory.
 inline void stream(Span to, const void* from, int size) {
+  if (size < kTile) {
+    __builtin_memcpy(to.data, from, static_cast<std::size_t>(size) * size_of(to.dtype));
+    return;
+  }
   switch (size_of(to.dtype)) {
     case 2: return stream_copy(static_cast<std::uint16_t*>(to.data), static_cast<const std::uint16_t*>(from), size);
     case 4: return stream_copy(static_cast<float*>(to.data), static_cast<const float*>(from), size);
@@ -155,10 +159,8 @@ struct InnerProduct {
   }
 
   double total() const {
-    double sum = 0;
-    for (const Vector& part : lane)
-      for (int i = 0; i < 8; ++i) sum += part[i];
-    return sum;
+    const Vector x = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
   }
 };
 
