@@ -302,6 +302,8 @@ class Descent(NamedTuple):
     """Further sums that ||d||^2 needs, when it is clipped."""
     writes: str | None = None
     """The column that takes the second combination; its ||.||^2 goes to ``<column>_norm_sq`` where there is one."""
+    whole: bool = False
+    """Does it take all gradients to make sense? A row that lacks one then has the first input alone for d."""
 
 
 def _pairs(names: str) -> tuple[Pair, ...]:
@@ -330,17 +332,24 @@ DESCENTS = {
     "looksam_refresh": Descent(looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q"),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), _pairs("gg qq"), _pairs("gq")),
     "ssam": Descent(ssam, ("s",), _pairs("gg ss")),
-    "gsam": Descent(gsam, ("s", "g"), _pairs("gg gs ss")),
-    "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs")),
-    "wsam_coupled": Descent(wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs")),
-    "crsam": Descent(crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr")),
-    "vasso_second": Descent(vasso_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
-    "friendly_second": Descent(friendly_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m"),
-    "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y"),
+    "gsam": Descent(gsam, ("s", "g"), _pairs("gg gs ss"), whole=True),
+    "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
+    "wsam_coupled": Descent(wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
+    "crsam": Descent(crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr"), whole=True),
+    "vasso_second": Descent(
+        vasso_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
+    ),
+    "friendly_second": Descent(
+        friendly_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
+    ),
+    "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y", whole=True),
 }
 
 STORED = ("w", "q", "m", "y")
 """Columns that carry no loss scale; all others are gradients of this step and do."""
+
+KEEP_NORM = ("q",)
+"""Written columns whose squared norms stand beside them, in ``<column>_norm_sq``: the sums need not read them again."""
 
 BASES = {
     "sgd": ("momentum_buffer",),
@@ -353,24 +362,44 @@ BASES = {
 restores w, and leaves the rest to another optimizer."""
 
 
-def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor) -> Coefficients:
-    """The coefficients of e, for gradients as they are, loss scale and all; 0 after a non-finite sum."""
+Presence = Mapping[str, Sequence[bool]]
+"""Which rows have a gradient, for each one that a rule reads; asked for where a row lacks some of them."""
+
+
+def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, present: Presence | None = None) -> Coefficients:
+    """The coefficients of e, for gradients as they are, loss scale and all; 0 after a non-finite sum.
+
+    Rows without the first input are in no norm.
+    """
     rule = ASCENTS[name]
+    if present is not None:
+        takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
+        sums = Sums(sums.pairs, torch.where(takes_part, sums.values, 0.0))
     c = rule.formula(_unscaled(sums, hyper), hyper).reshape(len(rule.inputs), -1) * hyper.sign()
     c = _for_scaled(rule.inputs, c, hyper)
     return Coefficients(rule.inputs, torch.where(found_inf > 0, 0.0, c), None, found_inf)
 
 
-def descent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, max_grad_norm: float | None) -> Coefficients:
+def descent(
+    name: str,
+    sums: Sums,
+    hyper: Hyper,
+    found_inf: Tensor,
+    max_grad_norm: float | None,
+    present: Presence | None = None,
+) -> Coefficients:
     """The coefficients of d, of what is written and of what is added after the update, for gradients as they are.
 
     d is scaled by min(1, max_grad_norm / ||d||). ``maximize`` turns d and the addition round, not what is written.
+    Rows that lack a gradient of a rule which needs all have the first input for d, and keep what it makes a mean of.
     """
     rule = DESCENTS[name]
     sums = _unscaled(sums, hyper)
     direction = rule.formula(sums, hyper)
     d = _rows(direction.d, sums)
     q, post = (None if x is None else _rows(x, sums) for x in direction[1:])
+    if present is not None:
+        d, q, post = _with_gaps(rule, d, q, post, present, hyper)
     if max_grad_norm is not None:
         norm = direction_norm(rule.inputs, d, sums)
         d = d * ratio(torch.full_like(norm, max_grad_norm), norm).clamp(max=1)
@@ -378,6 +407,35 @@ def descent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, max_grad_nor
     q = None if q is None else _for_scaled(rule.inputs, q, hyper)
     post = None if post is None else _for_scaled(rule.inputs, post * hyper.sign(), hyper)
     return Coefficients(rule.inputs, d, q, found_inf, post, rule.writes or "q")
+
+
+def _with_gaps(
+    rule: Descent, d: Tensor, q: Tensor | None, post: Tensor | None, present: Presence, hyper: Hyper
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
+    alone = ~torch.stack([hyper.upload(there, torch.bool) for there in present.values()]).all(0)
+
+    def only(column: str) -> Tensor:
+        return hyper.upload([x == column for x in rule.inputs]).reshape(-1, 1)
+
+    d = torch.where(takes_part, torch.where(alone, only(rule.inputs[0]), d), 0.0)
+    if q is not None and rule.writes in rule.inputs:
+        q = torch.where(alone, only(rule.writes), q)
+    return d, q, None if post is None else torch.where(alone, 0.0, post)
+
+
+def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:
+    """Which rows have each input of the rule, if some lack one that is not simply 0 there; ``None`` if none does."""
+    if rule in ASCENTS:
+        first, *others = ASCENTS[rule].inputs
+        there = present(first)
+        if any(x and not g for name in others for x, g in zip(present(name), there, strict=True)):
+            return {first: there}
+    elif DESCENTS[rule].whole:
+        rows = {x: present(x) for x in DESCENTS[rule].inputs if x not in STORED}
+        if any(there != rows[DESCENTS[rule].inputs[0]] for there in rows.values()):
+            return rows
+    return None
 
 
 def _unscaled(sums: Sums, hyper: Hyper) -> Sums:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from looksam_kernels import formulas
 from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Groups, Pair, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
@@ -51,10 +53,13 @@ def coefficients(
         found_inf: 1.0 if an earlier pass of this step was not finite.
         max_grad_norm: scale d by min(1, max_grad_norm / ||d||); the sums must hold the rule's ``clip_pairs`` too.
 
+    A row that lacks one of the gradients which a descent combines has the first input alone for d.
+
     Returns:
         :class:`looksam_kernels.formulas.Coefficients`.
     """
-    return table.backend.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm)
+    found = table.backend.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm)
+    return _with_gaps(table, rule, sums, found, groups, grad_scale, max_grad_norm)
 
 
 def measure(
@@ -83,7 +88,8 @@ def measure(
     pairs = [p for p in needed if known is None or p not in known.pairs]
     fused = getattr(table.backend, "measure", None)
     if fused is not None and all_reduce is None:
-        return fused(table, rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
+        found, scalars = fused(table, rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
+        return found, _with_gaps(table, rule, found, scalars, groups, grad_scale, max_grad_norm)
     found = sums(table, pairs, adaptive)
     if all_reduce is not None:
         found = all_reduce(found)
@@ -155,6 +161,29 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     table.perturbed = [False] * len(table)
 
 
+def addition(table: TensorTable, coefficients: Coefficients) -> list[Tensor | None]:
+    """What :func:`step` adds to w after the base update, for updates that are made elsewhere: sum_i post_i x_i.
+
+    To be called before ``step(table, "grad", ...)``, which writes over the first input.
+
+    Returns:
+        A new tensor for each row that has the first input, float64 for float64 parameters and float32 for all others;
+        ``None`` in the other rows, and in all where the rule adds nothing.
+    """
+    rows: list[Tensor | None] = [None] * len(table)
+    if coefficients.post is not None:
+        for row, takes_part in enumerate(table.present(coefficients.inputs[0])):
+            if takes_part:
+                w = table["w"][row]
+                total = torch.zeros_like(w, dtype=torch.float64 if w.dtype == torch.float64 else torch.float32)
+                for c, name in zip(coefficients.post, coefficients.inputs, strict=True):
+                    x = table[name][row]
+                    if x is not None:
+                        total += c[row].to(total) * x.to(total.dtype)
+                rows[row] = total
+    return rows
+
+
 def restore(table: TensorTable) -> None:
     """w <- b, bit for bit, for the perturbed rows (rows with a master copy: w <- round(b)); for a step that is abandoned."""
     table.backend.restore(table)
@@ -172,6 +201,26 @@ def pairs_of(rule: str, clip: bool = False) -> tuple[Pair, ...]:
     if rule in DESCENTS:
         return DESCENTS[rule].pairs + (DESCENTS[rule].clip_pairs if clip else ())
     raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join([*ASCENTS, *DESCENTS])}")
+
+
+def _with_gaps(
+    table: TensorTable,
+    rule: str,
+    sums: Sums,
+    found: Coefficients,
+    groups: Groups,
+    grad_scale: Tensor | None,
+    max_grad_norm: float | None,
+) -> Coefficients:
+    """The coefficients where a tensor lacks some of the gradients, which the backends do not ask: rare, and plain
+    PyTorch on a few numbers a row."""
+    present = formulas.gaps(rule, table.present)
+    if present is None:
+        return found
+    hyper = formulas.Hyper(groups, table.group, table.device, grad_scale)
+    if rule in ASCENTS:
+        return formulas.ascent(rule, sums, hyper, found.found_inf, present)
+    return formulas.descent(rule, sums, hyper, found.found_inf, max_grad_norm, present)
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:

@@ -98,12 +98,8 @@ inline void put(Span x, const T* results, int size) {
   if (x.data != nullptr && x.data != results) narrow_to(x, results, size);
 }
 
-// to <- from of one dtype, past the caches; less than a tile is not worth a wait for the memory.
+// to <- from of one dtype, past the caches.
 inline void stream(Span to, const void* from, int size) {
-  if (size < kTile) {
-    __builtin_memcpy(to.data, from, static_cast<std::size_t>(size) * size_of(to.dtype));
-    return;
-  }
   switch (size_of(to.dtype)) {
     case 2: return stream_copy(static_cast<std::uint16_t*>(to.data), static_cast<const std::uint16_t*>(from), size);
     case 4: return stream_copy(static_cast<float*>(to.data), static_cast<const float*>(from), size);
@@ -159,8 +155,10 @@ struct InnerProduct {
   }
 
   double total() const {
-    const Vector x = (lane[0] + lane[1]) + (lane[2] + lane[3]);
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+    double sum = 0;
+    for (const Vector& part : lane)
+      for (int i = 0; i < 8; ++i) sum += part[i];
+    return sum;
   }
 };
 
@@ -418,7 +416,6 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       }
       case Base::grad:
         if (row.from_b) restore(w_span, b_span, size, out_tile);
-        put(span(a.input[0], chunk.row, offset), d, size);
     }
     if (a.base != Base::lamb && a.base != Base::grad) {
       if (post.terms > 0) post.add_to(out, x.at, size, d_tile);
@@ -430,6 +427,8 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       qq.add(q, q, size);
       write_once(span(a.written, chunk.row, offset), q, size);
     }
+    // Last, because q may be the first input itself.
+    if (a.base == Base::grad) put(span(a.input[0], chunk.row, offset), d, size);
   }
   if (a.q != nullptr) a.q_sq[index] = qq.total();
   if (a.base == Base::lamb) a.w_sq[index] = ww.total(), a.u_sq[index] = uu.total();

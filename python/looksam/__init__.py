@@ -1,7 +1,39 @@
-"""Sharpness-aware optimizers for PyTorch: SAM, LookSAM, LayerSAM, Look-LayerSAM over fused base updates."""
+"""Sharpness-aware optimizers for PyTorch: SAM, LookSAM, LayerSAM and their relatives over fused base updates."""
 
 from looksam.optimizer import SharpnessAware
 from looksam.passes import frozen_running_stats
-from looksam.variants import LAMB, SAM, VARIANTS, LayerSAM, LookLayerSAM, LookSAM
+from looksam.variants import (
+    ASAM,
+    CRSAM,
+    GSAM,
+    LAMB,
+    SAM,
+    SSAM,
+    VARIANTS,
+    WSAM,
+    FriendlySAM,
+    LayerSAM,
+    LookLayerSAM,
+    LookSAM,
+    SAMPa,
+    VaSSO,
+)
 
-__all__ = ["LAMB", "SAM", "VARIANTS", "LayerSAM", "LookLayerSAM", "LookSAM", "SharpnessAware", "frozen_running_stats"]
+__all__ = [
+    "ASAM",
+    "CRSAM",
+    "GSAM",
+    "LAMB",
+    "SAM",
+    "SSAM",
+    "VARIANTS",
+    "WSAM",
+    "FriendlySAM",
+    "LayerSAM",
+    "LookLayerSAM",
+    "LookSAM",
+    "SAMPa",
+    "SharpnessAware",
+    "VaSSO",
+    "frozen_running_stats",
+]

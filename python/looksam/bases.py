@@ -56,9 +56,6 @@ class Fused(NamedTuple):
         new_master = needs_master(p) and "master_param" not in state
         return self.state_for(p, group) if "step" not in state or new_momentum or new_master else {}
 
-    def as_stepped(self, groups: list[Group]) -> list[Group]:
-        return groups
-
     def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
         """Updates the parameters with the direction."""
         binding.shards.step(binding.table, self.name, coefficients, groups)
@@ -111,19 +108,19 @@ class Wrapped:
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         return {}
 
-    def as_stepped(self, groups: list[Group]) -> list[Group]:
-        """The groups for the direction, which the class itself turns round where it maximizes."""
-        return [{**g, "maximize": False} for g in groups] if any(g.get("maximize") for g in groups) else groups
-
     def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
         """Updates the parameters with the direction. If the class's step raises, what was written is as before."""
         table = binding.table
         names = () if coefficients.q is None else (coefficients.writes, f"{coefficients.writes}_norm_sq")
         written = [(x, x.clone()) for name in names for x in table[name] if x is not None]
+        added = ops.addition(table, coefficients)
         try:
             binding.shards.step(table, "grad", coefficients, groups)
             if not bool(coefficients.found_inf):  # the one read of the host: no wrapped optimizer can skip by itself
                 self.step(binding)
+                for w, x in zip(table["w"], added, strict=True):
+                    if x is not None:
+                        w.add_(x)
         except BaseException:
             for x, before in written:
                 x.copy_(before)
@@ -157,10 +154,14 @@ class Wrapped:
 
     @contextmanager
     def _own_names(self, groups: list[Group]) -> Iterator[None]:
-        """Puts the base's arguments under the names it reads, for the time of its step."""
-        ours = [{name: g[name] for name in self.renamed} for g in groups]
+        """Puts the base's arguments under the names it reads, for the time of its step. The direction is turned round
+        already where it is to be maximized."""
+        names = [*self.renamed, "maximize"]
+        ours = [{name: g[name] for name in names if name in g} for g in groups]
         for g in groups:
             g.update({name: g[renamed] for name, renamed in self.renamed.items()})
+            if "maximize" in g:
+                g["maximize"] = False
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from looksam.distributed import Whole, shards_of
 from looksam.hyper import Group
 from looksam.masters import Masters
 from looksam_kernels import TensorTable, ops
+from looksam_kernels.formulas import KEEP_NORM
 
 State = dict[str, Any]
 """Of one parameter."""
@@ -97,31 +98,36 @@ class Binding:
             self._table, self._backup = None, {}
         self.masters.follow()
 
-    def take(self, column: str, backup: bool = False, writes: str | None = None) -> None:
-        """Puts the gradients of now into ``column``, and creates all that the parameters which have one still lack.
-
-        Args:
-            backup: somewhere to save the weights.
-            writes: a column of state.
-        """
+    def take(self, column: str, writes: str | None = None) -> None:
+        """Puts the gradients of now into ``column``, and creates all the state, ``writes`` included, that the
+        parameters which have one still lack."""
         table = self.table
         table[column] = grads = self.gradients()
         momentum = [bool(g.get("momentum")) for g in self.groups]
-        asked = (backup, writes, momentum, [g is not None for g in grads])
+        asked = (writes, momentum, [g is not None for g in grads])
         if asked not in self._prepared:
             for group in self.groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        self._prepare(p, group, backup, writes)
+                        self._prepare(p, group, writes)
             self._set_columns(table)
             self._prepared = [*self._prepared[-7:], asked]
+
+    def make_room(self, column: str) -> None:
+        """Somewhere to save the weights that a perturbation along ``column`` moves."""
+        table = self.table
+        rows = zip(self.params, table.present(column), table.present("b"), strict=True)
+        new = {p: torch.empty_like(p) for p, moves, has_room in rows if moves and not has_room}
+        if new:
+            self._backup.update(new)
+            self._set_columns(table)
 
     def restore(self) -> None:
         """The weights are where they were saved, where a step has moved them."""
         if self._table is not None:
             ops.restore(self._table)
 
-    def drop(self, columns: Sequence[str]) -> None:
+    def drop(self, columns: Iterable[str]) -> None:
         """Forgets gradients."""
         if self._table is not None:
             for column in columns:
@@ -132,17 +138,16 @@ class Binding:
         for p in [p for p in self._aside if p.grad is not None]:
             self.state[p].update(self._aside.pop(p))
 
-    def _prepare(self, p: Tensor, group: Group, backup: bool, writes: str | None) -> None:
+    def _prepare(self, p: Tensor, group: Group, writes: str | None) -> None:
         state = self.state.get(p, {})
         missing = self._base.missing(p, group, state)
         if missing:
             self.state[p] = state = {**missing, **state}
-        if backup and p not in self._backup and "master_param" not in state:
-            self._backup[p] = torch.empty_like(p)
         if writes is not None and writes not in state:
             mine = self._aside.setdefault(p, {}) if self._base.comes_first else state
             mine[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            mine[f"{writes}_norm_sq"] = torch.zeros((), dtype=torch.float64, device=p.device)
+            if writes in KEEP_NORM:
+                mine[f"{writes}_norm_sq"] = torch.zeros((), dtype=torch.float64, device=p.device)
 
     def _set_columns(self, table: TensorTable) -> None:
         params = self.params

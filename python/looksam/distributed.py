@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Shards(Whole):
             self._lamb(table, coefficients, groups)
         else:
             ops.step(table, base, coefficients, groups)
-        if coefficients.q is not None:
+        if written:
             zero = torch.zeros((), dtype=torch.float64, device=table.device)
             whole = self._over_ranks(torch.stack([zero if x is None else x for x in norms]))
             for i, old in zip(written, before, strict=True):
@@ -106,6 +107,7 @@ class Shards(Whole):
             None if x is None else (b if perturbed or _is_master(b, w) else w).clone()
             for x, w, b, perturbed in zip(table[first], table["w"], table["b"], table.perturbed, strict=True)
         ]
+        added = ops.addition(table, coefficients)
         ops.step(table, "grad", coefficients, groups)
         keep = coefficients.found_inf > 0
         squares = [torch.zeros(2, dtype=torch.float64, device=table.device)] * len(table)
@@ -122,7 +124,10 @@ class Shards(Whole):
             group = groups[table.group[row]]
             r = trust[row] if group["weight_decay"] != 0 or group["always_adapt"] else torch.ones_like(trust[row])
             r = r.clamp(max=1) if group["trust_clip"] else r
-            new = torch.where(keep, w, w - group["lr"] * r.to(w.dtype) * u)
+            new = w - group["lr"] * r.to(w.dtype) * u
+            if (post := added[row]) is not None:
+                new = new + post
+            new = torch.where(keep, w, new)
             if _is_master(table["b"][row], table["w"][row]):
                 table["b"][row].copy_(new)
             table["w"][row].copy_(new)
@@ -182,13 +187,15 @@ class Replicas:
         self._group = getattr(model, "process_group", None)
 
     def agree(self, table: TensorTable, descent: str, last: str, found_inf: Tensor | None) -> Tensor | None:
-        """Averages the gradients of earlier passes that the way down needs, in place, and ``found_inf``'s maximum.
+        """Averages the gradients of earlier passes that the way down uses or measures, in place, and ``found_inf``'s maximum.
 
         Without it the replicas would drift: LookSAM's q is made of g and s, and s is already the average.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return found_inf
-        known = [name for name in DESCENTS[descent].inputs if name != last and name not in STORED]
+        rule = DESCENTS[descent]
+        used = dict.fromkeys((*rule.inputs, *chain.from_iterable(rule.pairs)))
+        known = [name for name in used if name != last and name not in STORED]
         for name in known:
             self._average([x for x in table[name] if x is not None])
         if found_inf is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from looksam import bases
 from looksam.amp import ScaledGradients
 from looksam.binding import Binding
 from looksam.checkpoint import load_exactly
-from looksam.hyper import Group, check, settle_layer_filter
+from looksam.hyper import RANGES, Group, Range, check, settle_layer_filter
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
 from looksam.steps import Step
@@ -50,6 +50,9 @@ class SharpnessAware(ScaledGradients, Optimizer):
         ValueError: a hyper-parameter out of range, or different between groups where it must agree; unknown names.
         TypeError: as torch.optim.Optimizer; sparse or complex parameters.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = RANGES
+    """The values that the variant's hyper-parameters may have."""
 
     _binding: Binding | None
     _step: Step | None
@@ -130,12 +133,15 @@ class SharpnessAware(ScaledGradients, Optimizer):
             if zero_grad:
                 self.zero_grad()
             return False
-        if len(plan.looks) != 2 or plan.looks[0].ascent is not None:
-            raise RuntimeError(f"{type(self).__name__} has no first_step and second_step; call step(closure)")
+        if not plan.in_two_calls:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be split into first_step and second_step: it looks {len(plan.looks)} times, "
+                "and not first at the weights themselves and then at perturbed ones; call step(closure)"
+            )
         first, second = plan.looks
         with self._all_or_nothing() as step:
             step.collect(first, keep_grad=not zero_grad)
-            step.ascend(second, None)
+            step.ascend(second, self._probable_scale())
             self._passes.open()
         return True
 
@@ -179,7 +185,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """As torch's; fills in every default, the base's included, and checks the values."""
         if isinstance(param_group, dict):
             given = {**self.defaults, **param_group}
-            check(given, list(self.defaults), first=self.param_groups[0] if self.param_groups else given)
+            own = self.defaults.keys() - self._base.defaults.keys()
+            check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges)
             self._base.check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -208,7 +215,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def _bound(self) -> Binding:
         if self._binding is None:
-            written = [x for x in dict.fromkeys(plan.writes for plan in self.variant) if x is not None]
+            written = [x for x in dict.fromkeys(plan.writes for plan in self.variant[:2]) if x is not None]
             self._binding = Binding(self.param_groups, self.state, self._base, written, self._requested)
         return self._binding
 
@@ -224,10 +231,11 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 step.create_state()
                 self._step = None
             else:
+                by_hand = "; or call first_step(), then backward again, then second_step()"
                 raise RuntimeError(
-                    "this step needs the gradient twice: call step(closure) with a closure that zeroes the gradients, "
-                    "computes the loss, calls backward and returns the loss; or call first_step(), then backward "
-                    "again, then second_step()"
+                    f"this step needs the gradient {'twice' if len(looks) == 2 else f'{len(looks)} times'}: call "
+                    "step(closure) with a closure that zeroes the gradients, computes the loss, calls backward and "
+                    f"returns the loss{by_hand if step.plan.in_two_calls else ''}"
                 )
 
     def _finish(self, step: Step, grad_scale: Tensor | None) -> None:
@@ -241,7 +249,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """The step under way, or a new one. Whatever is raised inside leaves every weight as before the step."""
         try:
             if self._step is None:
-                self._step = Step(self._plan, self._bound(), self._base, self._passes)
+                self._step = Step(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
             yield self._step
         except BaseException:
             self._abandon()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
-from looksam_kernels.formulas import DESCENTS
+from looksam.hyper import Radius
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Ascent, Descent
 
 
 class Look(NamedTuple):
@@ -22,9 +25,9 @@ class Plan(NamedTuple):
     descent: str
 
     @property
-    def ascends(self) -> bool:
-        """Do the weights move before a look?"""
-        return any(look.ascent is not None for look in self.looks)
+    def in_two_calls(self) -> bool:
+        """Is it one look at w and one at w + e, so that the user can run both backward passes by hand?"""
+        return len(self.looks) == 2 and self.looks[0].ascent is None
 
     @property
     def writes(self) -> str | None:
@@ -32,12 +35,28 @@ class Plan(NamedTuple):
         return DESCENTS[self.descent].writes
 
 
+@cache
+def needed_after(plan: Plan, look: Look) -> frozenset[str]:
+    """The columns that the rules after this look's ascent read."""
+    later = plan.looks[plan.looks.index(look) + 1 :]
+    rules: list[Ascent | Descent] = [ASCENTS[x.ascent] for x in later if x.ascent is not None]
+    rules.append(DESCENTS[plan.descent])
+    return frozenset(column for rule in rules for column in (*rule.inputs, *chain.from_iterable(rule.pairs)))
+
+
 class Variant(NamedTuple):
     """A sharpness-aware method: every k-th step, from the first on, is a sharp one, those between are cheap."""
 
     sharp: Plan
     cheap: Plan
+    radius: Radius | None = None
+    """The rho that a group has now, where it is not simply the group's ``rho``."""
 
 
 PLAIN = Plan((Look("g"),), "first")
 """A step of the base optimizer."""
+
+
+def two_looks(ascent: str, descent: str) -> Plan:
+    """g at w, s at w + e."""
+    return Plan((Look("g"), Look("s", ascent)), descent)

@@ -12,9 +12,9 @@ from looksam.binding import Binding
 from looksam.distributed import Replicas
 from looksam.hyper import Group
 from looksam.passes import Passes
-from looksam.plans import Look, Plan
+from looksam.plans import Look, Plan, needed_after
 from looksam_kernels import ops
-from looksam_kernels.formulas import Coefficients, Sums
+from looksam_kernels.formulas import ASCENTS, Coefficients, Sums
 
 
 class Step:
@@ -23,8 +23,15 @@ class Step:
     Until :meth:`descend` has returned, :meth:`abandon` goes back to where the step began.
     """
 
-    def __init__(self, plan: Plan, binding: Binding, base: bases.Fused | bases.Wrapped, passes: Passes) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        binding: Binding,
+        base: bases.Fused | bases.Wrapped,
+        passes: Passes,
+        radius: hyper.Radius | None = None,
+    ) -> None:
+        self.plan, self._radius = plan, radius
         self.moved = False
         """Are the weights away from where the step began?"""
         self._binding, self._base, self._passes = binding, base, passes
@@ -37,7 +44,7 @@ class Step:
         last = look is plan.looks[-1]
         if not self.moved:
             binding.follow()
-        binding.take(look.column, plan.ascends, plan.writes if last else None)
+        binding.take(look.column, plan.writes if last else None)
         table = binding.table
         if keep_grad or (not last and _are_views(table[look.column])):
             table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
@@ -49,12 +56,16 @@ class Step:
         """Measures the gradients collected so far and moves the weights to where ``look`` is taken."""
         assert look.ascent is not None
         binding, rule = self._binding, look.ascent
+        if not self.moved:
+            binding.follow()
+            binding.make_room(ASCENTS[rule].inputs[0])
         etas = hyper.etas(binding.groups)
         if etas is not None and rule == "sam":
             rule = "asam"
-        coefficients = self._measure(rule, hyper.for_ops(binding.groups), grad_scale, etas)
+        coefficients = self._measure(rule, self._groups(), grad_scale, etas)
         self.moved = True
         ops.perturb(binding.table, coefficients, etas)
+        binding.drop({x.column for x in self.plan.looks} - needed_after(self.plan, look))
         self._weights_changed()
 
     def descend(self, grad_scale: Tensor | None) -> Tensor:
@@ -68,7 +79,7 @@ class Step:
             replicas = Replicas(self._passes.model)
             self._found_inf = replicas.agree(binding.table, plan.descent, plan.looks[-1].column, self._found_inf)
             self._sums = None
-        groups = self._base.as_stepped(hyper.for_ops(binding.groups))
+        groups = self._groups()
         clip = binding.groups[0]["max_grad_norm"]
         coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
         self._base.update(binding, coefficients, groups)
@@ -92,6 +103,9 @@ class Step:
         if self.moved:
             self._weights_changed()
         self._end()
+
+    def _groups(self) -> list[Group]:
+        return hyper.for_ops(self._binding.groups, self._radius)
 
     def _measure(
         self,

@@ -8,34 +8,29 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from looksam.hyper import RANGES, Group, within
 from looksam.optimizer import SharpnessAware
-from looksam.plans import PLAIN, Look, Plan, Variant
+from looksam.plans import PLAIN, Look, Plan, Variant, two_looks
 
 BaseOptimizer = str | type[Optimizer]
 
 REUSE = Plan((Look("g"),), "looksam_reuse")
 
 
-def _two_looks(ascent: str, descent: str) -> Plan:
-    """g at w, s at w + e."""
-    return Plan((Look("g"), Look("s", ascent)), descent)
-
-
 class SAM(SharpnessAware):
     """SAM: e = rho g / (||g|| + perturb_eps), then the base update with the gradient at w + e. Foret et al. 2021.
 
-    ``adaptive=True`` is ASAM (Kwon et al. 2021): e = rho T^2 g / (||T g|| + perturb_eps), T = |w| + eta on tensors with
-    two or more dimensions, 1 on the others; take rho about ten times larger. k > 1 is SAM-k: a SAM step, then k - 1
-    plain steps of the base.
+    ``adaptive=True`` is :class:`looksam.ASAM`. k > 1 is SAM-k: a SAM step, then k - 1 plain steps of the base.
 
-    Passes per step: 1 + 1/k. Extra memory: a copy of the weights (and of the gradients during a sharp step).
+    Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
+    When: the reference point, where two passes in every step are affordable; k > 1 only as a baseline for LookSAM.
 
     Args:
         rho: radius of the perturbation (L2, all tensors jointly), >= 0; per group.
-        adaptive: scale the perturbation with the weights; per group.
+        adaptive: scale the perturbation with the weights (ASAM); per group.
         k: look twice on every k-th step, >= 1.
         perturb_eps: added to the norm.
-        eta: ASAM's offset, >= 0; per group.
+        eta: of ASAM, >= 0; per group.
 
     ``params``, ``base_optimizer``, ``backend``, ``base_kwargs`` and the errors: :class:`looksam.SharpnessAware`.
     """
@@ -53,7 +48,7 @@ class SAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
-        variant = Variant(sharp=_two_looks("sam", "second"), cheap=PLAIN)
+        variant = Variant(sharp=two_looks("sam", "second"), cheap=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -63,7 +58,8 @@ class LookSAM(SharpnessAware):
     On step 0, k, 2k, ...: e = rho g / ||g||, s = gradient at w + e, q = s - (<g,s> / ||g||^2) g, base update with s.
     On the others, after one pass: base update with g + alpha (||g|| / ||q||) q.
 
-    Passes per step: 1 + 1/k. Extra memory: q and a copy of the weights.
+    Passes per step: 1 + 1/k. Extra memory: 2 model copies (w, q).
+    When: SAM's effect at little more than the base's cost; take this one first.
 
     Args:
         rho: radius of the perturbation, >= 0; per group.
@@ -88,7 +84,7 @@ class LookSAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
-        variant = Variant(sharp=_two_looks("sam", "looksam_refresh"), cheap=REUSE)
+        variant = Variant(sharp=two_looks("sam", "looksam_refresh"), cheap=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -106,16 +102,14 @@ class LayerSAM(SharpnessAware):
 
     L_p = 1 where ||w_p|| = 0. The paper's public readings differ; the default keeps the meaning of rho: ||e|| = rho.
 
-    Passes per step: 1 + 1/k. Extra memory: a copy of the weights.
+    Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
+    When: layers whose weights and gradients differ much in scale; large batches over LAMB.
 
     Args:
-        rho: radius of the perturbation, >= 0; per group.
-        k: look twice on every k-th step, >= 1.
         layer_scale: see the table.
         layer_filter: which tensors are scaled, a function parameter -> bool; default: all. The others have L_p = 1.
-        perturb_eps: added to the norm.
 
-    ``params``, ``base_optimizer``, ``backend``, ``base_kwargs`` and the errors: :class:`looksam.SharpnessAware`.
+    The others, and the errors: :class:`looksam.SAM`.
     """
 
     def __init__(
@@ -130,14 +124,9 @@ class LayerSAM(SharpnessAware):
         backend: str | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {
-            "rho": rho,
-            "k": k,
-            "layer_scale": layer_scale,
-            "layer_filter": layer_filter,
-            "perturb_eps": perturb_eps,
-        }
-        variant = Variant(sharp=_two_looks(layer_scale, "second"), cheap=PLAIN)
+        hyper: dict[str, Any] = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
+        hyper |= {"layer_scale": layer_scale, "layer_filter": layer_filter}
+        variant = Variant(sharp=two_looks(layer_scale, "second"), cheap=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -146,7 +135,8 @@ class LookLayerSAM(SharpnessAware):
 
     Formulas and arguments: :class:`LayerSAM` for the perturbation, :class:`LookSAM` for the rest.
 
-    Passes per step: 1 + 1/k. Extra memory: q and a copy of the weights.
+    Passes per step: 1 + 1/k. Extra memory: 2 model copies (w, q).
+    When: very large batches over LAMB.
     """
 
     def __init__(
@@ -163,17 +153,268 @@ class LookLayerSAM(SharpnessAware):
         backend: str | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {
-            "rho": rho,
-            "k": k,
-            "alpha": alpha,
-            "norm_scope": norm_scope,
-            "layer_scale": layer_scale,
-            "layer_filter": layer_filter,
-            "perturb_eps": perturb_eps,
-        }
-        variant = Variant(sharp=_two_looks(layer_scale, "looksam_refresh"), cheap=REUSE)
+        hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
+        hyper |= {"layer_scale": layer_scale, "layer_filter": layer_filter}
+        variant = Variant(sharp=two_looks(layer_scale, "looksam_refresh"), cheap=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+class ASAM(SAM):
+    """ASAM: SAM with a perturbation that follows the size of the weights. Kwon et al. 2021.
+
+    e = rho T^2 g / (||T g|| + perturb_eps), T = |w| + eta on tensors with two or more dimensions, 1 on the others; then
+    the base update with the gradient at w + e. The same as ``SAM(adaptive=True)``.
+
+    Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
+    When: layers whose weights differ much in scale, as without normalization.
+
+    Args:
+        rho: as SAM's, but about ten times as large.
+        eta: added to the size of each weight, >= 0; per group.
+
+    The others, and the errors: :class:`looksam.SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.5,
+        eta: float = 0.01,
+        k: int = 1,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, True, k, perturb_eps, eta, backend, **base_kwargs)
+
+
+class SSAM(SharpnessAware):
+    """SSAM: SAM's direction at the length of the plain gradient. Tan et al. 2024.
+
+    e as SAM; s the gradient at w + e; base update with d = (||g|| / (||s|| + perturb_eps)) s.
+
+    Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
+    When: SAM gets unstable at the rho or the learning rate one would like.
+
+    Args: as :class:`looksam.SAM`, and its errors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        k: int = 1,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
+        variant = Variant(sharp=two_looks("sam", "ssam"), cheap=PLAIN)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+class GSAM(SharpnessAware):
+    """GSAM: SAM, but without climbing down what of g SAM's direction does not see. Zhuang et al. 2022.
+
+    e as SAM with rho_t; d = (1 + alpha c) s - alpha g, c = <g,s> / (||s||^2 + perturb_eps). rho_t is rho; with ``lr_max``
+    it follows the learning rate: rho_t = rho_min + (rho - rho_min) (lr_t - lr_min) / (lr_max - lr_min).
+
+    Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
+    When: long schedules with a decaying learning rate; also to keep the loss at w and at w + e close.
+
+    Args:
+        alpha: weight of the part of g that is orthogonal to s, >= 0; 0 is SAM. This and the next three: per group.
+        rho_min, lr_max, lr_min: of the schedule, rho_min <= rho, lr_min < lr_max.
+
+    The others, and the errors: :class:`looksam.SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        alpha: float = 0.4,
+        rho_min: float = 0.0,
+        lr_max: float | None = None,
+        lr_min: float = 0.0,
+        k: int = 1,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
+        hyper |= {"k": k, "perturb_eps": perturb_eps}
+        variant = Variant(sharp=two_looks("sam", "gsam"), cheap=PLAIN, radius=_follows_lr)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+def _follows_lr(group: Group) -> Any:
+    rho, low, lr_max, lr_min = (group[name] for name in ("rho", "rho_min", "lr_max", "lr_min"))
+    return rho if lr_max is None else low + (rho - low) * (group["lr"] - lr_min) / (lr_max - lr_min)
+
+
+class WSAM(SharpnessAware):
+    """WSAM: sharpness as a regularizer with a weight of its own. Yue et al. 2023.
+
+    e as SAM; a = gamma / (1 - gamma). Decoupled: base update with g, then w -= lr a (s - g), which no preconditioner
+    rescales. Coupled: base update with d = a s + (1 - a) g; gamma = 0.5 is SAM.
+
+    Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
+    When: sharpness should weigh more, or less, than in SAM; adaptive bases.
+
+    Args:
+        gamma: weight of the sharpness, in [0, 1); per group.
+        decouple: which of the two.
+
+    The others, and the errors: :class:`looksam.SAM`.
+    """
+
+    ranges = RANGES | {"gamma": within(0, 1, without=1)}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        gamma: float = 0.9,
+        decouple: bool = True,
+        k: int = 1,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
+        variant = Variant(sharp=two_looks("sam", "wsam" if decouple else "wsam_coupled"), cheap=PLAIN)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+class CRSAM(SharpnessAware):
+    """CR-SAM: a third pass, at the point across, measures the curvature and holds it down. Wu et al. 2024.
+
+    e as SAM; s and r the gradients at w + e and w - e; d = (1 + gamma + beta) s + (gamma - beta) r - 2 gamma g.
+    ``step(closure)`` calls the closure three times; there is no ``first_step``.
+
+    Passes per step: 1 + 2/k. Extra memory: 1 model copy (w).
+    When: the loss is far from linear within rho, so that s alone misleads.
+
+    Args:
+        gamma: weight of the curvature's gradient, >= 0; per group.
+        beta: weight of s - r, >= 0; per group. Both 0 is SAM.
+
+    The others, and the errors: :class:`looksam.SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.1,
+        gamma: float = 0.1,
+        beta: float = 0.1,
+        k: int = 1,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "gamma": gamma, "beta": beta, "k": k, "perturb_eps": perturb_eps}
+        looks = (*two_looks("sam", "crsam").looks, Look("r", "opposite"))
+        variant = Variant(sharp=Plan(looks, "crsam"), cheap=PLAIN)
+        super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+class VaSSO(SharpnessAware):
+    """VaSSO: steps up along a moving average of the gradients, a quieter adversary. Li & Giannakis 2023.
+
+    m = (1 - theta) m + theta g, the first time m = g; e = rho m / (||m|| + perturb_eps); base update with s.
+
+    Passes per step: 2. Extra memory: 2 model copies (w, m).
+    When: small batches, whose gradients are mostly noise.
+
+    Args:
+        theta: weight of the new gradient in m, in (0, 1]; 1 is SAM; per group.
+
+    The others, and the errors: :class:`looksam.SAM`. State per parameter beside the base's: ``m``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        theta: float = 0.9,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "theta": theta, "perturb_eps": perturb_eps}
+        plan = two_looks("vasso", "vasso_second")
+        super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+class FriendlySAM(SharpnessAware):
+    """Friendly SAM: steps up along what is new in the gradient, the noise of its batch. Li et al. 2024.
+
+    c = g - sigma m with m of the step before; m = lambda m + (1 - lambda) g, at first from m = 0;
+    e = rho c / (||c|| + perturb_eps); base update with s.
+
+    Passes per step: 2. Extra memory: 2 model copies (w, m).
+    When: SAM's perturbation hurts through the part that all batches share.
+
+    Args:
+        sigma: how much of m is taken off, >= 0; 0 is SAM; per group.
+        lambda_: what m keeps of itself, in [0, 1]; per group.
+
+    The others, and the errors: :class:`looksam.SAM`. State per parameter beside the base's: ``m``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        sigma: float = 1.0,
+        lambda_: float = 0.9,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "perturb_eps": perturb_eps}
+        plan = two_looks("friendly", "friendly_second")
+        super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
+
+
+class SAMPa(SharpnessAware):
+    """SAMPa: two gradients of which neither waits for the other. Xie et al. 2024.
+
+    With y, r of the step before: s at w + rho y / (||y|| + perturb_eps), r at w - lr y; base update with
+    d = (1 - lambda) s + lambda r. In the first step, which has no y, both are taken at w. The loss returned is that of
+    the first of them; there is no ``first_step``.
+
+    Passes per step: 2. Extra memory: 2 model copies (w, y).
+    When: SAM's two passes should run side by side.
+
+    Args:
+        lambda_: weight of r, in [0, 1]; per group.
+
+    The others, and the errors: :class:`looksam.SAM`. State per parameter beside the base's: ``y``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        lambda_: float = 0.2,
+        perturb_eps: float = 1e-12,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        hyper = {"rho": rho, "lambda_": lambda_, "perturb_eps": perturb_eps}
+        plan = Plan((Look("s", "carried"), Look("r", "ahead")), "sampa")
+        super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
 
 
 class LAMB(SharpnessAware):
@@ -220,6 +461,7 @@ class LAMB(SharpnessAware):
 
 
 VARIANTS: dict[str, type[SharpnessAware]] = {
-    cls.__name__.lower(): cls for cls in (SAM, LookSAM, LayerSAM, LookLayerSAM)
+    cls.__name__.lower(): cls
+    for cls in (SAM, LookSAM, LayerSAM, LookLayerSAM, ASAM, SSAM, GSAM, WSAM, CRSAM, VaSSO, FriendlySAM, SAMPa)
 }
 """The sharpness-aware optimizers by lower-case name."""

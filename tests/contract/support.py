@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,9 @@ from looksam_kernels import backend_info
 
 BACKENDS = [name for name in ("reference", "native") if backend_info("cpu")[name].available]
 VARIANTS = looksam.VARIANTS
-REUSING = [name for name in ("looksam", "looklayersam") if name in VARIANTS]
+REUSING = ["looksam", "looklayersam"]
+PERIODIC = [name for name, cls in VARIANTS.items() if "k" in inspect.signature(cls).parameters]
+IN_TWO_CALLS = [name for name in VARIANTS if name not in ("crsam", "sampa")]
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}),
@@ -30,13 +33,24 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 on_variants = pytest.mark.parametrize("variant", VARIANTS)
+on_periodic_variants = pytest.mark.parametrize("variant", PERIODIC)
+on_variants_in_two_calls = pytest.mark.parametrize("variant", IN_TWO_CALLS)
 on_bases = pytest.mark.parametrize("base", BASES)
 
 
 def build(params: Any, variant: str = "looksam", base: str = "sgd", **kwargs: Any) -> looksam.SharpnessAware:
     """An optimizer with k = 2 where there is a k, unless told otherwise."""
     optimizer, defaults = BASES[base]
-    return VARIANTS[variant](params, optimizer, **{"k": 2, "rho": 0.1, **defaults, **kwargs})
+    options = {"k": 2, "rho": 0.1, **defaults, **kwargs}
+    if variant not in PERIODIC:
+        del options["k"]
+    return VARIANTS[variant](params, optimizer, **options)
+
+
+def passes(variant: str, step: int, k: int = 2) -> int:
+    """How often the closure is called in this step, counted from 0."""
+    cheap = variant in PERIODIC and step % k != 0
+    return 1 if cheap else 3 if variant == "crsam" else 2
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from tests.contract.support import (
     BASES,
+    IN_TWO_CALLS,
+    PERIODIC,
     Closure,
     assert_same,
     build,
@@ -18,6 +20,8 @@ from tests.contract.support import (
     on_backends,
     on_bases,
     on_variants,
+    on_variants_in_two_calls,
+    passes,
     states,
     train,
     weights,
@@ -35,14 +39,15 @@ def test_contract_01_closure_calls_and_first_loss(backend: str, variant: str, k:
     for step in range(7):
         before = len(closure.losses)
         returned.append(optimizer.step(closure).item())
-        assert len(closure.losses) - before == (2 if step % k == 0 else 1)
+        assert len(closure.losses) - before == passes(variant, step, k)
         assert returned[-1] == closure.losses[before]
-    assert len(closure.losses) == 7 + math.ceil(7 / k)
+    if variant in PERIODIC:
+        assert len(closure.losses) == 7 + (passes(variant, 0) - 1) * math.ceil(7 / k)
     assert returned[-1] < returned[0]
 
 
 @on_backends
-@on_variants
+@on_variants_in_two_calls
 @on_bases
 def test_contract_02_two_call_style_equals_the_closure_style(backend: str, variant: str, base: str) -> None:
     one, two = network(), network()
@@ -58,7 +63,7 @@ def test_contract_02_two_call_style_equals_the_closure_style(backend: str, varia
             backward()
             optimizer.second_step(zero_grad=True)
         assert all(p.grad is None for p in two.parameters())
-    assert needed == [True, False, True, False, True]
+    assert needed == [passes(variant, step) == 2 for step in range(5)]
     train(one, build(one.parameters(), variant, base, backend=backend), 5)
     assert_same(weights(one), weights(two))
 
@@ -106,8 +111,23 @@ def test_contract_02_misuse_is_an_error() -> None:
         optimizer.state_dict()
 
 
+@pytest.mark.parametrize(("variant", "looks"), [("crsam", 3), ("sampa", 2)])
+def test_contract_02_what_cannot_be_split_says_so(variant: str, looks: int) -> None:
+    model = network()
+    optimizer = build(model.parameters(), variant)
+    Closure(model, optimizer)()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=rf"cannot be split.*looks {looks} times.*call step\(closure\)"):
+        optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"the gradient (twice|3 times): call step\(closure\)") as caught:
+        optimizer.step()
+    assert "first_step" not in str(caught.value)
+    assert_same(before, weights(model))
+    train(model, optimizer, 2)
+
+
 @on_backends
-@on_variants
+@on_variants_in_two_calls
 def test_contract_02_abandon_goes_back(backend: str, variant: str) -> None:
     model = network()
     optimizer = build(model.parameters(), variant, backend=backend)
@@ -139,16 +159,17 @@ def test_contract_03_closure_runs_with_grad_enabled(backend: str) -> None:
 def test_contract_04_raising_closure_changes_nothing(
     backend: str, variant: str, base: str, failing: int, late: bool
 ) -> None:
-    """The third call is the one of the cheap step. Ctrl-C is no Exception, running out of memory is one."""
+    """Of the third call: of a cheap step, of the third pass or of the next step. Ctrl-C is no Exception, running out of
+    memory is one."""
     error = KeyboardInterrupt if late else MemoryError
     model, other = network(), network()
     optimizer = build(model.parameters(), variant, base, backend=backend)
-    step = 0 if failing < 2 else 1
+    step = 0 if failing < passes(variant, 0) else 1
     train(model, optimizer, step)
     before, state, phase = weights(model), states(optimizer), optimizer.param_groups[0]["phase"]
 
     def fail(call: int) -> None:
-        if call + 2 * step == failing:
+        if call + passes(variant, 0) * step == failing:
             raise error
 
     with pytest.raises(error):
@@ -195,7 +216,7 @@ def test_contract_05_parameters_that_move_are_followed(backend: str) -> None:
 
 
 @on_backends
-@on_variants
+@pytest.mark.parametrize("variant", [name for name in IN_TWO_CALLS if name in PERIODIC])
 def test_contract_06_step_without_closure(backend: str, variant: str) -> None:
     model = network()
     optimizer = build(model.parameters(), variant, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -19,7 +20,9 @@ from torch.optim.optimizer import (
 
 import looksam
 from tests.contract.support import (
+    PERIODIC,
     REUSING,
+    VARIANTS,
     Closure,
     assert_same,
     build,
@@ -139,6 +142,51 @@ def test_contract_10_values_out_of_range(kwargs: dict[str, Any], message: str, i
         looksam.LookSAM(params, base, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("variant", "given", "message"),
+    [
+        ("sam", {"rho": float("nan")}, "rho must be at least 0, not nan"),
+        ("asam", {"eta": -0.1}, "eta must be at least 0, not -0.1"),
+        ("gsam", {"alpha": -0.1}, "alpha must be at least 0, not -0.1"),
+        ("gsam", {"rho": 0.1, "rho_min": 0.2}, "rho_min must be at least 0 and at most rho, not 0.2"),
+        ("gsam", {"lr_max": 0.1, "lr_min": 0.1}, "lr_max must be larger than lr_min, or None, not 0.1"),
+        ("wsam", {"gamma": 1.0}, r"gamma must be in \[0, 1\), not 1.0"),
+        ("wsam", {"gamma": -0.1}, r"gamma must be in \[0, 1\), not -0.1"),
+        ("crsam", {"gamma": -1.0}, "gamma must be at least 0, not -1.0"),
+        ("crsam", {"beta": -1.0}, "beta must be at least 0, not -1.0"),
+        ("vasso", {"theta": 0.0}, r"theta must be in \(0, 1\], not 0.0"),
+        ("vasso", {"theta": 1.1}, r"theta must be in \(0, 1\], not 1.1"),
+        ("friendlysam", {"sigma": -1.0}, "sigma must be at least 0, not -1.0"),
+        ("friendlysam", {"lambda_": 1.5}, r"lambda_ must be in \[0, 1\], not 1.5"),
+        ("sampa", {"lambda_": -0.5}, r"lambda_ must be in \[0, 1\], not -0.5"),
+    ],
+)
+@pytest.mark.parametrize("in_group", [False, True])
+def test_contract_10_values_out_of_a_variants_range(
+    variant: str, given: dict[str, Any], message: str, in_group: bool
+) -> None:
+    p = nn.Parameter(torch.ones(2))
+    params, kwargs = ([{"params": [p], **given}], {}) if in_group else ([p], given)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        VARIANTS[variant](params, "sgd", lr=0.1, **kwargs)
+    edges = {"theta": 1.0, "lambda_": 1.0, "gamma": 0.0, "rho_min": 0.05, "lr_max": 0.1}
+    VARIANTS[variant]([p], "sgd", lr=0.1, **{name: x for name, x in edges.items() if name in given})
+
+
+@on_variants
+def test_contract_10_every_number_of_a_variant_has_a_range(variant: str) -> None:
+    parameters = inspect.signature(VARIANTS[variant]).parameters.values()
+    own = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} - {"params", "base_optimizer", "backend"}
+    switches = {"adaptive", "decouple", "layer_filter"}
+    assert own - switches <= VARIANTS[variant].ranges.keys()
+
+
+def test_contract_10_values_that_groups_share() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "decouple": x} for x in (True, False)]
+    with pytest.raises(ValueError, match="decouple must be the same in all groups: True and False"):
+        looksam.WSAM(groups, "sgd", lr=0.1)
+
+
 @on_backends
 def test_contract_11_names_survive(backend: str) -> None:
     model = network()
@@ -157,7 +205,7 @@ def test_contract_11_names_survive(backend: str) -> None:
 
 @on_backends
 @on_bases
-@pytest.mark.parametrize("variant", ["layersam", *REUSING])
+@on_variants
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
 def test_contract_12_copies_keep_everything(backend: str, variant: str, base: str, copier: str) -> None:
     model = network()
@@ -234,7 +282,7 @@ def test_contract_15_only_parameters_are_keys_of_state(backend: str, variant: st
     train(model, optimizer, 3)
     assert set(optimizer.state) <= set(model.parameters())
     assert optimizer.state_dict().keys() == {"state", "param_groups"}
-    assert optimizer.param_groups[0]["phase"] == 1
+    assert optimizer.param_groups[0]["phase"] == (1 if variant in PERIODIC else 0)
 
 
 @on_backends

@@ -41,7 +41,7 @@ def info(variant: str, base: type[torch.optim.Optimizer]) -> Any:
     )
 
 
-INFOS = {f"{v}-{b.__name__}": (info(v, b), b) for v in ("sam", "looksam", "looklayersam") for b in BASES}
+INFOS = {f"{v}-{b.__name__}": (info(v, b), b) for v in looksam.VARIANTS for b in BASES}
 on_infos = pytest.mark.parametrize("name", INFOS)
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 

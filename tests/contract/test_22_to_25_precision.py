@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.contract.support import (
+    PERIODIC,
     REUSING,
     Closure,
     assert_same,
@@ -20,6 +21,7 @@ from tests.contract.support import (
     on_backends,
     on_bases,
     on_variants,
+    on_variants_in_two_calls,
     states,
     train,
     weights,
@@ -53,9 +55,10 @@ def test_contract_22_scaled_steps_equal_unscaled_ones(backend: str, variant: str
     model, other, amp = network(), network(), scaler()
     optimizer = build(model.parameters(), variant, base, backend=backend)
     closure = Closure(model, optimizer, scale=amp.scale)
-    for step in range(5):
+    for _ in range(5):
+        before = len(closure.losses)
         loss = amp.step(optimizer, closure)
-        assert loss.item() == closure.losses[[0, 2, 3, 5, 6][step]]
+        assert loss.item() == closure.losses[before]
         amp.update()
         assert not hasattr(optimizer, "grad_scale")
         assert not hasattr(optimizer, "found_inf")
@@ -84,7 +87,7 @@ def test_contract_22_overflow_changes_nothing_and_halves_the_scale(
     assert amp.get_scale() == SCALE / 2
     assert_same(before, weights(model))
     assert_same(state, states(optimizer))
-    assert optimizer.param_groups[0]["phase"] == (steps_before + 1) % 2
+    assert optimizer.param_groups[0]["phase"] == ((steps_before + 1) % 2 if variant in PERIODIC else 0)
     for _ in range(2):
         amp.step(optimizer, Closure(model, optimizer, scale=amp.scale))
         amp.update()
@@ -108,7 +111,7 @@ def test_contract_22_without_a_scaler_a_non_finite_step_is_skipped_too(
 
 
 @on_backends
-@on_variants
+@on_variants_in_two_calls
 @pytest.mark.parametrize("bad_call", [None, 0, 1])
 def test_contract_22_two_call_style(backend: str, variant: str, bad_call: int | None) -> None:
     """``scaler.step(optimizer)`` in place of ``second_step``, and on cheap steps in place of ``first_step``."""
@@ -258,9 +261,12 @@ def test_contract_24_autocast_cache(backend: str, variant: str) -> None:
         inside.append(torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled())
         return loss
 
+    if variant == "sampa":
+        optimizer.step(closure)  # both passes at w, as there is nothing to climb along yet
+        seen.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True):
         losses = [optimizer.step(closure).item() for _ in range(2)]
-    assert all(inside)
+    assert all(inside[-4:])
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
     assert losses[0] != losses[1]

@@ -12,7 +12,18 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import looksam
-from tests.contract.support import Closure, assert_same, build, data, network, on_backends, on_variants, train, weights
+from tests.contract.support import (
+    Closure,
+    assert_same,
+    build,
+    data,
+    network,
+    on_backends,
+    on_variants,
+    on_variants_in_two_calls,
+    train,
+    weights,
+)
 
 NORMS = {
     "batch1d": (nn.BatchNorm1d, (8, 3)),
@@ -145,7 +156,7 @@ def test_contract_27_same_rng_needs_the_closure() -> None:
 
 
 @on_backends
-@on_variants
+@on_variants_in_two_calls
 def test_contract_28_average_in_a_hook_sees_restored_weights(backend: str, variant: str) -> None:
     model = network()
     optimizer = build(model.parameters(), variant, backend=backend)

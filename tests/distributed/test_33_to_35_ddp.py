@@ -12,17 +12,18 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import looksam
-from tests.contract.support import BACKENDS, VARIANTS, network
+from tests.contract.support import BACKENDS, REUSING, VARIANTS, network
 from tests.distributed.ranks import Ranks
 from tests.distributed.training import alone, arrays, batch, build, half, train
 
 STEPS = 5
+KEEPING = (*REUSING, "vasso", "friendlysam", "sampa")
 
 
 def ddp(
     rank: int, variant: str, base: str, steps: int, wrapper: dict[str, Any], kwargs: dict[str, Any], poison: int = -1
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Weights and q after training."""
+    """Weights, and what the variant keeps, after training."""
     model = DistributedDataParallel(network(rank, torch.float64), **wrapper)  # rank 0's weights are broadcast
     if kwargs.get("m_sharpness"):
         kwargs = {**kwargs, "model": model}
@@ -33,7 +34,7 @@ def ddp(
             next(model.parameters()).grad[0, 0] = torch.inf
 
     train(model, optimizer, steps, half(rank), after=spoil)
-    return arrays(model.parameters()), arrays(s["q"] for s in optimizer.state.values() if "q" in s)
+    return arrays(model.parameters()), arrays(s[kept] for s in optimizer.state.values() for kept in "qmy" if kept in s)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -41,7 +42,7 @@ def ddp(
 @pytest.mark.parametrize("base", ["sgd", "lamb", "rmsprop"])
 def test_contract_33_replicas_stay_equal(ranks: Ranks, backend: str, variant: str, base: str) -> None:
     (w0, q0), (w1, q1) = ranks.run(ddp, variant, base, STEPS, {}, {"backend": backend})
-    assert bool(q0) == ("look" in variant)
+    assert bool(q0) == (variant in KEEPING)
     for a, b in zip([*w0, *q0], [*w1, *q1], strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(alone(variant, base, STEPS, torch.float64, backend=backend), w0, strict=True):
@@ -103,6 +104,18 @@ def test_contract_34_m_sharpness(ranks: Ranks, backend: str, variant: str, views
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # clip_grad_norm_ adds 1e-6 to the norm
     (synced, _), _ = ranks.run(ddp, variant, "sgd", STEPS, wrapper, {"backend": backend})
     assert np.abs(synced[0] - w0[0]).max() > 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_contract_34_replicas_that_climb_apart_stay_equal(ranks: Ranks, variant: str, base: str) -> None:
+    """Whatever the way down uses, a norm of g as in SSAM included, is the average's."""
+    (w0, kept0), (w1, kept1) = ranks.run(ddp, variant, base, STEPS, {}, {"m_sharpness": True})
+    for a, b in zip([*w0, *kept0], [*w1, *kept1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    if variant != "sampa":  # it climbs along y, which is an average
+        (synced, _), _ = ranks.run(ddp, variant, base, STEPS, {}, {})
+        assert np.abs(synced[0] - w0[0]).max() > 1e-6
 
 
 def ddp_with_own_closure(rank: int) -> list[np.ndarray]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import looksam
-from tests.contract.support import BASES, network
+from tests.contract import support
+from tests.contract.support import network
 
 
 def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,10 +23,7 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def build(params: Any, variant: str, base: str, **kwargs: Any) -> looksam.SharpnessAware:
     """k = 2 and a clipped direction, so that every sum of a step takes part."""
-    optimizer, defaults = BASES[base]
-    return looksam.VARIANTS[variant](
-        params, optimizer, **{"k": 2, "rho": 0.1, "max_grad_norm": 0.5, **defaults, **kwargs}
-    )
+    return support.build(params, variant, base, **{"max_grad_norm": 0.5, **kwargs})
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, part: slice = slice(None), **hooks: Any) -> None:

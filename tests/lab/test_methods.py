@@ -31,6 +31,8 @@ def model():
         ("LookSAM-10", Method("looksam", "sgd", 10)),
         ("layersam+adamw", Method("layersam", "adamw")),
         ("looklayersam-5+lamb", Method("looklayersam", "lamb", 5)),
+        ("GSAM-2+adamw", Method("gsam", "adamw", 2)),
+        ("friendlysam+lamb", Method("friendlysam", "lamb")),
     ],
 )
 def test_grammar(text, method):
@@ -51,6 +53,7 @@ def test_default_base_applies_to_variants_only():
         ("sgd-5", "takes neither -K nor \\+BASE"),
         ("sgd+adam", "takes neither -K nor \\+BASE"),
         ("sam-0", "K must be at least 1"),
+        ("vasso-2", "vasso has no period K"),
         ("sam-", "not of the form"),
         ("", "not of the form"),
         ("sam-5-5", "not of the form"),
@@ -77,11 +80,19 @@ def test_every_variant_of_the_library_is_a_method():
 
 
 @pytest.mark.parametrize("base", sorted(BASES))
+@pytest.mark.parametrize("period", ["", "-3"])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_every_variant_builds_and_steps_on_every_base(variant, base):
+def test_every_variant_builds_and_steps_on_every_base(variant, period, base):
+    name = f"{variant}{period}+{base}"
+    if period and "k" not in Method(variant, base).parameters():
+        with pytest.raises(ValueError, match=f"{variant} has no period K"):
+            parse_method(name)
+        return
+    assert parse_method(name) == Method(variant, base, 3 if period else None)
     trained = model()
-    optimizer = build_optimizer(TrainConfig(f"{variant}+{base}", lr=0.1, weight_decay=0.0, clip=1.0), trained)
+    optimizer = build_optimizer(TrainConfig(name, lr=0.1, weight_decay=0.0, clip=1.0), trained)
     assert type(optimizer) is VARIANTS[variant]
+    assert optimizer.param_groups[0].get("k") == (3 if period else optimizer.defaults.get("k"))
 
     def closure():
         optimizer.zero_grad()

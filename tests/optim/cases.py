@@ -8,6 +8,7 @@ from torch import optim
 
 import looksam
 import looksam_kernels
+from tests.optim import independent
 from tests.optim.independent import LAMB, SGD, Adam, AdamW, FromTorch, ascent_asam, ascent_sam
 from tests.optim.problem import SHAPES, Problem
 
@@ -18,14 +19,27 @@ QUICK = [name for name in BACKENDS if name != "triton"]  # Triton's interpreter 
 
 @dataclass(frozen=True)
 class Method:
-    """``hyper``: one dict a group. ``options``: what is the same in all groups. The layer-wise ascents come with those."""
+    """``hyper``: one dict a group. ``options``: what is the same in all groups. The layer-wise ascents come with those.
+
+    ``k``: None where the method has no period."""
 
     optimizer: type
-    ascent: Any
+    ascent: Any = ascent_sam
     hyper: tuple = ({"rho": 0.3}, {"rho": 0.1}, {"rho": 0.2})
     options: dict = field(default_factory=dict)
     norm_scope: str | None = None
-    k: int = K
+    k: int | None = K
+    independent: type = independent.SAM
+    passes: int = 2
+    """Of a sharp step."""
+
+    @property
+    def period(self) -> int:
+        return self.k or 1
+
+    @property
+    def in_two_calls(self) -> bool:
+        return self.independent not in (independent.CRSAM, independent.SAMPa)
 
 
 def layer_filter(p: torch.Tensor) -> bool:
@@ -33,14 +47,36 @@ def layer_filter(p: torch.Tensor) -> bool:
 
 
 ALPHAS = tuple({"rho": rho, "alpha": alpha} for rho, alpha in ((0.3, 0.7), (0.1, 0.3), (0.2, 0.0)))
+ASAM = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "eta": 0.0})
+SCHEDULE = (
+    {"rho": 0.3, "alpha": 0.4, "rho_min": 0.1, "lr_max": 0.2, "lr_min": 0.01},
+    {"rho": 0.1, "alpha": 0.1},
+    {"rho": 0.2, "alpha": 0.9, "lr_max": 0.3},
+)
+GAMMAS = ({"rho": 0.3, "gamma": 0.9}, {"rho": 0.1, "gamma": 0.3}, {"rho": 0.2, "gamma": 0.0})
+GAMMAS_COUPLED = ({"rho": 0.3, "gamma": 0.6}, *GAMMAS[1:])
+CURVATURE = (
+    {"rho": 0.3, "gamma": 0.1, "beta": 0.2},
+    {"rho": 0.1, "gamma": 0.0, "beta": 0.1},
+    {"rho": 0.2, "gamma": 0.3, "beta": 0.0},
+)
+THETAS = ({"rho": 0.3, "theta": 0.9}, {"rho": 0.1, "theta": 0.3}, {"rho": 0.2, "theta": 1.0})
+FRIENDLY = (
+    {"rho": 0.3, "sigma": 1.0, "lambda_": 0.9},
+    {"rho": 0.1, "sigma": 0.5, "lambda_": 0.2},
+    {"rho": 0.2, "sigma": 0.0, "lambda_": 1.0},
+)
+LAMBDAS = ({"rho": 0.3, "lambda_": 0.2}, {"rho": 0.1, "lambda_": 0.9}, {"rho": 0.2, "lambda_": 0.0})
 ADAPTIVE = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "adaptive": False})
 
 METHODS = {
     "sam": Method(looksam.SAM, ascent_sam, options={"perturb_eps": 0.01}, k=1),
     "sam-3": Method(looksam.SAM, ascent_sam),
     "asam-3": Method(looksam.SAM, ascent_asam, ADAPTIVE, {"adaptive": True, "perturb_eps": 0.01}),
-    "looksam-3": Method(looksam.LookSAM, ascent_sam, ALPHAS, {"perturb_eps": 0.01}, "global"),
-    "looksam-3-tensor": Method(looksam.LookSAM, ascent_sam, ALPHAS, {}, "tensor"),
+    "looksam-3": Method(
+        looksam.LookSAM, ascent_sam, ALPHAS, {"perturb_eps": 0.01}, "global", independent=independent.LookSAM
+    ),
+    "looksam-3-tensor": Method(looksam.LookSAM, ascent_sam, ALPHAS, {}, "tensor", independent=independent.LookSAM),
     "layersam-3-trust_normalized": Method(looksam.LayerSAM, None),
     "layersam-trust": Method(looksam.LayerSAM, None, options={"layer_scale": "trust"}, k=1),
     "layersam-3-trust_global": Method(looksam.LayerSAM, None, options={"layer_scale": "trust_global"}),
@@ -51,8 +87,26 @@ METHODS = {
         None,
         options={"layer_scale": "trust", "layer_filter": layer_filter},
     ),
-    "looklayersam-3": Method(looksam.LookLayerSAM, None, ALPHAS, {}, "global"),
-    "looklayersam-3-tensor-trust": Method(looksam.LookLayerSAM, None, ALPHAS, {"layer_scale": "trust"}, "tensor"),
+    "looklayersam-3": Method(looksam.LookLayerSAM, None, ALPHAS, {}, "global", independent=independent.LookSAM),
+    "looklayersam-3-tensor-trust": Method(
+        looksam.LookLayerSAM,
+        None,
+        ALPHAS,
+        {"layer_scale": "trust"},
+        "tensor",
+        independent=independent.LookSAM,
+    ),
+    "ASAM-3": Method(looksam.ASAM, ascent_asam, ASAM),
+    "ssam-3": Method(looksam.SSAM, options={"perturb_eps": 0.01}, independent=independent.SSAM),
+    "gsam-3": Method(looksam.GSAM, hyper=SCHEDULE, options={"perturb_eps": 0.01}, independent=independent.GSAM),
+    "wsam-3": Method(looksam.WSAM, hyper=GAMMAS, independent=independent.WSAM),
+    "wsam-3-coupled": Method(
+        looksam.WSAM, hyper=GAMMAS_COUPLED, options={"decouple": False}, independent=independent.WSAM
+    ),
+    "crsam-3": Method(looksam.CRSAM, hyper=CURVATURE, independent=independent.CRSAM, passes=3),
+    "vasso": Method(looksam.VaSSO, hyper=THETAS, options={"perturb_eps": 0.01}, independent=independent.VaSSO, k=None),
+    "friendlysam": Method(looksam.FriendlySAM, hyper=FRIENDLY, independent=independent.FriendlySAM, k=None),
+    "sampa": Method(looksam.SAMPa, hyper=LAMBDAS, independent=independent.SAMPa, k=None),
 }
 
 
@@ -120,7 +174,8 @@ def group_hypers(method: Method, base: Base) -> list[dict]:
 
 def hypers(method: Method, base: Base) -> list[dict]:
     """One dict a group, complete, as the independent calculation reads it."""
-    defaults = {"perturb_eps": 1e-12, "adaptive": False, "eta": 0.01, "alpha": 0.7}
+    defaults = {"perturb_eps": 1e-12, "adaptive": method.optimizer is looksam.ASAM, "eta": 0.01, "alpha": 0.7}
+    defaults |= {"rho_min": 0.0, "lr_min": 0.0}
     if method.optimizer in (looksam.LayerSAM, looksam.LookLayerSAM):
         defaults["perturb_eps"] = 0.0  # the layer-wise formulas have none
     return [{**defaults, **method.options, **base.options, **h} for h in group_hypers(method, base)]
@@ -138,7 +193,9 @@ def names_for(method: Method, base: Base) -> tuple[str, ...]:
 
 
 def build(problem: Problem, params: list, method: Method, base: Base, backend: str | None = None) -> Any:
-    options = dict(method.options, k=method.k, backend=backend)
+    options = dict(method.options, backend=backend)
+    if method.k is not None:
+        options["k"] = method.k
     if method.norm_scope:
         options["norm_scope"] = method.norm_scope
     options.setdefault("perturb_eps", hypers(method, base)[0]["perturb_eps"])

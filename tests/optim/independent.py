@@ -177,52 +177,99 @@ class FromTorch:
 
 
 class Independent:
-    """One optimizer of this family: look twice on steps 0, k, 2k, ..., with or without LookSAM's reuse in between."""
+    """The base optimizer, and what all methods share: looks, jitter, and the way down.
+
+    A tensor without a gradient takes no part. One that has a gradient in the last pass only was not perturbed, and its d is
+    that gradient; where it has none in the last pass it is restored and not updated.
+    """
 
     def __init__(
         self,
         w: list[Array],
         h: list[Hyper],
         base: Any,
-        ascent: Callable[..., Arrays],
-        k: int,
+        ascent: Callable[..., Arrays] = ascent_sam,
+        k: int = 1,
         norm_scope: str | None = None,
         jitter: Callable[[Array], Array] = lambda x: x,
     ) -> None:
         self.w, self.h, self.base, self.ascent, self.k = [x.copy() for x in w], h, base, ascent, k
         self.norm_scope = norm_scope
-        self.q: Arrays = [None] * len(w)
+        self.kept: Arrays = [None] * len(w)
+        """q, m or y of the method."""
         self.t = 0
         self.passes = 0
         self._jitter = jitter
 
     def step(self, gradients: Gradients) -> None:
-        g = self.jitter(gradients(self.w, self.t, 1))
-        self.passes += 1
-        if self.t % self.k == 0:
-            e = self.jitter(self.ascent(self.w, g, self.h))
-            up = [wp if ep is None else wp + ep for wp, ep in zip(self.w, e, strict=True)]
-            d = self.jitter(gradients(up, self.t, 2))
-            self.passes += 1
-            if self.norm_scope:
-                self.refresh(g, d)
-        else:
-            d = self.reuse(g) if self.norm_scope else g
-        self.descend(self.jitter(d))
+        self.gradients, self.number = gradients, 0
+        self.added: Arrays = [None] * len(self.w)
+        self.descend(self.jitter(self.sharp() if self.t % self.k == 0 else self.cheap(self.look())))
         self.t += 1
 
-    def refresh(self, g: Arrays, s: Arrays) -> None:
+    def look(self, e: Arrays | None = None) -> Arrays:
+        """The gradients at w + e."""
+        e = self.jitter(e or [None] * len(self.w))
+        self.passes += 1
+        self.number += 1
+        up = [wp if ep is None else wp + ep for wp, ep in zip(self.w, e, strict=True)]
+        return self.jitter(self.gradients(up, self.t, self.number))
+
+    def sharp(self) -> Arrays:
+        return self.look()
+
+    def cheap(self, g: Arrays) -> Arrays:
+        return g
+
+    def climb(self, x: Arrays) -> Arrays:
+        """e = rho x / (||x|| + eps)."""
+        return ascent_sam(self.w, x, self.h)
+
+    def descend(self, d: Arrays) -> None:
+        for i, x in enumerate(clip(d, self.h)):
+            if x is not None and x.size > 0:
+                new = self.base.update(i, self.w[i], x, self.h[i])
+                extra = self.added[i]
+                self.w[i] = self._jitter(new if extra is None else new + extra)
+
+    def jitter(self, xs: Arrays) -> Arrays:
+        return [None if x is None else self._jitter(x) for x in xs]
+
+    def each(self, formula: Callable[..., Array], *columns: Arrays) -> Arrays:
+        """formula(last, ..., h) for every tensor; the last gradient, which comes first, where another is missing."""
+        return [
+            last if last is None or any(x is None for x in others) else formula(last, *others, hp)
+            for last, *others, hp in zip(*columns, self.h, strict=True)
+        ]
+
+
+class SAM(Independent):
+    """d = s, at w + e."""
+
+    def sharp(self) -> Arrays:
+        g = self.look()
+        return self.combine(g, self.look(self.ascent(self.w, g, self.h)))
+
+    def combine(self, g: Arrays, s: Arrays) -> Arrays:
+        return s
+
+
+class LookSAM(SAM):
+    """In between d = g + alpha (||g|| / ||q||) q."""
+
+    def combine(self, g: Arrays, s: Arrays) -> Arrays:
         """q = s - (<g,s> / ||g||^2) g, with one coefficient for all or one for each tensor; q = s where g is missing."""
         joint = ratio(dot(g, s), norm(g) ** 2)
         for i, (gp, sp) in enumerate(zip(g, s, strict=True)):
             if sp is None:
                 continue  # an absent tensor takes no part: what it had as q, it keeps
             c = joint if self.norm_scope == "global" else ratio(dot([gp], [sp]), norm([gp]) ** 2)
-            self.q[i] = sp if gp is None else sp - c * gp
+            self.kept[i] = sp if gp is None else sp - c * gp
+        return s
 
-    def reuse(self, g: Arrays) -> Arrays:
+    def cheap(self, g: Arrays) -> Arrays:
         """d = g + alpha (||g|| / ||q||) q. Tensors without a gradient are in neither norm."""
-        q = [None if gp is None else qp for gp, qp in zip(g, self.q, strict=True)]
+        q = [None if gp is None else qp for gp, qp in zip(g, self.kept, strict=True)]
         joint = ratio(norm(g), norm(q))
         d: Arrays = []
         for gp, qp, hp in zip(g, q, self.h, strict=True):
@@ -230,10 +277,109 @@ class Independent:
             d.append(gp if gp is None or qp is None else gp + hp["alpha"] * scale * qp)
         return d
 
-    def descend(self, d: Arrays) -> None:
-        for i, x in enumerate(clip(d, self.h)):
-            if x is not None and x.size > 0:
-                self.w[i] = self._jitter(self.base.update(i, self.w[i], x, self.h[i]))
 
-    def jitter(self, xs: Arrays) -> Arrays:
-        return [None if x is None else self._jitter(x) for x in xs]
+class SSAM(SAM):
+    """d = (||g|| / (||s|| + eps)) s."""
+
+    def combine(self, g: Arrays, s: Arrays) -> Arrays:
+        scale = norm(g) / (norm(s) + self.h[0]["perturb_eps"])
+        return [None if sp is None else scale * sp for sp in s]
+
+
+class GSAM(SAM):
+    """d = (1 + alpha c) s - alpha g, c = <g,s> / (||s||^2 + eps);
+    rho_t = rho_min + (rho - rho_min) (lr_t - lr_min) / (lr_max - lr_min)."""
+
+    def sharp(self) -> Arrays:
+        given = self.h
+        self.h = [{**hp, "rho": self.radius(hp)} for hp in given]
+        d = super().sharp()
+        self.h = given
+        return d
+
+    @staticmethod
+    def radius(hp: Hyper) -> float:
+        if hp.get("lr_max") is None:
+            return float(hp["rho"])
+        part = (hp["lr"] - hp["lr_min"]) / (hp["lr_max"] - hp["lr_min"])
+        return float(hp["rho_min"] + (hp["rho"] - hp["rho_min"]) * part)
+
+    def combine(self, g: Arrays, s: Arrays) -> Arrays:
+        c = dot(g, s) / (norm(s) ** 2 + self.h[0]["perturb_eps"])
+        return self.each(lambda s, g, hp: (1 + hp["alpha"] * c) * s - hp["alpha"] * g, s, g)
+
+
+class WSAM(SAM):
+    """a = gamma / (1 - gamma). Coupled: d = a s + (1 - a) g. Decoupled: d = g, then w -= lr a (s - g)."""
+
+    def combine(self, g: Arrays, s: Arrays) -> Arrays:
+        def a(hp: Hyper) -> float:
+            return float(hp["gamma"] / (1 - hp["gamma"]))
+
+        if not self.h[0].get("decouple", True):
+            return self.each(lambda s, g, hp: a(hp) * s + (1 - a(hp)) * g, s, g)
+        self.added = self.jitter(self.each(lambda s, g, hp: -hp["lr"] * a(hp) * (s - g), s, g))
+        self.added = [x if gp is not None else None for x, gp in zip(self.added, g, strict=True)]
+        return self.each(lambda s, g, hp: g, s, g)
+
+
+class CRSAM(SAM):
+    """a at w + e, b at w - e: d = (1 + gamma + beta) a + (gamma - beta) b - 2 gamma g."""
+
+    def sharp(self) -> Arrays:
+        g = self.look()
+        e = self.ascent(self.w, g, self.h)
+        a = self.look(e)
+        b = self.look([None if x is None else -x for x in e])
+        return self.each(
+            lambda b, a, g, hp: (
+                (1 + hp["gamma"] + hp["beta"]) * a + (hp["gamma"] - hp["beta"]) * b - 2 * hp["gamma"] * g
+            ),
+            b,
+            a,
+            g,
+        )
+
+
+class VaSSO(Independent):
+    """m <- g at first, then m <- (1 - theta) m + theta g; e = rho m / (||m|| + eps); d = s."""
+
+    def sharp(self) -> Arrays:
+        g = self.look()
+        m = [
+            None if gp is None else gp if mp is None else (1 - hp["theta"]) * mp + hp["theta"] * gp
+            for gp, mp, hp in zip(g, self.kept, self.h, strict=True)
+        ]
+        s = self.look(self.climb(m))
+        self.keep(m, s)
+        return s
+
+    def keep(self, m: Arrays, s: Arrays) -> None:
+        """A tensor that is not updated keeps its m, too."""
+        for i, (mp, sp) in enumerate(zip(m, s, strict=True)):
+            if mp is not None and sp is not None:
+                self.kept[i] = mp
+
+
+class FriendlySAM(VaSSO):
+    """c = g - sigma m, at first c = g; then m <- lambda m + (1 - lambda) g; e = rho c / (||c|| + eps); d = s."""
+
+    def sharp(self) -> Arrays:
+        g = self.look()
+        before = [0.0 if mp is None else mp for mp in self.kept]
+        columns = list(zip(g, before, self.h, strict=True))
+        s = self.look(self.climb([None if gp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns]))
+        m = [None if gp is None else hp["lambda_"] * mp + (1 - hp["lambda_"]) * gp for gp, mp, hp in columns]
+        self.keep(m, s)
+        return s
+
+
+class SAMPa(Independent):
+    """a at w + rho y / ||y||, b at w - lr y; d = (1 - lambda) a + lambda b; y <- b. Both at w where there is no y yet."""
+
+    def sharp(self) -> Arrays:
+        y = self.kept
+        a = self.look(self.climb(y))
+        b = self.look([None if yp is None else -hp["lr"] * yp for yp, hp in zip(y, self.h, strict=True)])
+        self.kept = [yp if bp is None else bp for yp, bp in zip(y, b, strict=True)]
+        return self.each(lambda b, a, hp: (1 - hp["lambda_"]) * a + hp["lambda_"] * b, b, a)

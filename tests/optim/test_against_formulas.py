@@ -17,7 +17,7 @@ from torch import optim
 
 import looksam
 from tests.optim.cases import BACKENDS, BASES, METHODS, QUICK, Base, Method, build, hypers, names_for
-from tests.optim.independent import Independent, ascent_layer
+from tests.optim.independent import ascent_layer
 from tests.optim.problem import Closure, Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")  # Triton's, slow: that is known here
@@ -34,7 +34,7 @@ def independent_run(problem: Problem, method: Method, base: Base, jitter: Any = 
         inside = method.options.get("layer_filter", lambda p: True)
         scale = method.options.get("layer_scale", "trust_normalized")
         ascent = ascent_layer(scale, [inside(x) for x in problem.w])
-    it = Independent(problem.w, h, base.independent(n), ascent, method.k, method.norm_scope, jitter)
+    it = method.independent(problem.w, h, base.independent(n), ascent, method.period, method.norm_scope, jitter)
     trajectory = []
     for _ in range(STEPS):
         it.step(lambda w, t, number: problem.gradients(w, t, number, jitter))
@@ -51,7 +51,7 @@ def run(problem: Problem, method: Method, base: Base, backend: str) -> list[list
     for step in range(STEPS):
         optimizer.step(closure.begin(step))
         trajectory.append([p.detach().double().numpy().copy() for p in params])
-    assert closure.calls == STEPS + -(-STEPS // method.k)
+    assert closure.calls == STEPS + (method.passes - 1) * -(-STEPS // method.period)
     return trajectory
 
 

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from hypothesis import strategies as st
 import looksam
 from tests.optim.cases import ADAM_HYPER, BASES, METHODS, QUICK, SGD_HYPER, Base, Method, build, names_for
 from tests.optim.independent import LAMB, Independent
-from tests.optim.problem import GROUPS, Closure, Problem
+from tests.optim.problem import GROUPS, SHAPES, Closure, Problem
 from tests.optim.test_against_formulas import EPS, deviation, exact_and_tolerance
 
 FEW = settings(deadline=None, derandomize=True, max_examples=4)
-VARIANTS = ("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "looklayersam-3")
+VARIANTS = (
+    *("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "looklayersam-3"),
+    *("ASAM-3", "ssam-3", "gsam-3", "wsam-3", "wsam-3-coupled", "crsam-3", "vasso", "friendlysam", "sampa"),
+)
 PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-3")
 ALWAYS = ("matrix", "vector", "scalar", "empty", "kernel", "never", "flat", "some_steps", "from_zero")
 EVERY_BASE = ("sgd", "adam", "adamw", "lamb", "RMSprop", "Adafactor")
@@ -43,6 +47,10 @@ def problem_for(variant: str, base: str) -> Problem:
 
 def with_hyper(method: Method, **changed: Any) -> Method:
     return replace(method, hyper=tuple({**h, **changed} for h in method.hyper))
+
+
+def passes_of(variant: str, step: int) -> int:
+    return METHODS[variant].passes if step % METHODS[variant].period == 0 else 1
 
 
 class Run:
@@ -92,9 +100,11 @@ def assert_same(a: Run, b: Run) -> None:
 
 @backends
 @bases
-@variants
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name not in ("ssam-3", "gsam-3", "wsam-3-coupled", "crsam-3", "sampa")]
+)
 def test_rho_0_equals_the_base_bit_for_bit_on_sharp_and_on_reuse_steps(variant, base, backend):
-    """s is g, so q is exactly 0, so a reuse step is a base step."""
+    """s is g, so q is exactly 0, so a reuse step is a base step. Other methods combine s and g with factors that round."""
     names = tuple(n for n in names_for(METHODS[variant], BASES[base]) if n in ALWAYS)
     method = with_hyper(METHODS[variant], rho=0.0)
     alone = Method(looksam.SAM, None, ({"rho": 0.0},) * 3, k=10**9)  # cheap steps, all but the first
@@ -136,7 +146,61 @@ def test_k_1_equals_sam_whatever_alpha_bit_for_bit(look, plain, base, backend, a
     assert same_bits(a.weights, b.weights)
 
 
-@pytest.mark.parametrize("cls", [looksam.SAM, looksam.LookSAM, looksam.LayerSAM, looksam.LookLayerSAM])
+SAME_AS_SAM = {
+    "gsam": Method(looksam.GSAM, hyper=tuple({"rho": rho, "alpha": 0.0} for rho in (0.3, 0.1, 0.2))),
+    "wsam": Method(looksam.WSAM, options={"gamma": 0.5, "decouple": False}),
+    "crsam": Method(looksam.CRSAM, options={"gamma": 0.0, "beta": 0.0}, passes=3),
+    "vasso": Method(looksam.VaSSO, options={"theta": 1.0}, k=None),
+    "friendlysam": Method(looksam.FriendlySAM, options={"sigma": 0.0}, k=None),
+    "asam": Method(looksam.ASAM, options={"eta": 0.5}),  # T = 1 where there are fewer than two dimensions
+}
+
+
+@backends
+@bases
+@pytest.mark.parametrize("clip", [{}, {"max_grad_norm": 0.5}], ids=["", "clip"])
+@pytest.mark.parametrize("name", SAME_AS_SAM)
+def test_with_its_extra_turned_off_a_variant_is_sam_bit_for_bit(name, clip, base, backend):
+    method = SAME_AS_SAM[name]
+    base = replace(BASES[base], options={**BASES[base].options, **clip})
+    # What a tensor without a gradient leaves of the method is another matter.
+    names = tuple(n for n in names_for(method, base) if n in ALWAYS and n != "some_steps")
+    if name == "asam":
+        names = tuple(n for n in names if len(SHAPES[n]) < 2)
+    ours = Run(Problem(names=names), method, base, backend).steps(2 * K + 1)
+    sam = Run(Problem(names=names), replace(METHODS["sam"], options={}, k=method.period), base, backend).steps(
+        2 * K + 1
+    )
+    assert same_bits(ours.weights, sam.weights)
+    assert ours.closure.calls == sam.closure.calls + (method.passes - 2) * 3
+
+
+@backends
+@pytest.mark.parametrize("base", ["sgd", "RMSprop"])
+def test_the_first_step_of_sampa_is_the_bases_bit_for_bit(base, backend):
+    """Without a y both gradients are taken at w; halves of two equal numbers add up exactly."""
+    names = tuple(n for n in names_for(METHODS["sampa"], BASES[base]) if n in ALWAYS)
+    ours = Run(Problem(names=names), with_hyper(METHODS["sampa"], lambda_=0.5), BASES[base], backend).steps(1)
+    plain = Run(Problem(names=names), with_hyper(METHODS["sam"], rho=0.0), BASES[base], backend).steps(1)
+    assert same_bits(ours.weights, plain.weights)
+
+
+@backends
+def test_gsams_radius_follows_a_learning_rate_that_is_a_tensor(backend):
+    runs = []
+    for make in (float, torch.tensor):
+        sgd = Base("sgd", tuple({**h, "lr": make(h["lr"])} for h in SGD_HYPER), None)
+        run = Run(Problem(), METHODS["gsam-3"], sgd, backend)
+        for lr in (0.05, 0.125, 0.0625):  # of which float32 changes one
+            for group in run.optimizer.param_groups:
+                group["lr"] = make(lr)
+            run.steps(K)
+        runs.append(run)
+    torch.testing.assert_close(runs[0].weights, runs[1].weights, rtol=1e-6, atol=1e-7)
+    assert not same_bits(runs[0].weights, Run(Problem(), METHODS["gsam-3"], BASES["sgd"], backend).steps(3 * K).weights)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in looksam.VARIANTS.values() if "k" in signature(cls).parameters])
 @FEW
 @given(n=st.integers(1, 20), k=st.integers(1, 7))
 def test_n_steps_call_the_closure_n_plus_ceil_n_over_k_times(cls, n, k):
@@ -154,7 +218,7 @@ def test_n_steps_call_the_closure_n_plus_ceil_n_over_k_times(cls, n, k):
     for _ in range(n):
         at_w = float((p.detach() ** 2).sum())
         assert optimizer.step(closure).item() == at_w  # the first loss, at the unperturbed weights
-    assert len(calls) == n + -(-n // k)
+    assert len(calls) == n + (2 if cls is looksam.CRSAM else 1) * -(-n // k)
 
 
 # ------------------------------------------------------------------------------------------------ torch's own base steps
@@ -305,7 +369,7 @@ def test_resuming_at_every_phase_equals_the_uninterrupted_run_bit_for_bit(varian
 
 @backends
 @bases
-@variants
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if METHODS[name].in_two_calls])
 def test_both_call_styles_and_an_unmodified_loop_of_two_calls_give_the_same_bits(variant, base, backend):
     closures = begin(variant, base, backend)
     asks = begin(variant, base, backend)  # looks at what first_step returns
@@ -314,7 +378,7 @@ def test_both_call_styles_and_an_unmodified_loop_of_two_calls_give_the_same_bits
         closures.steps(1)
         asks.closure.begin(t)()
         sharp = asks.optimizer.needs_second_pass
-        assert asks.optimizer.first_step(zero_grad=True) == sharp == (t % K == 0)
+        assert asks.optimizer.first_step(zero_grad=True) == sharp == (t % METHODS[variant].period == 0)
         if sharp:
             asks.problem.loss(asks.params, t, 2).backward()
             asks.optimizer.second_step(zero_grad=True)
@@ -339,7 +403,7 @@ def test_a_closure_that_raises_in_any_pass_leaves_no_trace(variant, base, backen
     """The weights at once, and everything else as the further run shows: it equals one in which nothing happened."""
     calm, hit = begin(variant, base, backend), begin(variant, base, backend)
     for t in range(K + 2):
-        for number in (1, 2) if t % K == 0 else (1,):
+        for number in range(1, passes_of(variant, t) + 1):
             for error in (RuntimeError, KeyboardInterrupt):
 
                 def fail(called: int, number: int = number, error: type = error) -> None:
@@ -362,8 +426,9 @@ def test_a_closure_that_raises_in_any_pass_leaves_no_trace(variant, base, backen
 @pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "RMSprop"])
 @variants
 def test_a_non_finite_gradient_in_any_pass_changes_nothing_but_the_phase(variant, base, backend):
-    for value, t, number in (("nan", 0, 1), ("inf", 0, 2), ("inf", K, 1), ("nan", K, 2), ("nan", K + 1, 1)):
-        check_non_finite(variant, base, t, number, float(value), backend)
+    for t, values in ((0, ("nan", "inf", "nan")), (K, ("inf", "nan", "inf")), (K + 1, ("nan", "inf"))):
+        for number, value in zip(range(1, passes_of(variant, t) + 1), values, strict=False):
+            check_non_finite(variant, base, t, number, float(value), backend)
 
 
 @backends
@@ -401,11 +466,12 @@ def check_non_finite(variant: str, base: str, t: int, number: int, value: float,
                 assert torch.equal(torch.as_tensor(x), torch.as_tensor(old[name])), name
             elif name not in ("backup", "master_param"):
                 assert not torch.as_tensor(x).any(), name  # created, as for a step with zero gradients
-    assert [group["phase"] for group in run.optimizer.param_groups] == [(phase + 1) % K for phase in phases]
+    period = METHODS[variant].period
+    assert [group["phase"] for group in run.optimizer.param_groups] == [(phase + 1) % period for phase in phases]
     run.closure.on_call = None
     calls = run.closure.calls
     run.steps(K)
-    assert run.closure.calls == calls + K + 1
+    assert run.closure.calls == calls + sum(passes_of(variant, t + 1 + i) for i in range(K))
     assert all(torch.isfinite(p).all() for p in run.params)
 
 
@@ -449,15 +515,16 @@ def test_the_order_of_parameters_and_groups_changes_nothing(variant, base, backe
 
 @backends
 @pytest.mark.parametrize(
-    "variant", [name for name in METHODS if not any(x in name for x in ("filter", "global")) and name != "sam"]
+    "variant",
+    [name for name in METHODS if not any(x in name for x in ("filter", "global")) and name not in ("sam", "gsam-3")],
 )
 @FEW
 @given(power=st.integers(-30, 30))
 def test_a_loss_scale_changes_neither_the_ascent_nor_the_reuse(variant, backend, power):
     """With lr / scale the whole run, and every perturbed weight in it, has the same bits: 2^n only moves exponents.
 
-    The formula itself excludes "trust_global", whose size is rho ||w_p|| / ||g||, and tensors with L_p = 1 by definition:
-    those of zeros and those outside the layer filter.
+    The formula itself excludes GSAM's schedule, which follows lr; "trust_global", whose size is rho ||w_p|| / ||g||; and
+    tensors with L_p = 1 by definition: those of zeros and those outside the layer filter.
     """
     visited: list[list[torch.Tensor]] = []
     for scale in (1.0, 2.0**power):

@@ -21,6 +21,9 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "LookSAM over adam": lambda p, **o: looksam.LookSAM(p, "adam", rho=0.1, k=K, lr=0.02, weight_decay=1e-2, **o),
     "LayerSAM over adamw": lambda p, **o: looksam.LayerSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
     "LookLayerSAM over lamb": lambda p, **o: looksam.LookLayerSAM(p, "lamb", rho=0.1, k=K, lr=0.02, **o),
+    "GSAM over adamw": lambda p, **o: looksam.GSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
+    "WSAM over lamb": lambda p, **o: looksam.WSAM(p, "lamb", rho=0.1, k=K, lr=0.02, **o),
+    "VaSSO over sgd": lambda p, **o: looksam.VaSSO(p, "sgd", rho=0.1, theta=0.5, lr=0.05, momentum=0.9, **o),
     "LAMB": lambda p, **o: looksam.LAMB(p, lr=0.02, **o),
 }
 
