@@ -13,12 +13,14 @@ from mkdocs.plugins import get_plugin_logger
 
 log = get_plugin_logger("looksam")
 VARIANTS = Path(__file__).parent.parent / "python" / "looksam" / "variants.py"
+SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
+COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """``<!-- variants -->`` -> one row for each variant."""
-    return markdown.replace("<!-- variants -->", table(page.meta.get("when", {})), 1)
+    return markdown.replace("<!-- variants -->", table(), 1) if "<!-- variants -->" in markdown else markdown
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -26,27 +28,32 @@ def on_page_content(content: str, **_: Any) -> str:
     return MATH.sub(lambda m: convert(html.unescape(m[2]), display="inline" if m[1] == "span" else "block"), content)
 
 
-def table(when: dict[str, str]) -> str:
+def table() -> str:
     """A row for each class in variants.py that is a sharpness-aware optimizer, in the order of the file.
 
-    Passes and memory are the docstring's line "Passes per step: ... Extra memory: ...", the source is the end of its
-    first paragraph. A docstring without them is a warning, which ``--strict`` makes an error. When to use a variant is
-    written on the page that shows the table.
+    All of it stands in the docstring: the source at the end of its first paragraph, the rest in the one that reads
+    "Passes per step: ... . Extra memory: ... . When: ...". A docstring without them is a warning, which ``--strict``
+    makes an error.
     """
     rows = ["| class | passes per step | extra memory | when | source |", "|---|---|---|---|---|"]
     for node in ast.parse(VARIANTS.read_text()).body:
-        if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+        if not isinstance(node, ast.ClassDef) or "fused_base" in ast.unparse(node):  # a base is no variant
             continue
-        text = " ".join((ast.get_docstring(node) or "").split())
-        costs = re.search(r"Passes per step: (.+?)\. Extra memory: (.+?)\.(?: |$)", text)
-        source = re.search(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})", text)
-        if costs is None:
-            if "SharpnessAware" in {ast.unparse(b) for b in node.bases} and node.name != "LAMB":
-                log.warning("%s: its docstring has no line 'Passes per step: ... Extra memory: ...'", node.name)
+        paragraphs = [" ".join(p.split()) for p in (ast.get_docstring(node) or "").split("\n\n")]
+        source = SOURCE.search(paragraphs[0])
+        costs = next(filter(None, map(COSTS.fullmatch, paragraphs)), None)
+        if source is None or costs is None:
+            log.warning(
+                "%s: its docstring has no source, or no 'Passes per step: ... Extra memory: ... When: ...'", node.name
+            )
             continue
-        passes = f"{costs[1]}; k = {k}" if "k" in costs[1] and (k := default(node, "k")) else costs[1]
+        passes = costs["passes"]
+        if k := default(node, "k"):
+            once, sharp = re.fullmatch(r"(\d) \+ (\d)/k", passes).groups()
+            passes += f" = {int(once) + int(sharp) / int(k):g} at k = {k}"
         name = f"[`{node.name}`](api/looksam.md#looksam.{node.name})"
-        rows.append(f"| {name} | {passes} | {costs[2]} | {when.get(node.name, '')} | {source[1] if source else ''} |")
+        when = costs["when"]
+        rows.append(f"| {name} | {passes} | {costs['memory']} | {when[0].upper()}{when[1:]} | {source[1]} |")
     return "\n".join(rows)
 
 

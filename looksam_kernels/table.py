@@ -113,10 +113,13 @@ class TensorTable:
         return backends.name_of(self.backend)
 
     def drop(self, name: str) -> None:
-        """Forgets a column, so that its tensors can be freed."""
+        """Forgets a column, so that its tensors are freed at once if nobody else holds them."""
         if self._columns.pop(name, None) is not None:
             del self._present[name]
             self.dirty.add(name)
+            forget = getattr(self.backend, "forget", None)
+            if forget is not None:
+                forget(self, name)
 
     def present(self, name: str) -> list[bool]:
         """Which rows have a tensor in this column."""

@@ -97,6 +97,13 @@ def restore(table: TensorTable) -> None:
     _synced(table).restore(table.perturbed)
 
 
+def forget(table: TensorTable, column: str) -> None:
+    """The C++ table holds tensors, too."""
+    if table.handle is not None:
+        table.handle.set(column, None)
+        table.dirty.discard(column)
+
+
 def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | None]) -> Coefficients:
     if rule in ASCENTS:
         return Coefficients(ASCENTS[rule].inputs, *scalars)

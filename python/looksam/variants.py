@@ -216,7 +216,7 @@ class SSAM(SharpnessAware):
 
 
 class GSAM(SharpnessAware):
-    """GSAM: SAM, but without climbing down what of g SAM's direction does not see. Zhuang et al. 2022.
+    """GSAM: lowers the perturbed loss together with its gap to the loss at w. Zhuang et al. 2022.
 
     e as SAM with rho_t; d = (1 + alpha c) s - alpha g, c = <g,s> / (||s||^2 + perturb_eps). rho_t is rho; with ``lr_max``
     it follows the learning rate: rho_t = rho_min + (rho - rho_min) (lr_t - lr_min) / (lr_max - lr_min).
@@ -225,7 +225,7 @@ class GSAM(SharpnessAware):
     When: long schedules with a decaying learning rate; also to keep the loss at w and at w + e close.
 
     Args:
-        alpha: weight of the part of g that is orthogonal to s, >= 0; 0 is SAM. This and the next three: per group.
+        alpha: weight of what is taken off, the part of g orthogonal to s, >= 0; 0 is SAM; per group, as the next.
         rho_min, lr_max, lr_min: of the schedule, rho_min <= rho, lr_min < lr_max.
 
     The others, and the errors: :class:`looksam.SAM`.
@@ -390,8 +390,8 @@ class SAMPa(SharpnessAware):
     """SAMPa: two gradients of which neither waits for the other. Xie et al. 2024.
 
     With y, r of the step before: s at w + rho y / (||y|| + perturb_eps), r at w - lr y; base update with
-    d = (1 - lambda) s + lambda r. In the first step, which has no y, both are taken at w. The loss returned is that of
-    the first of them; there is no ``first_step``.
+    d = (1 - lambda) s + lambda r. In the first step, which has no y, both are taken at w. The passes run one after the
+    other. The loss returned is that of the first; there is no ``first_step``.
 
     Passes per step: 2. Extra memory: 2 model copies (w, y).
     When: SAM's two passes should run side by side.

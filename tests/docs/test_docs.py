@@ -121,3 +121,12 @@ def test_block_with_needs(block: Block) -> None:
 def test_every_page_is_found() -> None:
     assert len(BLOCKS) > 20
     assert all(page.name != "quickstart.md" or blocks_of(page) for page in PAGES)
+
+
+def test_the_example_of_contributing_is_the_source() -> None:
+    """Three pieces of real code: a formula, its row and a class."""
+    sources = [ROOT / "looksam_kernels" / "formulas.py", ROOT / "python" / "looksam" / "variants.py"]
+    text = "".join(path.read_text() for path in sources)
+    blocks = blocks_of(ROOT / "CONTRIBUTING.md")
+    assert len(blocks) == 3
+    assert all(textwrap.indent(block.code, " " * 4) in text or block.code in text for block in blocks)

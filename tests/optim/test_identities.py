@@ -6,6 +6,7 @@ import importlib.util
 import io
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -485,6 +486,25 @@ def test_the_storage_of_a_parameter_never_changes(variant, base, backend):
     run.closure.on_call = lambda number: seen.append([p.data_ptr() for p in run.params])
     run.steps(K + 1)
     assert all(now == pointers for now in [*seen, [p.data_ptr() for p in run.params]])
+
+
+@backends
+@pytest.mark.parametrize(("variant", "kept"), [("sam", 0), ("ASAM-3", 0), ("gsam-3", 1), ("vasso", 1), ("crsam-3", 2)])
+def test_a_gradient_is_freed_when_no_later_rule_reads_it(variant, kept, backend):
+    run = begin(variant, "sgd", backend)
+    made: list[weakref.ref] = []
+
+    def count(number: int) -> None:
+        if number == METHODS[variant].passes:
+            assert sum(x() is not None for x in made) == kept
+        made.append(weakref.ref(run.params[0].grad))
+
+    run.closure.on_call = count
+    run.steps(1)
+    assert len(made) == METHODS[variant].passes
+    run.closure.on_call = None
+    run.optimizer.zero_grad()
+    assert all(x() is None for x in made), "the step is over"
 
 
 # --------------------------------------------------------------------------------------------------------- invariances
