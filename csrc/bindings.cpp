@@ -1,67 +1,12 @@
 // looksam_kernels._C: takes tensors apart for csrc/cpu and checks them; no arithmetic in here.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
-#include <cmath>
-#include <optional>
-#include <unordered_map>
-
+#include "bindings.h"
 #include "cpu/ops.h"
-
-namespace py = pybind11;
 
 namespace looksam {
 namespace {
-
-using Pair = std::pair<std::string, std::string>;
-using Tensors = std::vector<at::Tensor>;  // undefined where a row has none
-using Mask = std::vector<char>;           // one flag a row
-
-const at::Tensor& unpack(py::handle object) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error("expected a torch.Tensor");
-  return THPVariable_Unpack(object.ptr());
-}
-
-// None for an undefined tensor.
-py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
-
-// Numbers, and tensors that hold one.
-double number(py::handle object) {
-  const double value = PyFloat_AsDouble(object.ptr());
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-py::object item(py::handle group, const char* name) {
-  PyObject* value = PyMapping_GetItemString(group.ptr(), name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-bool is_true(py::handle object) {
-  const int truth = PyObject_IsTrue(object.ptr());
-  if (truth < 0) throw py::error_already_set();
-  return truth == 1;
-}
-
-bool flag(py::handle group, const char* name) { return is_true(item(group, name)); }
-
-std::optional<Dtype> dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::f32;
-    case at::kDouble: return Dtype::f64;
-    case at::kHalf: return Dtype::f16;
-    case at::kBFloat16: return Dtype::bf16;
-    default: return std::nullopt;
-  }
-}
 
 double* doubles(const at::Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
 
@@ -90,15 +35,6 @@ void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body)
   at::parallel_for(0, count, grain, body);
 }
 
-// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one?
-bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
-  if (x.is_contiguous() && w.is_contiguous()) return true;
-  if (!w.is_non_overlapping_and_dense()) return x.is_contiguous();
-  for (std::int64_t i = 0; i < w.dim(); ++i)
-    if (w.size(i) > 1 && x.stride(i) != w.stride(i)) return false;
-  return true;
-}
-
 enum class Access { read, overwrite, update };
 
 // A column for the length of one op. Tensors in another order than their row's are read from and written to a copy.
@@ -108,7 +44,7 @@ class Lease {
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
 
-  void take(const Tensors& tensors, const Tensors& w, Access access, const Mask* rows) {
+  void take(const Tensors& tensors, const Tensors& w, Access access, const RowFlags* rows) {
     data_.assign(w.size(), nullptr);
     dtype_.assign(w.size(), Dtype::f32);
     for (std::size_t row = 0; row < tensors.size(); ++row) {
@@ -123,8 +59,7 @@ class Lease {
         throw py::value_error("row " + std::to_string(row) + ": the shape has changed since the column was set");
       at::Tensor copy;
       if (!in_row_order(x, w[row])) {
-        copy = w[row].is_non_overlapping_and_dense() ? at::empty_strided(w[row].sizes(), w[row].strides(), x.options())
-                                                     : at::empty(w[row].sizes(), x.options());
+        copy = empty_in_row_order(w[row], x.options());
         if (access != Access::overwrite) copy.copy_(x);
         copies_.emplace_back(x, copy);
       }
@@ -148,57 +83,6 @@ class Lease {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
   bool writes_ = false;
 };
-
-const RuleInfo& rule_named(const std::string& name) {
-  for (const RuleInfo& rule : kRules)
-    if (name == rule.name) return rule;
-  throw py::value_error("unknown rule '" + name + "'");
-}
-
-Base base_named(const std::string& name) {
-  if (name == "sgd") return Base::sgd;
-  if (name == "adam") return Base::adam;
-  if (name == "adamw") return Base::adamw;
-  if (name == "lamb") return Base::lamb;
-  if (name == "grad") return Base::grad;
-  throw py::value_error("unknown base '" + name + "'");
-}
-
-RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
-  RowHyper h = {};
-  for (const ParameterField& parameter : kParameters)
-    if (rule.reads & parameter.bit) h.*parameter.field = number(item(group, parameter.name));
-  h.sign = py::bool_(group.attr("get")("maximize", false)) ? -1 : 1;
-  return h;
-}
-
-BaseHyper base_hyper(Base base, py::handle group) {
-  BaseHyper h = {};
-  if (base == Base::grad) return h;
-  h.lr = number(item(group, "lr"));
-  h.weight_decay = number(item(group, "weight_decay"));
-  if (base == Base::sgd) {
-    h.momentum = number(item(group, "momentum"));
-    h.dampening = number(item(group, "dampening"));
-    h.nesterov = flag(group, "nesterov");
-    return h;
-  }
-  const py::tuple betas(item(group, "betas"));
-  h.beta1 = number(betas[0]);
-  h.beta2 = number(betas[1]);
-  h.eps = number(item(group, "eps"));
-  if (base == Base::lamb) {
-    h.always_adapt = flag(group, "always_adapt");
-    h.trust_clip = flag(group, "trust_clip");
-  }
-  return h;
-}
-
-std::optional<Col> column_named(const std::string& name) {
-  for (int i = 0; i < kCols; ++i)
-    if (name == kColNames[i]) return Col(i);
-  return std::nullopt;
-}
 
 // The tensors of a TensorTable. Columns are set when they change; addresses are read anew by every op, because
 // `p.data = ...` moves them unseen.
@@ -226,17 +110,17 @@ class Table {
     return wrap(values);
   }
 
-  // -> d, q or None, found_inf, post or None
+  // -> d, q or None, found_inf, post or None, trust or None
   py::tuple coefficients(const std::string& rule, const std::vector<Pair>& pairs, py::handle values, py::handle groups,
-                         py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
+                         py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     const at::NoGradGuard no_grad;
     const at::Tensor exact = unpack(values).to(at::kDouble).contiguous();
-    return to_scalars(rule_named(rule), pairs, doubles(exact), groups, grad_scale, found_inf, max_grad_norm);
+    return to_scalars(rule_named(rule), pairs, doubles(exact), groups, grad_scale, found_inf, max_grad_norm, lars);
   }
 
   // known: formulas.Sums or None. -> all sums, the known ones first, and coefficients().
   py::tuple measure(const std::string& rule, const std::vector<Pair>& pairs, py::handle known, py::handle groups,
-                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
+                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     const at::NoGradGuard no_grad;
     std::vector<Pair> all;
     at::Tensor before;
@@ -250,7 +134,7 @@ class Table {
     if (have > 0) std::memcpy(doubles(values), doubles(before), have * sizeof(double));
     add_up(pairs, adaptive, doubles(values) + have);
     return py::make_tuple(wrap(values), to_scalars(rule_named(rule), all, doubles(values), groups, grad_scale,
-                                                   found_inf, max_grad_norm));
+                                                   found_inf, max_grad_norm, lars));
   }
 
   // moved: the table's list of perturbed rows, in which the rows that have the first input are marked.
@@ -260,7 +144,7 @@ class Table {
     const at::NoGradGuard no_grad;
     check_inputs(inputs);
     const Tensors &weights = column("w"), &backups = column("b");
-    const Mask moves = present(inputs[0]);
+    const RowFlags moves = present(inputs[0]);
     std::vector<unsigned char> from_b(rows());
     for (std::size_t row = 0; row < rows(); ++row)
       from_b[row] = is_true(moved[row]) || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
@@ -293,7 +177,8 @@ class Table {
   }
 
   void step(const std::string& base_name, const std::vector<std::string>& inputs, py::handle d, py::handle q,
-            py::handle found_inf, py::handle post, const std::string& writes, py::handle groups, py::list moved) {
+            py::handle found_inf, py::handle post, const std::string& writes, py::handle trust, py::handle groups,
+            py::list moved) {
     const at::NoGradGuard no_grad;
     const Base base = base_named(base_name);
     check_inputs(inputs);
@@ -302,37 +187,40 @@ class Table {
     const Tensors &weights = column("w"), &backups = column("b"), &firsts = column(inputs[0]), &counts = column("step");
 
     std::vector<BaseHyper> hyper;
-    for (const py::handle group : groups) hyper.push_back(base_hyper(base, group));
+    for (const py::handle group : groups) {
+      hyper.push_back(base_hyper(base, group));
+      if (base != Base::grad) hyper.back().lr = number(item(group, "lr"));
+    }
+    const at::Tensor trust_ratio = trust.is_none() ? at::Tensor() : to_coefficients(trust, 1);
+    const std::vector<State> states = states_of_base(base);
     std::vector<const BaseHyper*> hyper_of_row;
     std::vector<cpu::StepRow> plan(rows());
     std::vector<double> count(rows());
-    Mask updated(rows()), written(rows()), with_buffer(rows());
+    RowFlags updated(rows()), written(rows());
+    std::vector<RowFlags> with_state(states.size(), RowFlags(rows()));
     for (std::size_t row = 0; row < rows(); ++row) {
       const BaseHyper& h = hyper.at(group_[row]);
       hyper_of_row.push_back(&h);
       const bool is_moved = is_true(moved[row]);
       updated[row] = !keep && firsts[row].defined();
       written[row] = updated[row] || is_moved;
-      with_buffer[row] = updated[row] && h.momentum != 0;
+      for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
       plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
       plan[row].from_b = is_moved || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
       if (!updated[row] || base == Base::grad) continue;
       count[row] = read_scalar(counts[row]) + 1;
-      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] && count[row] == count[row - 1];
-      plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row]);
+      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] && count[row] == count[row - 1] &&
+                             !trust_ratio.defined();
+      const double r = trust_ratio.defined() ? doubles(trust_ratio)[row] : 1;
+      plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row], r);
     }
 
-    Lease w, b, q_out, first_state, second_state, input[kMaxInputs];
+    Lease w, b, q_out, state[kMaxStates], input[kMaxInputs];
     lend("w", Access::update, &written, w);
     lend("b", Access::update, &written, b, /*optional=*/true);
     for (std::size_t i = 0; i < inputs.size(); ++i)
       lend(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i], /*optional=*/true);
-    if (base == Base::sgd) {
-      lend("momentum_buffer", Access::update, &with_buffer, first_state);
-    } else if (base != Base::grad) {
-      lend("exp_avg", Access::update, &updated, first_state);
-      lend("exp_avg_sq", Access::update, &updated, second_state);
-    }
+    for (std::size_t k = 0; k < states.size(); ++k) lend(states[k].name, Access::update, &with_state[k], state[k]);
     if (writes_q) lend(writes, Access::overwrite, &updated, q_out);
     const at::Tensor d_coefficient = to_coefficients(d, inputs.size());
     const at::Tensor q_coefficient = writes_q ? to_coefficients(q, inputs.size()) : at::Tensor();
@@ -350,13 +238,12 @@ class Table {
     args.w = w.column();
     args.b = b.column();
     args.written = q_out.column();
-    args.first_state = first_state.column();
-    args.second_state = second_state.column();
+    for (std::size_t k = 0; k < states.size(); ++k) args.state[k] = state[k].column();
     {
       const py::gil_scoped_release release;
       cpu::step(args, plan.data(), hyper_of_row.data(), writes_q ? q_sq.data() : nullptr, parallel_for);
     }
-    for (Lease* lease : {&w, &b, &q_out, &first_state, &second_state, &input[0]}) lease->give_back();
+    for (Lease* lease : {&w, &b, &q_out, &state[0], &state[1], &state[2], &input[0]}) lease->give_back();
     const Tensors& q_norm_sq = column(writes + "_norm_sq");
     for (std::size_t row = 0; row < rows(); ++row) {
       if (!updated[row]) continue;
@@ -368,7 +255,7 @@ class Table {
   void restore(py::list moved) {
     const at::NoGradGuard no_grad;
     std::vector<cpu::StepRow> plan(rows());
-    Mask written(rows());
+    RowFlags written(rows());
     for (std::size_t row = 0; row < rows(); ++row) {
       written[row] = is_true(moved[row]);
       plan[row].action = written[row] ? cpu::Action::restore : cpu::Action::skip;
@@ -396,18 +283,14 @@ class Table {
     return found != columns_.end() ? found->second : absent_;
   }
 
-  static void check_inputs(const std::vector<std::string>& inputs) {
-    if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("one to three inputs are combined");
-  }
-
-  Mask present(const std::string& name) const {
-    Mask rows;
+  RowFlags present(const std::string& name) const {
+    RowFlags rows;
     for (const at::Tensor& x : column(name)) rows.push_back(x.defined());
     return rows;
   }
 
   // Every row of the mask must have a tensor in the column, unless that is optional.
-  void lend(const std::string& name, Access access, const Mask* mask, Lease& lease, bool optional = false) const {
+  void lend(const std::string& name, Access access, const RowFlags* mask, Lease& lease, bool optional = false) const {
     const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows() && mask != nullptr && !optional; ++row)
       if ((*mask)[row] && !tensors[row].defined())
@@ -490,7 +373,7 @@ class Table {
   }
 
   py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
-                       py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) const {
+                       py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) const {
     std::vector<Sums> sums(rows());
     bool bad = !found_inf.is_none() && holds_true(unpack(found_inf));
     for (std::size_t p = 0; p < pairs.size(); ++p) {
@@ -502,27 +385,30 @@ class Table {
       }
     }
     std::vector<RowHyper> hyper;
-    CommonHyper common = {1, 0, -1, false};
+    std::vector<LarsHyper> lars_groups;
     for (const py::handle group : groups) {
-      if (hyper.empty()) {
-        common.perturb_eps = number(group.attr("get")("perturb_eps", 0.0));
-        common.tensor_scope = py::str("tensor").equal(group.attr("get")("norm_scope", "global"));
-      }
       hyper.push_back(rule_hyper(rule, group));
+      if (lars) lars_groups.push_back(lars_hyper(group));
     }
+    CommonHyper common = common_hyper(groups, max_grad_norm);
     if (!grad_scale.is_none()) common.inv_scale = 1 / number(grad_scale);
-    if (!max_grad_norm.is_none()) common.max_grad_norm = number(max_grad_norm);
     std::vector<const RowHyper*> hyper_of_row;
-    for (const int group : group_) hyper_of_row.push_back(&hyper.at(group));
+    std::vector<const LarsHyper*> lars_of_row;
+    for (const int group : group_) {
+      hyper_of_row.push_back(&hyper.at(group));
+      if (lars) lars_of_row.push_back(&lars_groups.at(group));
+    }
 
     const at::Tensor d = new_doubles(rule.inputs);
     const at::Tensor q = rule.writes ? new_doubles(rule.inputs) : at::Tensor();
     const at::Tensor post = rule.posts ? new_doubles(rule.inputs) : at::Tensor();
+    const at::Tensor trust = lars ? at::empty({static_cast<std::int64_t>(rows())}, at::kDouble) : at::Tensor();
     cpu::coefficients(rule, sums.data(), hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), doubles(d),
-                      rule.writes ? doubles(q) : nullptr, rule.posts ? doubles(post) : nullptr);
+                      rule.writes ? doubles(q) : nullptr, rule.posts ? doubles(post) : nullptr,
+                      lars ? lars_of_row.data() : nullptr, lars ? doubles(trust) : nullptr);
     const at::Tensor not_finite = at::empty({}, at::kFloat);
     *static_cast<float*>(not_finite.mutable_data_ptr()) = bad ? 1.0f : 0.0f;
-    return py::make_tuple(wrap(d), wrap(q), wrap(not_finite), wrap(post));
+    return py::make_tuple(wrap(d), wrap(q), wrap(not_finite), wrap(post), wrap(trust));
   }
 
   std::vector<int> group_;

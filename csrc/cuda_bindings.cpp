@@ -2,14 +2,6 @@
 // looksam_kernels._C's. Nothing waits for the device, and all device memory is written by kernels: whatever an op does can be
 // captured in a CUDA graph.
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
-
 #if !defined(LOOKSAM_HARNESS)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -17,22 +9,15 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <map>
-#include <optional>
-#include <unordered_map>
 
+#include "bindings.h"
 #include "cuda/launch.h"
-
-namespace py = pybind11;
 
 namespace looksam::cuda {
 namespace {
 
-using Pair = std::pair<std::string, std::string>;
-using Tensors = std::vector<at::Tensor>;  // undefined where a row has none
-using Mask = std::vector<char>;           // one flag a row
-using Kinds = std::vector<Kind>;          // one a row
+using Kinds = std::vector<Kind>;  // one a row
 
 // The device --------------------------------------------------------------------------------------------------------------
 
@@ -68,69 +53,9 @@ constexpr at::DeviceType kDeviceType = at::kCUDA;
 
 // Python objects ----------------------------------------------------------------------------------------------------------
 
-const at::Tensor& unpack(py::handle object) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error("expected a torch.Tensor");
-  return THPVariable_Unpack(object.ptr());
-}
-
-py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
-
-bool is_true(py::handle object) { return PyObject_IsTrue(object.ptr()) == 1; }
-
-// A tensor on the device, whose value the host must not read.
-bool is_remote(py::handle object) {
-  return THPVariable_Check(object.ptr()) && THPVariable_Unpack(object.ptr()).device().type() == at::kCUDA;
-}
-
-// Numbers, and tensors on the host that hold one.
-double number(py::handle object) {
-  if (is_remote(object)) throw py::type_error("of the hyper-parameters of a base only lr may be a tensor on the device");
-  const double value = PyFloat_AsDouble(object.ptr());
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-py::object item(py::handle group, const char* name) {
-  PyObject* value = PyMapping_GetItemString(group.ptr(), name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-bool flag(py::handle group, const char* name) { return is_true(item(group, name)); }
-
-const RuleInfo& rule_named(const std::string& name) {
-  for (const RuleInfo& rule : kRules)
-    if (name == rule.name) return rule;
-  throw py::value_error("unknown rule '" + name + "'");
-}
-
-Base base_named(const std::string& name) {
-  if (name == "sgd") return Base::sgd;
-  if (name == "adam") return Base::adam;
-  if (name == "adamw") return Base::adamw;
-  if (name == "lamb") return Base::lamb;
-  if (name == "grad") return Base::grad;
-  throw py::value_error("unknown base '" + name + "'");
-}
-
-std::optional<Col> column_named(const std::string& name) {
-  for (int i = 0; i < kCols; ++i)
-    if (name == kColNames[i]) return Col(i);
-  return std::nullopt;
-}
-
-RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
-  RowHyper h = {};
-  for (const ParameterField& parameter : kParameters)
-    if (rule.reads & parameter.bit) h.*parameter.field = number(item(group, parameter.name));
-  h.sign = is_true(group.attr("get")("maximize", false)) ? -1 : 1;
-  return h;
-}
-
 // lr: where it is a tensor on the device, kept for the length of the op.
 StepGroup step_group(Base base, py::handle group, Tensors& kept) {
-  StepGroup result = {};
-  BaseHyper& h = result.hyper;
+  StepGroup result = {base_hyper(base, group), {}};
   if (base == Base::grad) return result;
   const py::object lr = item(group, "lr");
   if (is_remote(lr) || (kDeviceType == at::kCPU && THPVariable_Check(lr.ptr()))) {
@@ -140,49 +65,15 @@ StepGroup step_group(Base base, py::handle group, Tensors& kept) {
     const auto address = reinterpret_cast<std::uint64_t>(kept.back().const_data_ptr());
     result.lr = {address | static_cast<std::uint64_t>(kept.back().scalar_type() == at::kFloat)};
   } else {
-    h.lr = number(lr);
-  }
-  h.weight_decay = number(item(group, "weight_decay"));
-  if (base == Base::sgd) {
-    h.momentum = number(item(group, "momentum"));
-    h.dampening = number(item(group, "dampening"));
-    h.nesterov = flag(group, "nesterov");
-    return result;
-  }
-  const py::tuple betas(item(group, "betas"));
-  h.beta1 = number(betas[0]);
-  h.beta2 = number(betas[1]);
-  h.eps = number(item(group, "eps"));
-  if (base == Base::lamb) {
-    h.always_adapt = flag(group, "always_adapt");
-    h.trust_clip = flag(group, "trust_clip");
+    result.hyper.lr = number(lr);
   }
   return result;
 }
 
 // Tensors -----------------------------------------------------------------------------------------------------------------
 
-std::optional<Dtype> dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::f32;
-    case at::kDouble: return Dtype::f64;
-    case at::kHalf: return Dtype::f16;
-    case at::kBFloat16: return Dtype::bf16;
-    default: return std::nullopt;
-  }
-}
-
 at::ScalarType scalar_type(Dtype dtype) {
   return dtype == Dtype::f32 ? at::kFloat : dtype == Dtype::f64 ? at::kDouble : dtype == Dtype::f16 ? at::kHalf : at::kBFloat16;
-}
-
-// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one?
-bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
-  if (x.is_contiguous() && w.is_contiguous()) return true;
-  if (!w.is_non_overlapping_and_dense()) return x.is_contiguous();
-  for (std::int64_t i = 0; i < w.dim(); ++i)
-    if (w.size(i) > 1 && x.stride(i) != w.stride(i)) return false;
-  return true;
 }
 
 enum class Access { read, write };
@@ -285,29 +176,32 @@ class Table {
   }
 
   // Can the coefficients of this rule be computed here? Not with hyper-parameters on the device, nor with very many groups.
-  bool evaluates(const std::string& name, py::handle groups) const {
+  bool evaluates(const std::string& name, py::handle groups, bool lars) const {
     const RuleInfo& rule = rule_named(name);
-    for (const py::handle group : groups)
+    for (const py::handle group : groups) {
       for (const ParameterField& parameter : kParameters)
         if ((rule.reads & parameter.bit) && is_remote(item(group, parameter.name))) return false;
-    return py::len(groups) <= LargeSums::groups;
+      if (lars && is_true(own(group, "trust_clip")) && is_remote(item(group, "lr"))) return false;
+    }
+    return py::len(groups) <= static_cast<std::size_t>(lars ? kLarsGroups : LargeSums::groups);
   }
 
-  // -> d, q or None, found_inf, post or None
+  // -> d, q or None, found_inf, post or None, trust or None
   py::tuple coefficients(const std::string& rule, const std::vector<Pair>& pairs, py::handle values, py::handle groups,
-                         py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
+                         py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     return guarded([&](const Session& session) {
       const at::Tensor exact = unpack(values).to(at::kDouble).contiguous();
-      Evaluation evaluation(*this, rule, groups, grad_scale, found_inf, max_grad_norm);
+      Evaluation evaluation(*this, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
       for (std::size_t p = 0; p < pairs.size(); ++p) evaluation.reads(pairs[p], data<double>(exact) + p * rows(), nullptr);
       add_up(session, {}, py::none(), nullptr, &evaluation.args, evaluation.groups);
+      evaluation.adapt(session);
       return evaluation.result();
     });
   }
 
   // known: formulas.Sums or None. -> all sums, the known ones first, and coefficients().
   py::tuple measure(const std::string& rule, const std::vector<Pair>& pairs, py::handle known, py::handle groups,
-                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm) {
+                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     return guarded([&](const Session& session) {
       std::vector<Pair> before;
       at::Tensor exact;
@@ -317,11 +211,12 @@ class Table {
       }
       const at::Tensor values = new_doubles(before.size() + pairs.size());
       double* const all = data<double>(values);
-      Evaluation evaluation(*this, rule, groups, grad_scale, found_inf, max_grad_norm);
+      Evaluation evaluation(*this, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
       for (std::size_t p = 0; p < before.size(); ++p)
         evaluation.reads(before[p], data<double>(exact) + p * rows(), all + p * rows());
       for (std::size_t p = 0; p < pairs.size(); ++p) evaluation.reads(pairs[p], all + (before.size() + p) * rows(), nullptr);
       add_up(session, pairs, adaptive, all + before.size() * rows(), &evaluation.args, evaluation.groups);
+      evaluation.adapt(session);
       return py::make_tuple(wrap(values), evaluation.result());
     });
   }
@@ -332,7 +227,7 @@ class Table {
                std::uint32_t threshold, py::list moved) {
     guarded([&](const Session& session) {
       check_inputs(inputs);
-      const Mask moves = present(inputs[0]);
+      const RowFlags moves = present(inputs[0]);
       Lease lease(*this, session);
       lease.take("w", Access::write, moves);
       lease.take("b", Access::write, moves);
@@ -363,7 +258,8 @@ class Table {
   }
 
   void step(const std::string& base_name, const std::vector<std::string>& inputs, py::handle d, py::handle q,
-            py::handle found_inf, py::handle post, const std::string& writes, py::handle groups, py::list moved) {
+            py::handle found_inf, py::handle post, const std::string& writes, py::handle trust, py::handle groups,
+            py::list moved) {
     guarded([&](const Session& session) {
       check_inputs(inputs);
       const Base base = base_named(base_name);
@@ -371,11 +267,14 @@ class Table {
       Tensors kept;
       std::vector<StepGroup> hyper;
       for (const py::handle group : groups) hyper.push_back(step_group(base, group, kept));
-      const Mask updated = present(inputs[0]);
-      Mask written = updated, with_buffer(rows());
+      const RowFlags updated = present(inputs[0]);
+      const std::vector<State> states = states_of_base(base);
+      RowFlags written = updated;
+      std::vector<RowFlags> with_state(states.size(), RowFlags(rows()));
       for (std::size_t row = 0; row < rows(); ++row) {
         written[row] = updated[row] || is_true(moved[row]);
-        with_buffer[row] = updated[row] && hyper.at(group_[row]).hyper.momentum != 0;
+        for (std::size_t k = 0; k < states.size(); ++k)
+          with_state[k][row] = updated[row] && is_there(states[k].when, hyper.at(group_[row]).hyper);
       }
 
       Lease lease(*this, session);
@@ -383,14 +282,13 @@ class Table {
       lease.take("b", Access::write, written, /*optional=*/true);
       for (std::size_t i = 0; i < inputs.size(); ++i)
         lease.take(inputs[i], i == 0 && base == Base::grad ? Access::write : Access::read, updated, /*optional=*/true);
-      const char* const first = base == Base::sgd ? "momentum_buffer" : "exp_avg";
-      if (base != Base::grad) lease.take(first, Access::write, base == Base::sgd ? with_buffer : updated);
-      if (base != Base::grad && base != Base::sgd) lease.take("exp_avg_sq", Access::write, updated);
+      for (std::size_t k = 0; k < states.size(); ++k) lease.take(states[k].name, Access::write, with_state[k]);
       if (writes_q) lease.take(writes, Access::write, updated);
       const Plan& plan = lease.plan();
       const at::Tensor d_exact = to_coefficients(d, inputs.size());
       const at::Tensor q_exact = writes_q ? to_coefficients(q, inputs.size()) : at::Tensor();
       const at::Tensor post_exact = post.is_none() ? at::Tensor() : to_coefficients(post, inputs.size());
+      const at::Tensor trust_exact = trust.is_none() ? at::Tensor() : to_coefficients(trust, 1);
       const at::Tensor inf = to_flag(found_inf);
 
       StepArgs args = {};
@@ -403,14 +301,12 @@ class Table {
       args.found_inf = data<float>(inf);
       args.w = lease.column("w");
       args.b = lease.column("b");
-      if (base != Base::grad) {
-        args.first = lease.column(first);
-        args.count = scalars(session, "step", at::kFloat, updated);
-      }
-      if (base != Base::grad && base != Base::sgd) args.second = lease.column("exp_avg_sq");
+      args.trust = data<double>(trust_exact);
+      for (std::size_t k = 0; k < states.size(); ++k) args.state[k] = lease.column(states[k].name);
+      if (base != Base::grad) args.count = scalars(session, "step", at::kFloat, updated);
       if (writes_q) {
         args.written = lease.column(writes);
-        args.written_norm_sq = scalars(session, writes + "_norm_sq", at::kDouble, Mask(rows()));
+        args.written_norm_sq = scalars(session, writes + "_norm_sq", at::kDouble, RowFlags(rows()));
       }
       launch_step(session, plan, args, hyper, moved);
       lease.give_back();
@@ -419,7 +315,7 @@ class Table {
 
   void restore(py::list moved) {
     guarded([&](const Session& session) {
-      Mask written;
+      RowFlags written;
       for (const py::handle is_moved : moved) written.push_back(is_true(is_moved));
       Lease lease(*this, session);
       lease.take("w", Access::write, written);
@@ -442,12 +338,8 @@ class Table {
     return found != columns_.end() ? found->second.tensors : absent_;
   }
 
-  static void check_inputs(const std::vector<std::string>& inputs) {
-    if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("one to three inputs are combined");
-  }
-
-  Mask present(const std::string& name) const {
-    Mask rows;
+  RowFlags present(const std::string& name) const {
+    RowFlags rows;
     for (const at::Tensor& x : column(name)) rows.push_back(x.defined());
     return rows;
   }
@@ -487,7 +379,7 @@ class Table {
   }
 
   // A column of scalars. rows: those that must have one.
-  const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, const Mask& needed) {
+  const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, const RowFlags& needed) {
     std::vector<std::uint64_t> refs(rows());
     const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows(); ++row) {
@@ -513,7 +405,7 @@ class Table {
 
     // rows: those that are read or written, the same for each use of a column; they must all have a tensor, unless that is
     // optional.
-    void take(const std::string& name, Access access, const Mask& rows, bool optional = false) {
+    void take(const std::string& name, Access access, const RowFlags& rows, bool optional = false) {
       const Tensors &tensors = table_.column(name), &weights = table_.column("w");
       for (std::size_t row = 0; row < rows.size(); ++row) {
         const at::Tensor& x = tensors[row];
@@ -573,7 +465,7 @@ class Table {
     struct Taken {
       std::string name;
       Access access;
-      Mask rows;
+      RowFlags rows;
       std::vector<std::uint64_t> refs;
     };
 
@@ -594,9 +486,7 @@ class Table {
         if (!known || !in_row_order(x, weights[row])) {
           if (!taken.rows[row]) continue;
           const at::TensorOptions options = x.options().dtype(scalar_type(known ? dtype : wide(kinds[row])));
-          const at::Tensor& w = weights[row];
-          copy = w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options)
-                                                  : at::empty(w.sizes(), options);
+          copy = empty_in_row_order(weights[row], options);
           copy.copy_(x);
           (taken.access == Access::write ? copies_ : alive_).emplace_back(x, copy);
         }
@@ -622,18 +512,15 @@ class Table {
     std::vector<RowHyper> groups;
 
     Evaluation(const Table& table, const std::string& name, py::handle group_list, py::handle grad_scale, py::handle found_inf,
-               py::handle max_grad_norm) {
+               py::handle max_grad_norm, bool lars) {
       args.evaluate = true;
       args.rule = rule_named(name);
-      args.common = {1, 0, -1, false};
-      for (const py::handle group : group_list) {
-        if (groups.empty()) {
-          args.common.perturb_eps = number(group.attr("get")("perturb_eps", 0.0));
-          args.common.tensor_scope = py::str("tensor").equal(group.attr("get")("norm_scope", "global"));
-        }
-        groups.push_back(rule_hyper(args.rule, group));
+      args.common = common_hyper(group_list, max_grad_norm);
+      for (const py::handle group : group_list) groups.push_back(rule_hyper(args.rule, group));
+      if (lars) {
+        lars_.emplace();
+        for (std::size_t i = 0; i < groups.size(); ++i) lars_->group[i] = lars_hyper(group_list[py::int_(i)]);
       }
-      if (!max_grad_norm.is_none()) args.common.max_grad_norm = number(max_grad_norm);
       if (!grad_scale.is_none()) scale_ = table.to_flag(grad_scale);
       if (!found_inf.is_none()) earlier_ = table.to_flag(found_inf);
       args.grad_scale = data<float>(scale_);
@@ -641,6 +528,7 @@ class Table {
       d_ = table.new_doubles(args.rule.inputs);
       if (args.rule.writes) q_ = table.new_doubles(args.rule.inputs);
       if (args.rule.posts) post_ = table.new_doubles(args.rule.inputs);
+      if (lars) trust_ = table.new_doubles(1).squeeze(0);
       found_inf_ = at::empty({}, at::TensorOptions().dtype(at::kFloat).device(table.device_));
       args.d = data<double>(d_);
       args.q = data<double>(q_);
@@ -654,10 +542,19 @@ class Table {
       args.field[args.fields++] = {x && y ? Sums::index(*x, *y) : -1, value, copy};
     }
 
-    py::tuple result() const { return py::make_tuple(wrap(d_), wrap(q_), wrap(found_inf_), wrap(post_)); }
+    // After the launch that has evaluated the rule, and filled in its rows and groups.
+    void adapt(const Session& session) {
+      if (!lars_) return;
+      lars_->rule = args;
+      lars_->trust = data<double>(trust_);
+      cuda::lars(*lars_, session.stream);
+    }
+
+    py::tuple result() const { return py::make_tuple(wrap(d_), wrap(q_), wrap(found_inf_), wrap(post_), wrap(trust_)); }
 
    private:
-    at::Tensor d_, q_, post_, found_inf_, scale_, earlier_;
+    std::optional<LarsArgs> lars_;
+    at::Tensor d_, q_, post_, trust_, found_inf_, scale_, earlier_;
   };
 
   // A float on the device.
@@ -785,7 +682,7 @@ class Table {
 
   // values [pairs, rows], and the coefficients of a rule in the same launch. In batches, should there be more columns than one
   // launch takes. rule: null for none.
-  void add_up(const Session& session, const std::vector<Pair>& pairs, py::handle adaptive, double* values, const RuleArgs* rule,
+  void add_up(const Session& session, const std::vector<Pair>& pairs, py::handle adaptive, double* values, RuleArgs* rule,
               const std::vector<RowHyper>& groups) {
     std::size_t next = 0;
     do {
@@ -815,9 +712,9 @@ class Table {
   }
 
   void launch_sums(const Session& session, SumsArgs& args, const std::vector<std::string>& operands, py::handle adaptive,
-                   const RuleArgs* rule, const std::vector<RowHyper>& groups) {
+                   RuleArgs* rule, const std::vector<RowHyper>& groups) {
     const auto column_of = [](const std::string& name) { return name == "Tg" ? std::string("g") : name; };
-    const Mask all(rows(), 1);
+    const RowFlags all(rows(), 1);
     Lease lease(*this, session);
     lease.take("w", Access::read, all);
     for (const std::string& name : operands) lease.take(column_of(name), Access::read, all, /*optional=*/true);
@@ -840,7 +737,7 @@ class Table {
       }
     }
     if (args.cached_value != nullptr) {
-      args.cached = scalars(session, "q_norm_sq", at::kDouble, Mask(rows()));
+      args.cached = scalars(session, "q_norm_sq", at::kDouble, RowFlags(rows()));
       args.cached_if = lease.column("g");  // filed above if it is an operand too
     }
     auto* const counters = data<std::uint32_t>(plan.counters);
@@ -865,9 +762,9 @@ class Table {
       if (layout != nullptr) launch.args.map = layout->map, launch.args.partial = data<double>(layout->partial);
       if (!last) launch.args.cached_value = nullptr;
       if (last && rule != nullptr) {
+        rule->rows = args.rule.rows;
+        rule->group = args.rule.group;
         launch.args.rule = *rule;
-        launch.args.rule.rows = args.rule.rows;
-        launch.args.rule.group = args.rule.group;
         std::copy(groups.begin(), groups.end(), launch.group);
       }
       if (args.filed != nullptr) {

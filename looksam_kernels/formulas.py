@@ -11,10 +11,13 @@ into the coefficients after them, so the formulas know none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from looksam_kernels.updates import own
 
 Pair = tuple[str, str]
 Row = Tensor | float
@@ -37,6 +40,11 @@ class Sums(NamedTuple):
         """Over all tensors jointly, shape []."""
         return self.of(x, y).sum()
 
+    def stored(self) -> Sums:
+        """Those of columns that are not gradients of this step."""
+        kept = [i for i, pair in enumerate(self.pairs) if all(x in STORED for x in pair)]
+        return Sums(tuple(self.pairs[i] for i in kept), self.values[kept])
+
     def __add__(self, other: object) -> Sums:
         if not isinstance(other, Sums):
             return NotImplemented
@@ -48,8 +56,10 @@ class Coefficients(NamedTuple):
 
     ``d[i, p]`` multiplies input i of tensor p in the direction d (or in the perturbation e), ``q[i, p]`` in the second
     combination, which is written to the column ``writes`` (``None``: nothing is), and ``post[i, p]`` in what is added
-    to w after the base update (``None``: nothing is). ``found_inf`` is 1.0 if any sum was not finite (float32, shape
-    []): then perturb moves nothing and step leaves every tensor as it was before the perturbation.
+    to w after the base update (``None``: nothing is). ``trust[p]``, shape [rows], is LARS's trust ratio: d holds it
+    already, the weight decay has still to be multiplied by it (``None``: the base is another). ``found_inf`` is 1.0 if
+    any sum was not finite (float32, shape []): then perturb moves nothing and step leaves every tensor as it was before
+    the perturbation.
     """
 
     inputs: tuple[str, ...]
@@ -58,6 +68,7 @@ class Coefficients(NamedTuple):
     found_inf: Tensor
     post: Tensor | None = None
     writes: str = "q"
+    trust: Tensor | None = None
 
 
 class Hyper:
@@ -70,9 +81,9 @@ class Hyper:
         one = torch.ones((), dtype=torch.float64, device=device)
         self.inv_scale = one if grad_scale is None else one / grad_scale.to(device)
 
-    def row(self, name: str) -> Tensor:
-        """Shape [rows]."""
-        values = [g[name] for g in self.groups]
+    def row(self, name: str, read: Callable[[Mapping[str, Any], str], Any] = getitem) -> Tensor:
+        """Shape [rows]. read: :func:`looksam_kernels.updates.own` for a hyper-parameter of the base."""
+        values = [read(g, name) for g in self.groups]
         if any(isinstance(v, Tensor) for v in values):
             every = [
                 v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=self.device)
@@ -283,6 +294,25 @@ def _scoped(x: Tensor, hyper: Hyper) -> Tensor:
     return x if hyper.common("norm_scope", "global") == "tensor" else x.sum().expand_as(x)
 
 
+# What a base makes of d ---------------------------------------------------------------------------------------------
+
+
+def lars_ratio(d_norm: Tensor, sums: Sums, hyper: Hyper) -> Tensor:
+    """r_p = trust_coefficient ||w_p|| / (||d_p|| + weight_decay ||w_p|| + eps), which scales d_p + weight_decay w_p. LARS,
+    You, Gitman & Ginsburg 2017.
+
+    1 where either norm is 0; with ``trust_clip`` min(1, r_p / lr), so that the row's rate is the smaller of lr and r_p; 1 in
+    groups without weight decay unless ``always_adapt``.
+    """
+    weight_decay, eps, coefficient = (hyper.row(x, own) for x in ("weight_decay", "eps", "trust_coefficient"))
+    always, clip = (hyper.row(x, own) > 0 for x in ("always_adapt", "trust_clip"))
+    w_norm = sums.of("w", "w").sqrt()
+    r = torch.where((w_norm > 0) & (d_norm > 0), coefficient * w_norm / (d_norm + weight_decay * w_norm + eps), 1.0)
+    lr = hyper.row("lr")
+    r = torch.where(clip, torch.where(r < lr, r / lr, 1.0), r)
+    return torch.where((weight_decay != 0) | always, r, 1.0)
+
+
 # The rules by name --------------------------------------------------------------------------------------------------
 
 
@@ -351,17 +381,6 @@ STORED = ("w", "q", "m", "y")
 KEEP_NORM = ("q",)
 """Written columns whose squared norms stand beside them, in ``<column>_norm_sq``: the sums need not read them again."""
 
-BASES = {
-    "sgd": ("momentum_buffer",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "lamb": ("exp_avg", "exp_avg_sq"),
-    "grad": (),
-}
-"""The base updates and their state columns. ``"grad"`` is no update of its own: it writes d over the first input,
-restores w, and leaves the rest to another optimizer."""
-
-
 Presence = Mapping[str, Sequence[bool]]
 """Which rows have a gradient, for each one that a rule reads; asked for where a row lacks some of them."""
 
@@ -387,10 +406,12 @@ def descent(
     found_inf: Tensor,
     max_grad_norm: float | None,
     present: Presence | None = None,
+    lars: bool = False,
 ) -> Coefficients:
     """The coefficients of d, of what is written and of what is added after the update, for gradients as they are.
 
-    d is scaled by min(1, max_grad_norm / ||d||). ``maximize`` turns d and the addition round, not what is written.
+    d is scaled by min(1, max_grad_norm / ||d||), then for LARS by its trust ratio. ``maximize`` turns d and the addition
+    round, not what is written.
     Rows that lack a gradient of a rule which needs all have the first input for d, and keep what it makes a mean of.
     """
     rule = DESCENTS[name]
@@ -403,10 +424,13 @@ def descent(
     if max_grad_norm is not None:
         norm = direction_norm(rule.inputs, d, sums)
         d = d * ratio(torch.full_like(norm, max_grad_norm), norm).clamp(max=1)
+    trust = lars_ratio(row_norms(rule.inputs, d, sums), sums, hyper) if lars else None
+    if trust is not None:
+        d = d * trust
     d = _for_scaled(rule.inputs, d * hyper.sign(), hyper)
     q = None if q is None else _for_scaled(rule.inputs, q, hyper)
     post = None if post is None else _for_scaled(rule.inputs, post * hyper.sign(), hyper)
-    return Coefficients(rule.inputs, d, q, found_inf, post, rule.writes or "q")
+    return Coefficients(rule.inputs, d, q, found_inf, post, rule.writes or "q", trust)
 
 
 def _with_gaps(
@@ -452,11 +476,19 @@ def _for_scaled(inputs: tuple[str, ...], rows: Tensor, hyper: Hyper) -> Tensor:
 
 def direction_norm(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
     """||d|| of d = sum_i d_i x_i, over all tensors, from the inner products alone."""
-    square = sum(
+    return _squares(inputs, d, sums).sum().clamp(min=0).sqrt()
+
+
+def row_norms(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
+    """||d_p|| of each tensor, likewise."""
+    return _squares(inputs, d, sums).clamp(min=0).sqrt()
+
+
+def _squares(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
+    return sum(
         (d[i] * d[j] * sums.of(x, y) for i, x in enumerate(inputs) for j, y in enumerate(inputs)),
         start=torch.zeros_like(d[0]),
     )
-    return square.sum().clamp(min=0).sqrt()
 
 
 def _rows(coefficients: Sequence[Row], sums: Sums) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import formulas
-from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
+from looksam_kernels.updates import BASES, OPTION, own
+from looksam_kernels.updates import states as states
 
 Adaptive = Sequence[float | None]
 """ASAM's eta of each row where T = |w| + eta; ``None`` in rows where T = 1."""
@@ -41,6 +43,7 @@ def coefficients(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     max_grad_norm: float | None = None,
+    lars: bool = False,
 ) -> Coefficients:
     """The scalars of a rule of :mod:`looksam_kernels.formulas`, from sums that hold at least the rule's pairs.
 
@@ -52,14 +55,16 @@ def coefficients(
         grad_scale: the loss scale that g and s carry; d and q are divided by it.
         found_inf: 1.0 if an earlier pass of this step was not finite.
         max_grad_norm: scale d by min(1, max_grad_norm / ||d||); the sums must hold the rule's ``clip_pairs`` too.
+        lars: then scale each row of a descent by LARS's trust ratio (:func:`looksam_kernels.formulas.lars_ratio`), for the
+            base ``"lars"``. The sums must hold the rule's ``clip_pairs`` and ||w_p||^2, taken before w was perturbed.
 
     A row that lacks one of the gradients which a descent combines has the first input alone for d.
 
     Returns:
         :class:`looksam_kernels.formulas.Coefficients`.
     """
-    found = table.backend.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm)
-    return _with_gaps(table, rule, sums, found, groups, grad_scale, max_grad_norm)
+    found = table.backend.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm, lars)
+    return _with_gaps(table, rule, sums, found, groups, grad_scale, max_grad_norm, lars)
 
 
 def measure(
@@ -73,6 +78,7 @@ def measure(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     max_grad_norm: float | None = None,
+    lars: bool = False,
 ) -> tuple[Sums, Coefficients]:
     """:func:`sums` of what the rule needs and ``known`` does not hold yet, then :func:`coefficients`: one launch where
     the backend can.
@@ -80,23 +86,29 @@ def measure(
     Args:
         known: sums of an earlier pass of this step (||g||^2 of the ascent serves the descent).
         all_reduce: adds the sums up over ranks before they become scalars.
+        lars: as in :func:`coefficients`. To be given to the ascents of the step too: they measure ||w_p||^2.
 
     Returns:
         All sums, the known ones included, and the coefficients.
+
+    Raises:
+        ValueError: no such rule, or LARS's ||w_p||^2 is asked for when w is perturbed.
     """
-    needed = pairs_of(rule, clip=max_grad_norm is not None)
+    needed = pairs_of(rule, clip=max_grad_norm is not None, lars=lars)
     pairs = [p for p in needed if known is None or p not in known.pairs]
+    if lars and ("w", "w") in pairs and any(table.perturbed):
+        raise ValueError("LARS needs ||w_p|| from before the perturbation; give lars=True to the ascent too")
     fused = getattr(table.backend, "measure", None)
     if fused is not None and all_reduce is None:
-        found, scalars = fused(table, rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
-        return found, _with_gaps(table, rule, found, scalars, groups, grad_scale, max_grad_norm)
+        found, scalars = fused(table, rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm, lars)
+        return found, _with_gaps(table, rule, found, scalars, groups, grad_scale, max_grad_norm, lars)
     found = sums(table, pairs, adaptive)
     if all_reduce is not None:
         found = all_reduce(found)
     if known is not None:
         found = known + found
     scalars = coefficients(
-        table, rule, found, groups, grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm
+        table, rule, found, groups, grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm, lars=lars
     )
     return found, scalars
 
@@ -129,30 +141,51 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is restored and
     nothing else changes, device-side counters included.
 
-    ==========  =================================================================================================
-    ``sgd``     d += weight_decay w; buf = momentum buf + (1 - dampening) d (the first time buf = d);
-                nesterov: d + momentum buf; w -= lr d. torch.optim.SGD
-    ``adam``    d += weight_decay w; m = beta1 m + (1 - beta1) d; v = beta2 v + (1 - beta2) d^2;
-                w -= lr (m / bc1) / (sqrt(v / bc2) + eps), bc = 1 - beta^step. Kingma & Ba 2015
-    ``adamw``   w *= 1 - lr weight_decay, then as adam without its decay. Loshchilov & Hutter 2019
-    ``lamb``    m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with
-                r = ||w_p|| / ||u_p||, 1 where either is 0, 1 where weight_decay = 0 unless ``always_adapt``,
-                at most 1 with ``trust_clip``. You et al. 2020
-    ``grad``    x_0 <- d, w restored: the update is another optimizer's
-    ==========  =================================================================================================
+    ============  =======================================================================================================
+    ``sgd``       d += weight_decay w; buf = momentum buf + (1 - dampening) d (the first time buf = d);
+                  nesterov: d + momentum buf; w -= lr d. torch.optim.SGD
+    ``adam``      d += weight_decay w; m = beta1 m + (1 - beta1) d; v = beta2 v + (1 - beta2) d^2;
+                  w -= lr (m / bc1) / (sqrt(v / bc2) + eps), bc = 1 - beta^step. Kingma & Ba 2015
+    ``adamw``     w *= 1 - lr weight_decay, then as adam without its decay. Loshchilov & Hutter 2019
+    ``lamb``      m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with
+                  r = ||w_p|| / ||u_p||, 1 where either is 0, 1 where weight_decay = 0 unless ``always_adapt``,
+                  at most 1 with ``trust_clip``. You et al. 2020
+    ``lars``      sgd of a d that holds r_p, with r_p weight_decay; r is ``coefficients.trust``.
+                  You, Gitman & Ginsburg 2017
+    ``lion``      w *= 1 - lr weight_decay; w -= lr sign(beta1 m + (1 - beta1) d); m = beta2 m + (1 - beta2) d.
+                  Chen et al. 2023
+    ``adagrad``   d += weight_decay w; sum += d^2; w -= lr / (1 + (step - 1) lr_decay) d / (sqrt(sum) + eps).
+                  Duchi et al. 2011
+    ``rmsprop``   d += weight_decay w; v = alpha v + (1 - alpha) d^2; centered: a = alpha a + (1 - alpha) d, V = v - a^2,
+                  else V = v; u = d / (sqrt(V) + eps); momentum: u = buf = momentum buf + u; w -= lr u. Hinton 2012
+    ``adadelta``  d += weight_decay w; v = rho v + (1 - rho) d^2; u = sqrt(x + eps) / sqrt(v + eps) d;
+                  x = rho x + (1 - rho) u^2; w -= lr u. Zeiler 2012
+    ``grad``      x_0 <- d, w restored: the update is another optimizer's
+    ============  =======================================================================================================
+
+    The states are torch.optim's; ``momentum_buffer`` is needed in groups with momentum, ``grad_avg`` in centered ones.
 
     Args:
-        groups: the base's hyper-parameters of each group by name, as in torch.optim.
+        groups: the base's hyper-parameters of each group by name, as in torch.optim; ``base_<name>`` where a variant has
+            one of the same name.
 
     Raises:
-        ValueError: unknown base, or a row that takes part lacks one of the states or q.
+        ValueError: unknown base, a row that takes part lacks one of the states or q, or ``coefficients.trust`` is there
+            without LARS or LARS without it.
     """
     if base not in BASES:
         raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
+    if (base == "lars") != (coefficients.trust is not None):
+        raise ValueError(
+            'coefficients with a trust ratio are for the base "lars", and it needs them: see measure(lars=True)'
+        )
     takes_part = table.present(coefficients.inputs[0])
     for name in BASES[base]:
-        if name != "momentum_buffer":
-            _need(table, name, takes_part)
+        rows = takes_part
+        if name in OPTION and not all(table.present(name)):
+            has = [bool(own(g, OPTION[name])) for g in groups]
+            rows = [part and has[i] for part, i in zip(takes_part, table.group, strict=True)]
+        _need(table, name, rows)
     if base != "grad":
         _need(table, "step", takes_part)
     if coefficients.q is not None:
@@ -190,17 +223,18 @@ def restore(table: TensorTable) -> None:
     table.perturbed = [False] * len(table)
 
 
-def pairs_of(rule: str, clip: bool = False) -> tuple[Pair, ...]:
-    """The sums that a rule needs, with those for clipping if asked.
+def pairs_of(rule: str, clip: bool = False, lars: bool = False) -> tuple[Pair, ...]:
+    """The sums that a rule needs, with those for clipping and for LARS's trust ratio if asked.
 
     Raises:
         ValueError: no such rule.
     """
-    if rule in ASCENTS:
-        return ASCENTS[rule].pairs
-    if rule in DESCENTS:
-        return DESCENTS[rule].pairs + (DESCENTS[rule].clip_pairs if clip else ())
-    raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join([*ASCENTS, *DESCENTS])}")
+    if rule not in (*ASCENTS, *DESCENTS):
+        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join([*ASCENTS, *DESCENTS])}")
+    pairs = ASCENTS[rule].pairs if rule in ASCENTS else DESCENTS[rule].pairs
+    if rule in DESCENTS and (clip or lars):
+        pairs += DESCENTS[rule].clip_pairs
+    return (*pairs, ("w", "w")) if lars and ("w", "w") not in pairs else pairs
 
 
 def _with_gaps(
@@ -211,6 +245,7 @@ def _with_gaps(
     groups: Groups,
     grad_scale: Tensor | None,
     max_grad_norm: float | None,
+    lars: bool,
 ) -> Coefficients:
     """The coefficients where a tensor lacks some of the gradients, which the backends do not ask: rare, and plain
     PyTorch on a few numbers a row."""
@@ -220,7 +255,7 @@ def _with_gaps(
     hyper = formulas.Hyper(groups, table.group, table.device, grad_scale)
     if rule in ASCENTS:
         return formulas.ascent(rule, sums, hyper, found.found_inf, present)
-    return formulas.descent(rule, sums, hyper, found.found_inf, max_grad_norm, present)
+    return formulas.descent(rule, sums, hyper, found.found_inf, max_grad_norm, present, lars)
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:

@@ -214,6 +214,27 @@ LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const Ro
   }
 }
 
+// One group's.
+struct LarsHyper {
+  double trust_coefficient, weight_decay, eps;
+  double lr;  // read with trust_clip only
+  bool trust_clip;
+  bool adapts;  // with weight decay, or always_adapt
+};
+
+// r_p = trust_coefficient ||w_p|| / (||d_p|| + weight_decay ||w_p|| + eps), which scales d_p + weight_decay w_p; 1 where either
+// norm is 0; with trust_clip min(1, r_p / lr); 1 in groups that do not adapt. LARS, You, Gitman & Ginsburg 2017.
+LOOKSAM_HD double lars_ratio(double w_norm_sq, double d_norm_sq, const LarsHyper& h) {
+  if (!h.adapts) return 1;
+  double r = 1;
+  if (w_norm_sq > 0 && d_norm_sq > 0) {
+    const double w_norm = sqrt(w_norm_sq);
+    r = h.trust_coefficient * w_norm / (sqrt(d_norm_sq) + h.weight_decay * w_norm + h.eps);
+  }
+  if (!h.trust_clip) return r;
+  return r < h.lr ? r / h.lr : 1;
+}
+
 // The coefficients of the inputs as they are, loss scale and all; an ascent's are 0 after a non-finite sum.
 LOOKSAM_HD void finish(const RuleInfo& rule, Direction& direction, double length, const RowHyper& h,
                        const CommonHyper& common, bool found_inf) {
@@ -226,12 +247,24 @@ LOOKSAM_HD void finish(const RuleInfo& rule, Direction& direction, double length
   }
 }
 
+struct BaseInfo {
+  const char* name;
+  Base base;
+};
+
+// lars is sgd with the trust ratio in d and weight decay.
+inline constexpr BaseInfo kBases[] = {
+    {"sgd", Base::sgd},   {"adam", Base::adam},       {"adamw", Base::adamw},     {"lamb", Base::lamb},         {"lars", Base::sgd},
+    {"lion", Base::lion}, {"adagrad", Base::adagrad}, {"rmsprop", Base::rmsprop}, {"adadelta", Base::adadelta}, {"grad", Base::grad},
+};
+
 // The base's hyper-parameters of one group, by torch.optim's names.
 struct BaseHyper {
   double lr, weight_decay;
   double momentum, dampening;
-  double beta1, beta2, eps;
-  bool nesterov, always_adapt, trust_clip;
+  double beta1, beta2;  // beta2 is also rmsprop's alpha and adadelta's rho: the weight of the old mean square
+  double eps, lr_decay;
+  bool nesterov, centered, always_adapt, trust_clip;
 };
 
 // x^n for a whole n >= 0. 1 - beta^n cancels, so agreement with torch within ulps takes the host's pow(); a GPU's takes a
@@ -249,21 +282,22 @@ LOOKSAM_HD double power(double x, double n) {
 #endif
 }
 
-// count: how many updates this row has had, this one included.
-LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count) {
-  return {h.lr,
-          h.weight_decay,
+// count: how many updates this row has had, this one included; trust: lars' ratio.
+LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count, double trust = 1) {
+  return {h.lr / (1 + (count - 1) * h.lr_decay),
+          h.weight_decay * trust,
           1 - h.lr * h.weight_decay,
           h.momentum,
           count == 1 ? 1 : 1 - h.dampening,
-          h.nesterov,
           h.beta1,
           1 - h.beta1,
           h.beta2,
           1 - h.beta2,
           h.eps,
           1 / (1 - power(h.beta1, count)),
-          1 / sqrt(1 - power(h.beta2, count))};
+          1 / sqrt(1 - power(h.beta2, count)),
+          h.nesterov,
+          h.centered};
 }
 
 // ||w_p|| / ||u_p||; 1 where either is 0, and without weight decay unless always_adapt; at most 1 with trust_clip.

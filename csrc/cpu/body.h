@@ -356,18 +356,27 @@ struct Weights {
   }
 };
 
+// The update of a tile: out <- new weights, or lamb's u.
+template <class Update, class T>
+void update_tile(T* out, const T* w, const T* d, T* const* state, int size, const UpdateScalars<T>& h) {
+  T *x0 = state[0], *x1 = state[1], *x2 = state[2];
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) out[i] = update_of<Update>(w[i], d[i], x0[i], x1[i], x2[i], h);
+}
+
 template <class T>
 void step_chunk(const StepArgs& a, std::int64_t index) {
   const Chunk chunk = a.map.at(index);
   const StepRow& row = a.row[chunk.row];
   const UpdateScalars<T> h = row.scalars.to<T>();
+  const auto update = with_update(a.base, [](auto base) { return &update_tile<decltype(base), T>; });
   const Combination<T> direction(a.d, a.input, a.inputs, a.map, chunk.row);
   const Combination<T> second(a.q, a.input, a.inputs, a.map, chunk.row);
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
   InnerProduct qq, ww, uu;
   qq.clear(), ww.clear(), uu.clear();
-  Tile<T> input_tile[kMaxInputs], d_tile, q_tile, origin_tile, out_tile, first_tile, second_tile;
+  Tile<T> input_tile[kMaxInputs], d_tile, q_tile, origin_tile, out_tile, state_tile[kMaxStates];
 
   for (int begin = 0; begin < chunk.size; begin += kTile) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
@@ -379,50 +388,27 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
-    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
-    T* out = target.room_for_new();
-    const Span first_span = span(a.first_state, chunk.row, offset), second_span = span(a.second_state, chunk.row, offset);
-    T* m = values(first_span, size, first_tile);
-    T* v = values(second_span, size, second_tile);
-
-    switch (a.base) {
-      case Base::sgd:
-        if (m == nullptr) {
-          LOOKSAM_VECTORIZE
-          for (int i = 0; i < size; ++i) out[i] = sgd(w[i], d[i], h);
-        } else {
-          LOOKSAM_VECTORIZE
-          for (int i = 0; i < size; ++i) out[i] = sgd_momentum(w[i], d[i], m[i], h);
-        }
-        break;
-      case Base::adam:
-        LOOKSAM_VECTORIZE
-        for (int i = 0; i < size; ++i) out[i] = adam(w[i], d[i], m[i], v[i], h);
-        break;
-      case Base::adamw:
-        LOOKSAM_VECTORIZE
-        for (int i = 0; i < size; ++i) out[i] = adamw(w[i], d[i], m[i], v[i], h);
-        break;
-      case Base::lamb: {
-        T* u = out_tile.at;
-        LOOKSAM_VECTORIZE
-        for (int i = 0; i < size; ++i) {
-          adam_moments(d[i], m[i], v[i], h);
-          u[i] = lamb_direction(w[i], m[i], v[i], h);
-        }
-        ww.add(w, w, size);
-        uu.add(u, u, size);
-        break;
+    if (a.base == Base::grad) {
+      if (row.from_b) restore(w_span, b_span, size, out_tile);
+    } else {
+      const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
+      T* out = a.base == Base::lamb ? out_tile.at : target.room_for_new();
+      Span state_span[kMaxStates];
+      T* state[kMaxStates];
+      for (int k = 0; k < kMaxStates; ++k) {
+        state_span[k] = span(a.state[k], chunk.row, offset);
+        state[k] = state_span[k].data != nullptr ? values(state_span[k], size, state_tile[k]) : state_tile[k].at;
       }
-      case Base::grad:
-        if (row.from_b) restore(w_span, b_span, size, out_tile);
+      update(out, w, d, state, size, h);
+      for (int k = 0; k < kMaxStates; ++k) put(state_span[k], state[k], size);
+      if (a.base == Base::lamb) {
+        ww.add(w, w, size);
+        uu.add(out, out, size);
+      } else {
+        if (post.terms > 0) post.add_to(out, x.at, size, d_tile);
+        target.put_new(out, size);
+      }
     }
-    if (a.base != Base::lamb && a.base != Base::grad) {
-      if (post.terms > 0) post.add_to(out, x.at, size, d_tile);
-      target.put_new(out, size);
-    }
-    put(first_span, m, size);
-    put(second_span, v, size);
     if (q != nullptr) {
       qq.add(q, q, size);
       write_once(span(a.written, chunk.row, offset), q, size);
@@ -454,18 +440,18 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
   const T trust_ratio = static_cast<T>(row.trust_ratio);
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
-  Tile<T> input_tile[kMaxInputs], post_tile, origin_tile, out_tile, first_tile, second_tile;
+  Tile<T> input_tile[kMaxInputs], post_tile, origin_tile, out_tile, state_tile[2];
   for (int begin = 0; begin < chunk.size; begin += kTile) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
     const std::int64_t offset = chunk.offset + begin;
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
-    const T* m = values(span(a.first_state, chunk.row, offset), size, first_tile);
-    const T* v = values(span(a.second_state, chunk.row, offset), size, second_tile);
+    const T* m = values(span(a.state[0], chunk.row, offset), size, state_tile[0]);
+    const T* v = values(span(a.state[1], chunk.row, offset), size, state_tile[1]);
     const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
     T* out = target.room_for_new();
     LOOKSAM_VECTORIZE
-    for (int i = 0; i < size; ++i) out[i] = lamb(w[i], m[i], v[i], trust_ratio, h);
+    for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], m[i], v[i], trust_ratio, h);
     if (post.terms > 0) {
       const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
       post.add_to(out, x.at, size, post_tile);

@@ -61,9 +61,9 @@ struct StepArgs {
   Column input[kMaxInputs];
   const double *d, *q, *post;  // [inputs, rows]
   Column w, b, written;
-  Column first_state, second_state;  // momentum_buffer, or exp_avg and exp_avg_sq
-  double* q_sq;                      // [chunks], partial sums of ||q_p||^2
-  double *w_sq, *u_sq;               // [chunks], lamb's of ||w_p||^2 and ||u_p||^2
+  Column state[kMaxStates];  // those of the base, in the order of its struct
+  double* q_sq;              // [chunks], partial sums of ||q_p||^2
+  double *w_sq, *u_sq;       // [chunks], lamb's of ||w_p||^2 and ||u_p||^2
 };
 
 // Each function works on the chunks first .. last - 1.

@@ -131,7 +131,7 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
 }
 
 void coefficients(const RuleInfo& rule, Sums* sums, const RowHyper* const* hyper, const CommonHyper& common, bool found_inf,
-                  std::int32_t rows, double* d, double* q, double* post) {
+                  std::int32_t rows, double* d, double* q, double* post, const LarsHyper* const* lars, double* trust) {
   Sums total = {};
   for (std::int32_t row = 0; row < rows; ++row) {
     sums[row].unscale(common.inv_scale);
@@ -144,8 +144,11 @@ void coefficients(const RuleInfo& rule, Sums* sums, const RowHyper* const* hyper
     square += direction_sq(rule, directions.back(), sums[row]);
   }
   for (std::int32_t row = 0; row < rows; ++row) {
-    const double by = length(rule.rule, sums[row], total, *hyper[row], common, square);
-    finish(rule, directions[row], by, *hyper[row], common, found_inf);
+    const RowHyper& h = *hyper[row];
+    double by = length(rule.rule, sums[row], total, h, common, square);
+    if (lars != nullptr)
+      by *= trust[row] = lars_ratio(sums[row].of(w, w), by * by * direction_sq(rule, directions[row], sums[row]), *lars[row]);
+    finish(rule, directions[row], by, h, common, found_inf);
     for (int i = 0; i < rule.inputs; ++i) {
       d[i * rows + row] = directions[row].d[i];
       if (q != nullptr) q[i * rows + row] = directions[row].q[i];

@@ -27,6 +27,8 @@ using Stream = void*;  // a cudaStream_t
 
 // groups: how many of launch.group are set.
 void sums(Kind kind, std::int64_t blocks, const LargeSums& launch, int groups, Stream stream);
+// The trust ratios of LARS, from what sums() has left.
+void lars(const LarsArgs& args, Stream stream);
 void perturb(Kind kind, std::int64_t blocks, const PerturbArgs& args, Stream stream);
 void step(Kind kind, std::int64_t blocks, const StepArgs& args, Stream stream);
 // LAMB's second pass, with the arguments of the first.

@@ -3,7 +3,11 @@
 namespace looksam::cuda {
 
 void step(Kind kind, std::int64_t blocks, const StepArgs& args, Stream stream) {
-  with_types(kind, [&](auto types) { execute<StepBody<decltype(types)>>("step", blocks, args, stream); });
+  with_types(kind, [&](auto types) {
+    with_update(args.base, [&](auto update) {
+      execute<StepBody<decltype(types), decltype(update)>>("step", blocks, args, stream);
+    });
+  });
 }
 
 void lamb_apply(Kind kind, std::int64_t blocks, const StepArgs& args, Stream stream) {

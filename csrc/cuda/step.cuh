@@ -26,13 +26,14 @@ struct StepArgs {
   const double *d, *q, *post;     // [inputs, rows of the whole table]; q and post may be null
   const float* found_inf;         // above 0: perturbed rows are restored, nothing else happens
   const Ref *w, *b;
-  const Ref *first, *second;      // momentum_buffer, or exp_avg and exp_avg_sq
+  const Ref* state[kMaxStates];   // those of the base, in the order of its struct
   const Ref* count;               // scalars of type float
   const Ref* written;             // receives the second combination
   const Ref* written_norm_sq;     // scalars of type double; may be null
   double* partial;                // [3, chunks]: squares of the second combination, of w, of u
   std::uint32_t* row_arrivals;
-  double* trust_ratio;            // [rows of the whole table]
+  const double* trust;            // lars' ratios, [rows of the whole table]; null: the base is another
+  double* trust_ratio;            // lamb's, likewise
   const std::int32_t* group;      // [rows of the whole table]
   std::int32_t first_group;       // of the groups below
   Bits perturbed;
@@ -85,17 +86,19 @@ LOOKSAM_HD float* count_of(const StepArgs& a, std::int32_t row) { return reinter
 
 // The scalars of a row's update, made by one thread for all. updates: how many the row has had, this one included.
 template <class T, class Block>
-LOOKSAM_HD UpdateScalars<typename T::Wide> scalars_of(const Block& block, StepShared<T>& shared, const StepArgs& a,
+LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block, StepShared<T>& shared, const StepArgs& a,
                                                       std::int32_t row, int updates_to_come) {
   if (block.rank() == 0) {
     const double updates = static_cast<double>(*count_of(a, row)) + updates_to_come;
-    shared.scalars = base_scalars(group_of(a, row).hyper, updates).template to<typename T::Wide>();
+    const double trust = a.trust != nullptr ? a.trust[row] : 1;
+    shared.scalars = base_scalars(group_of(a, row).hyper, updates, trust).template to<typename T::Wide>();
   }
   block.barrier();
   return shared.scalars;
 }
 
-template <class T>
+// Update: a base of core/update.h; Sgd for grad too, which has no update.
+template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
   // At 64 registers it spills on sm_100; this leaves it 80.
@@ -127,72 +130,72 @@ struct StepBody {
   LOOKSAM_HD static void update(const Block& block, Shared& shared, const StepArgs& a, const StepRow<T>& row,
                                 const Chunk& chunk, std::int64_t index) {
     const Combination<T> direction(a.d, a.inputs, a.map.rows, chunk.row), second(a.q, a.inputs, a.map.rows, chunk.row),
-        post(a.post, a.inputs, a.map.rows, chunk.row);
+        post(Update::base != Base::lamb ? a.post : nullptr, a.inputs, a.map.rows, chunk.row);
     const auto input = [&](int i) {
       const bool needed = direction.c[i] != 0 || second.c[i] != 0 || post.c[i] != 0;
       return Span<T>(i < a.inputs && needed ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
     };
     const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
     const Span<T> written(a.q != nullptr ? a.written[chunk.row] : Ref{0}, chunk.offset);
-    const Span<T> output(a.base == Base::grad ? a.input[0][chunk.row] : Ref{0}, chunk.offset);
-    const Span<T> m(at(a.first, chunk.row), chunk.offset), v(at(a.second, chunk.row), chunk.offset);
+    const bool updates = Update::base != Base::sgd || a.base != Base::grad;
+    const Span<T> output(updates ? Ref{0} : a.input[0][chunk.row], chunk.offset);
+    // They stay in shared memory: in registers they would leave too few.
+    const UpdateScalars<Wide>& h = updates ? scalars_of<T>(block, shared, a, chunk.row, 1) : shared.scalars;
+    const auto state_of_row = [&](int k) {
+      return Span<T>(updates && has_state<Update>(k, h) ? a.state[k][chunk.row] : Ref{0}, chunk.offset);
+    };
+    const Span<T> state[kMaxStates] = {state_of_row(0), state_of_row(1), state_of_row(2)};
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
-                         written.aligned() && output.aligned() && m.aligned() && v.aligned();
-    const UpdateScalars<Wide> h =
-        a.base == Base::grad ? UpdateScalars<Wide>{} : scalars_of<T>(block, shared, a, chunk.row, 1);
-    const bool adds = a.base != Base::grad && !post.is_zero();
-    const bool has_momentum = a.base == Base::sgd && h.momentum != 0;
-    const bool has_states = a.base != Base::grad && a.base != Base::sgd;
+                         written.aligned() && output.aligned() && state[0].aligned() && state[1].aligned() &&
+                         state[2].aligned();
+    const bool adds = updates && !post.is_zero();
 
     Squares square = {};
     for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
       struct Loaded {
-        Raw<T> x[kMaxInputs], w, m, v;
+        Raw<T> x[kMaxInputs], w, state[kMaxStates];
       };
       const auto load = [&](auto is_whole) {
         constexpr bool kWhole = decltype(is_whole)::value;
         Loaded loaded = {{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
                           x[2].template load<kWhole>(i, size)},
                          row.origin.template load<kWhole>(i, size),
-                         {},
                          {}};
-        if (has_momentum || has_states) loaded.m = m.template load<kWhole>(i, size);
-        if (has_states) loaded.v = v.template load<kWhole>(i, size);
+        for (int k = 0; k < states_of<Update>; ++k) loaded.state[k] = state[k].template load<kWhole>(i, size);
         return loaded;
       };
       const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
 
       const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
-      const Vector<T> d = direction.of(inputs), q = second.of(inputs), added = post.of(inputs);
-      Vector<T> weight = loaded.w.values(), first = loaded.m.values(), variance = loaded.v.values();
+      if (written.present()) {
+        const Vector<T> q = second.of(inputs);
+        for (int k = 0; k < T::lanes; ++k) square.written += q.lane[k] * q.lane[k];
+        whole ? written.template store<true, Cache::stream>(i, size, q) : written.template store<false>(i, size, q);
+      }
+      const Vector<T> d = direction.of(inputs), added = post.of(inputs);
+      Vector<T> weight = loaded.w.values();
+      Vector<T> s[kMaxStates] = {loaded.state[0].values(), loaded.state[1].values(), loaded.state[2].values()};
       for (int k = 0; k < T::lanes; ++k) {
-        Wide &w_k = weight.lane[k], &m_k = first.lane[k], &v_k = variance.lane[k];
-        square.written += q.lane[k] * q.lane[k];
-        switch (a.base) {
-          case Base::sgd: w_k = has_momentum ? sgd_momentum(w_k, d.lane[k], m_k, h) : sgd(w_k, d.lane[k], h); break;
-          case Base::adam: w_k = adam(w_k, d.lane[k], m_k, v_k, h); break;
-          case Base::adamw: w_k = adamw(w_k, d.lane[k], m_k, v_k, h); break;
-          case Base::lamb: {
-            adam_moments(d.lane[k], m_k, v_k, h);
-            const Wide u = lamb_direction(w_k, m_k, v_k, h);
-            square.w += w_k * w_k;
-            square.u += u * u;
-            break;
-          }
-          case Base::grad: break;
+        Wide& w_k = weight.lane[k];
+        if (!updates) continue;
+        const Wide result = update_of<Update>(w_k, d.lane[k], s[0].lane[k], s[1].lane[k], s[2].lane[k], h);
+        if (Update::base == Base::lamb) {
+          square.w += w_k * w_k;
+          square.u += result * result;
+        } else {
+          w_k = result;
         }
         if (adds) w_k += added.lane[k];
       }
 
       const auto store = [&](auto is_whole) {
         constexpr bool kWhole = decltype(is_whole)::value;
-        if (written.present()) written.template store<kWhole, Cache::stream>(i, size, q);
         if (output.present()) output.template store<kWhole>(i, size, d);
-        if (has_momentum || has_states) m.template store<kWhole>(i, size, first);
-        if (has_states) v.template store<kWhole>(i, size, variance);
-        if (a.base == Base::lamb) return;
-        if (a.base != Base::grad || row.from_b) row.w.template store<kWhole>(i, size, weight);
-        if (a.base != Base::grad && row.master) row.b.template store<kWhole>(i, size, weight);
+        for (int k = 0; k < states_of<Update>; ++k)
+          if (state[k].present()) state[k].template store<kWhole>(i, size, s[k]);
+        if (Update::base == Base::lamb) return;
+        if (updates || row.from_b) row.w.template store<kWhole>(i, size, weight);
+        if (updates && row.master) row.b.template store<kWhole>(i, size, weight);
       };
       whole ? store(std::true_type{}) : store(std::false_type{});
     });
@@ -202,7 +205,7 @@ struct StepBody {
       if (block.rank() == 0) a.partial[which * a.map.chunks + index] = total;
     };
     if (a.q != nullptr) put_partial(0, square.written);
-    if (a.base == Base::lamb) put_partial(1, square.w), put_partial(2, square.u);
+    if (Update::base == Base::lamb) put_partial(1, square.w), put_partial(2, square.u);
   }
 
   // All blocks of the row have read its update count.
@@ -219,7 +222,7 @@ struct StepBody {
       const Ref target = at(a.written_norm_sq, row);
       if (block.rank() == 0 && target.present()) *reinterpret_cast<double*>(target.data()) = norm_sq;
     }
-    if (a.base == Base::lamb) {
+    if (Update::base == Base::lamb) {
       const double w_sq = total(1), u_sq = total(2);
       if (block.rank() == 0) a.trust_ratio[row] = looksam::trust_ratio(w_sq, u_sq, group_of(a, row).hyper);
     }
@@ -244,7 +247,7 @@ struct LambBody {
       return Span<T>(post.c[i] != 0 ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
     };
     const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
-    const Span<T> m(a.first[chunk.row], chunk.offset), v(a.second[chunk.row], chunk.offset);
+    const Span<T> m(a.state[0][chunk.row], chunk.offset), v(a.state[1][chunk.row], chunk.offset);
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          m.aligned() && v.aligned();
     const UpdateScalars<Wide> h = scalars_of<T>(block, shared, a, chunk.row, 0);
@@ -269,7 +272,7 @@ struct LambBody {
       const Vector<T> added = post.of(inputs), first = loaded.m.values(), variance = loaded.v.values();
       Vector<T> weight = loaded.w.values();
       for (int k = 0; k < T::lanes; ++k) {
-        weight.lane[k] = lamb(weight.lane[k], first.lane[k], variance.lane[k], trust_ratio, h);
+        weight.lane[k] = Lamb::apply(weight.lane[k], first.lane[k], variance.lane[k], trust_ratio, h);
         if (adds) weight.lane[k] += added.lane[k];
       }
 

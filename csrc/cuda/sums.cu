@@ -21,4 +21,8 @@ void sums(Kind kind, std::int64_t blocks, const LargeSums& launch, int groups, S
   });
 }
 
+void lars(const LarsArgs& args, Stream stream) {
+  execute<LarsBody>("lars", (args.rule.rows + kThreads - 1) / kThreads, args, stream);
+}
+
 }  // namespace looksam::cuda

@@ -243,4 +243,40 @@ struct SumsBody {
   }
 };
 
+inline constexpr int kLarsGroups = 64;
+
+// A launch of its own: in the epilogue above it would cost every sum registers. d as the rule has left it: of inputs as they
+// are, loss scale and all, as the sums are.
+struct LarsArgs {
+  RuleArgs rule;
+  double* trust;  // [rows]
+  LarsHyper group[kLarsGroups];
+};
+static_assert(sizeof(LarsArgs) <= 4096);
+
+// The trust ratio of each row, and d times it.
+struct LarsBody {
+  static constexpr int kBlocksPerProcessor = 1;
+  struct Shared {};
+
+  template <class Block>
+  LOOKSAM_HD static void run(const Block& block, Shared&, const LarsArgs& a) {
+    const RuleArgs& r = a.rule;
+    const std::int64_t row = block.index() * block.size() + block.rank();
+    if (row >= r.rows) return;
+    double w_norm_sq = 0, d_norm_sq = 0;
+    for (int f = 0; f < r.fields; ++f) {
+      const double value = r.field[f].value[row];
+      if (r.field[f].index == Sums::index(w, w)) w_norm_sq = value;
+      for (int i = 0; i < r.rule.inputs; ++i)
+        for (int j = 0; j < r.rule.inputs; ++j)
+          if (r.field[f].index == Sums::index(r.rule.input[i], r.rule.input[j]))
+            d_norm_sq += r.d[i * static_cast<std::int64_t>(r.rows) + row] * r.d[j * static_cast<std::int64_t>(r.rows) + row] * value;
+    }
+    const double trust = lars_ratio(w_norm_sq, d_norm_sq, a.group[r.group[row]]);
+    a.trust[row] = trust;
+    for (int i = 0; i < r.rule.inputs; ++i) r.d[i * static_cast<std::int64_t>(r.rows) + row] *= trust;
+  }
+};
+
 }  // namespace looksam::cuda

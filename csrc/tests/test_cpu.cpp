@@ -53,9 +53,9 @@ struct Array {
       default: static_cast<bfloat16*>(data)[i] = as<bfloat16>(x);
     }
   }
-  void fill(int seed) {
+  void fill(int seed, double least) {
     std::srand(seed);
-    for (std::int64_t i = 0; i < size; ++i) set(i, 0.5 + std::rand() / (RAND_MAX + 1.0));
+    for (std::int64_t i = 0; i < size; ++i) set(i, least + std::rand() / (RAND_MAX + 1.0));
   }
 };
 
@@ -67,9 +67,9 @@ struct Owned {
   std::vector<void*> data;
   std::vector<Dtype> dtype;
   Column column() const { return {data.data(), dtype.data()}; }
-  void add(Dtype type, std::int64_t size, int shift, int seed) {
+  void add(Dtype type, std::int64_t size, int shift, int seed, double least = 0.5) {
     arrays.push_back(std::make_unique<Array>(type, size, shift));
-    arrays.back()->fill(seed);
+    arrays.back()->fill(seed, least);
     data.push_back(arrays.back()->data);
     dtype.push_back(type);
   }
@@ -93,7 +93,7 @@ const std::vector<std::int64_t> kSizes = {0, 1, 3, 31, 33, 255, 256, 257, 4097, 
 const Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::f16, Dtype::bf16};
 
 struct Fixture {
-  Owned w, b, g, s, m, v, q;
+  Owned w, b, g, s, state[kMaxStates], q;
   std::vector<std::int64_t> sizes;
   ChunkList chunks;
 
@@ -106,7 +106,9 @@ struct Fixture {
         w.add(type, size, shift, ++seed);
         b.add(master ? wide : type, size, shift, ++seed);
         for (Owned* column : {&g, &s}) column->add(type, size, shift, ++seed);
-        for (Owned* column : {&m, &v, &q}) column->add(wide, size, shift, ++seed);
+        // The first may be a mean square, and the second the mean.
+        state[0].add(wide, size, shift, ++seed, 3);
+        for (Owned* column : {&state[1], &state[2], &q}) column->add(wide, size, shift, ++seed);
         sizes.push_back(size);
       }
     }
@@ -222,7 +224,10 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
     }
   }
 
-  const BaseHyper h = {0.01, 0.1, 0.9, 0.5, 0.9, 0.99, 1e-8, true, true, false};
+  BaseHyper h = {};
+  h.lr = 0.01, h.weight_decay = 0.1, h.momentum = 0.9, h.dampening = 0.5, h.beta1 = 0.9, h.beta2 = 0.99, h.eps = 1e-2;
+  h.lr_decay = 0.1, h.nesterov = true, h.centered = true, h.always_adapt = true;
+  const int states = base == Base::grad ? 0 : with_update(base, [](auto update) { return states_of<decltype(update)>; });
   const std::vector<const BaseHyper*> base_of_row(rows, &h);
   std::vector<cpu::StepRow> plan(rows, {cpu::Action::update, true, 0, base_scalars(h, 3)});
   std::vector<double> d(2 * rows), q(2 * rows), post(2 * rows), q_sq(rows);
@@ -235,47 +240,41 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
   step.input[0] = f.s.column(), step.input[1] = f.g.column();
   step.d = d.data(), step.q = q.data(), step.post = post.data();
   step.w = f.w.column(), step.b = f.b.column(), step.written = f.q.column();
-  if (base != Base::grad) step.first_state = f.m.column();
-  if (base != Base::grad && base != Base::sgd) step.second_state = f.v.column();
+  for (int k = 0; k < states; ++k) step.state[k] = f.state[k].column();
   cpu::step(step, plan.data(), base_of_row.data(), q_sq.data(), parallel_for);
 
   std::vector<double> results;
   for (std::size_t row = 0; row < rows; ++row) {
-    std::vector<double> new_w, new_m, new_v;
+    std::vector<double> new_w, new_state[kMaxStates];
     double norm = 0, ww = 0, uu = 0;
     for (std::int64_t i = 0; i < f.sizes[row]; ++i) {
       const double s = before.s.get(row, i), g = before.g.get(row, i), dir = s + 0.25 * g;
       const double w = from_b[row] ? before.b.get(row, i) : before.w.get(row, i);
-      double m = before.m.get(row, i), v = before.v.get(row, i), w_new = w;
+      double x[kMaxStates];
+      for (int k = 0; k < kMaxStates; ++k) x[k] = before.state[k].get(row, i);
       norm += (s - 0.5 * g) * (s - 0.5 * g);
-      const UpdateScalars<double>& u = plan[row].scalars;
-      switch (base) {
-        case Base::sgd: w_new = sgd_momentum(w, dir, m, u); break;
-        case Base::adam: w_new = adam(w, dir, m, v, u); break;
-        case Base::adamw: w_new = adamw(w, dir, m, v, u); break;
-        case Base::lamb:
-          adam_moments(dir, m, v, u);
-          ww += w * w, uu += std::pow(lamb_direction(w, m, v, u), 2);
-          break;
-        case Base::grad: break;
-      }
-      new_w.push_back(w_new), new_m.push_back(m), new_v.push_back(v);
+      const double result = base == Base::grad ? w : with_update(base, [&](auto update) {
+        return update_of<decltype(update)>(w, dir, x[0], x[1], x[2], plan[row].scalars);
+      });
+      ww += w * w, uu += result * result;
+      new_w.push_back(result);
+      for (int k = 0; k < kMaxStates; ++k) new_state[k].push_back(x[k]);
     }
     CHECK(std::fabs(q_sq[row] - norm) <= 1e-6 * norm, "row %zu: ||q||^2", row);
     for (std::int64_t i = 0; i < f.sizes[row]; ++i) {
-      const Dtype wide = f.m.dtype[row];
+      const Dtype wide = f.state[0].dtype[row];
       const double s = before.s.get(row, i), g = before.g.get(row, i);
       const double w = from_b[row] ? before.b.get(row, i) : before.w.get(row, i);
-      if (base == Base::lamb) new_w[i] = lamb(w, new_m[i], new_v[i], trust_ratio(ww, uu, h), plan[row].scalars);
+      if (base == Base::lamb) new_w[i] = Lamb::apply(w, new_state[0][i], new_state[1][i], trust_ratio(ww, uu, h), plan[row].scalars);
       if (base != Base::grad) new_w[i] += 0.125 * s;
       const auto element = static_cast<long long>(i);
       CHECK(std::fabs(f.w.get(row, i) - new_w[i]) <= ulp(f.w.dtype[row]), "w: row %zu element %lld", row, element);
       if (from_b[row] && base != Base::grad) CHECK(std::fabs(f.b.get(row, i) - new_w[i]) <= ulp(wide), "b: row %zu element %lld", row, element);
-      if (base != Base::grad) CHECK(std::fabs(f.m.get(row, i) - new_m[i]) <= ulp(wide), "m: row %zu element %lld", row, element);
-      if (base != Base::grad && base != Base::sgd) CHECK(std::fabs(f.v.get(row, i) - new_v[i]) <= 4 * ulp(wide), "v: row %zu element %lld", row, element);
+      for (int k = 0; k < kMaxStates; ++k)
+        CHECK(std::fabs(f.state[k].get(row, i) - new_state[k][i]) <= 4 * ulp(wide), "state %d: row %zu element %lld", k, row, element);
       if (base == Base::grad) CHECK(std::fabs(f.s.get(row, i) - (s + 0.25 * g)) <= ulp(f.s.dtype[row]), "x: row %zu element %lld", row, element);
       CHECK(std::fabs(f.q.get(row, i) - (s - 0.5 * g)) <= ulp(wide), "q: row %zu element %lld", row, element);
-      for (const Owned* column : {&f.w, &f.b, &f.m, &f.v, &f.q}) results.push_back(column->get(row, i));
+      for (const Owned* column : {&f.w, &f.b, &f.state[0], &f.state[1], &f.state[2], &f.q}) results.push_back(column->get(row, i));
     }
     results.push_back(q_sq[row]);
   }
@@ -293,7 +292,7 @@ int main() {
     cpu::use_isa(kernels->name);
     for (const cpu::ParallelFor& parallel_for : {cpu::ParallelFor(whole), cpu::ParallelFor(uneven)}) {
       std::vector<std::vector<double>> results = {test_sums(parallel_for)};
-      for (const Base base : {Base::sgd, Base::adam, Base::adamw, Base::lamb, Base::grad})
+      for (const auto& [name, base] : kBases)
         for (const bool master : {false, true}) results.push_back(test_perturb_and_step(base, master, parallel_for));
       if (first.empty()) first = results;
       CHECK(results == first, "%s: not the bits of %s", kernels->name, cpu::available_isas().front()->name);

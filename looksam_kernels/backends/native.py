@@ -54,12 +54,14 @@ def coefficients(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    lars: bool,
 ) -> Coefficients:
     native = _synced(table)
-    if not _evaluates(native, rule, groups):
-        return reference.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm)
+    lars = lars and rule in DESCENTS
+    if not _evaluates(native, rule, groups, lars):
+        return reference.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm, lars)
     return _named(
-        rule, native.coefficients(rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm)
+        rule, native.coefficients(rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm, lars)
     )
 
 
@@ -73,13 +75,15 @@ def measure(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    lars: bool,
 ) -> tuple[Sums, Coefficients]:
     native = _synced(table)
-    if not _evaluates(native, rule, groups):
+    lars = lars and rule in DESCENTS
+    if not _evaluates(native, rule, groups, lars):
         found = sums(table, pairs, adaptive)
         found = found if known is None else known + found
-        return found, coefficients(table, rule, found, groups, grad_scale, found_inf, max_grad_norm)
-    values, scalars = native.measure(rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm)
+        return found, coefficients(table, rule, found, groups, grad_scale, found_inf, max_grad_norm, lars)
+    values, scalars = native.measure(rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm, lars)
     all_pairs = (known.pairs if known is not None else ()) + tuple(pairs)
     return Sums(all_pairs, values), _named(rule, scalars)
 
@@ -104,15 +108,16 @@ def forget(table: TensorTable, column: str) -> None:
         table.dirty.discard(column)
 
 
-def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | None]) -> Coefficients:
+def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]) -> Coefficients:
+    d, q, found_inf, post, trust = scalars
     if rule in ASCENTS:
-        return Coefficients(ASCENTS[rule].inputs, *scalars)
-    return Coefficients(DESCENTS[rule].inputs, *scalars, DESCENTS[rule].writes or "q")
+        return Coefficients(ASCENTS[rule].inputs, d, q, found_inf)
+    return Coefficients(DESCENTS[rule].inputs, d, q, found_inf, post, DESCENTS[rule].writes or "q", trust)
 
 
-def _evaluates(native: Any, rule: str, groups: Groups) -> bool:
+def _evaluates(native: Any, rule: str, groups: Groups, lars: bool) -> bool:
     """False where the formulas must run as torch operations: a rule's hyper-parameters on the GPU, or very many groups."""
-    return not hasattr(native, "evaluates") or native.evaluates(rule, groups)
+    return not hasattr(native, "evaluates") or native.evaluates(rule, groups, lars)
 
 
 def _synced(table: TensorTable) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from looksam_kernels.formulas import ASCENTS, BASES, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
+from looksam_kernels.formulas import ASCENTS, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
+from looksam_kernels.updates import BASES, UPDATES, own
 
 Scalars = Mapping[str, Any]
 
@@ -53,19 +54,20 @@ def coefficients(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    lars: bool,
 ) -> Coefficients:
-    return evaluate(rule, sums, Hyper(groups, table.group, table.device, grad_scale), found_inf, max_grad_norm)
+    return evaluate(rule, sums, Hyper(groups, table.group, table.device, grad_scale), found_inf, max_grad_norm, lars)
 
 
 def evaluate(
-    rule: str, sums: Sums, hyper: Hyper, found_inf: Tensor | None, max_grad_norm: float | None
+    rule: str, sums: Sums, hyper: Hyper, found_inf: Tensor | None, max_grad_norm: float | None, lars: bool
 ) -> Coefficients:
     bad = (~sums.values.isfinite().all()).to(torch.float32)
     if found_inf is not None:
         bad = torch.maximum(bad, found_inf.to(bad.device).reshape(()))
     if rule in ASCENTS:
         return ascent(rule, sums, hyper, bad)
-    return descent(rule, sums, hyper, bad, max_grad_norm)
+    return descent(rule, sums, hyper, bad, max_grad_norm, lars=lars)
 
 
 def perturb(
@@ -125,9 +127,11 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
         w.copy_(origin)
         return
 
+    if coefficients.trust is not None:
+        group = {**group, "base_weight_decay": own(group, "weight_decay") * coefficients.trust[row].to(w.device)}
     count = table["step"][row] + 1
     state = {name: table[name][row] for name in BASES[base]}
-    new_w, new_state = _UPDATES[base](origin, d, state, count.double(), group)
+    new_w, new_state = UPDATES[base](origin.to(d.dtype), d, state, count.double(), group)
     if coefficients.post is not None:
         new_w = new_w + _combine(table, row, coefficients.inputs, coefficients.post)
     w.copy_(torch.where(keep, origin, new_w))
@@ -164,58 +168,3 @@ def _t(table: TensorTable, row: int, adaptive: Sequence[float | None] | None) ->
     """ASAM's T of one row."""
     eta = adaptive[row] if adaptive is not None else None
     return 1.0 if eta is None else table["w"][row].to(_accumulate(table, row)).abs() + eta
-
-
-# The base updates on one tensor: w, d, states and the update count -> new w, new states ------------------------------
-
-
-def sgd(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-    d = d + h["weight_decay"] * w
-    if not h["momentum"]:
-        return w - h["lr"] * d, {}
-    direction_weight = torch.where(count == 1, torch.ones_like(count), 1 - h["dampening"]).to(d.dtype)
-    buf = h["momentum"] * state["momentum_buffer"] + direction_weight * d
-    return w - h["lr"] * (d + h["momentum"] * buf if h["nesterov"] else buf), {"momentum_buffer": buf}
-
-
-def adam(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-    direction, new_state = _adam_direction(d + h["weight_decay"] * w, state, count, h)
-    return w - h["lr"] * direction, new_state
-
-
-def adamw(
-    w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars
-) -> tuple[Tensor, dict[str, Tensor]]:
-    direction, new_state = _adam_direction(d, state, count, h)
-    return w * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * direction, new_state
-
-
-def lamb(w: Tensor, d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-    direction, new_state = _adam_direction(d, state, count, h)
-    u = direction + h["weight_decay"] * w
-    w_norm, u_norm = (x.square().sum(dtype=torch.float64).sqrt() for x in (w, u))
-    trust_ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
-    if h["weight_decay"] == 0 and not h["always_adapt"]:
-        trust_ratio = torch.ones_like(trust_ratio)
-    if h["trust_clip"]:
-        trust_ratio = trust_ratio.clamp(max=1)
-    return w - h["lr"] * trust_ratio.to(w.dtype) * u, new_state
-
-
-def _adam_direction(d: Tensor, state: dict[str, Tensor], count: Tensor, h: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
-    """(m / bc1) / (sqrt(v / bc2) + eps) and the new m, v."""
-    beta1, beta2 = h["betas"]
-    m = torch.lerp(state["exp_avg"], d, 1 - beta1)
-    v = beta2 * state["exp_avg_sq"] + (1 - beta2) * d * d
-    bias_correction1 = (1 - beta1**count).to(d.dtype)
-    bias_correction2_sqrt = (1 - beta2**count).sqrt().to(d.dtype)
-    denominator = v.sqrt() / bias_correction2_sqrt + h["eps"]
-    return (m / bias_correction1) / denominator, {"exp_avg": m, "exp_avg_sq": v}
-
-
-_UPDATES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
-    "sgd": sgd,
-    "adam": adam,
-    "adamw": adamw,
-    "lamb": lamb,
-}

@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from looksam_kernels.backends import reference
-from looksam_kernels.formulas import BASES, Coefficients, Groups, Hyper, Pair, Sums
+from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable, holds_scalars
+from looksam_kernels.updates import BASES, own
 
 Adaptive = Sequence[float | None] | None
 
@@ -293,7 +294,7 @@ def _elsewhere(table: TensorTable, rows: list[int], op: Callable[[TensorTable, l
 
 def _of_rows(c: Coefficients, rows: list[int]) -> Coefficients:
     q, post = (None if x is None else x[:, rows] for x in (c.q, c.post))
-    return c._replace(d=c.d[:, rows], q=q, post=post)
+    return c._replace(d=c.d[:, rows], q=q, post=post, trust=None if c.trust is None else c.trust[rows])
 
 
 # The ops --------------------------------------------------------------------------------------------------------------
@@ -385,9 +386,10 @@ def coefficients(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    lars: bool,
 ) -> Coefficients:
     hyper = _Hyper(_layout(table), groups, grad_scale)
-    return reference.evaluate(rule, sums, hyper, found_inf, max_grad_norm)
+    return reference.evaluate(rule, sums, hyper, found_inf, max_grad_norm, lars)
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
@@ -483,7 +485,8 @@ def _step(
     c, c_q, c_post = (
         None if x is None else x.contiguous() for x in (coefficients.d, coefficients.q, coefficients.post)
     )
-    found_inf = coefficients.found_inf
+    found_inf, trust = coefficients.found_inf, coefficients.trust
+    base = "sgd" if base == "lars" else base
     hyper = _hyper_table(layout, groups, kernels.HYPER[base])
     corrections = torch.empty(2, rows, dtype=torch.float64, device=device)
     partials = torch.empty(3, bucket.programs, dtype=torch.float64, device=device)
@@ -520,6 +523,7 @@ def _step(
         c,
         c_q,
         c_post,
+        trust,
         found_inf,
         corrections,
         hyper,
@@ -582,11 +586,16 @@ def _step(
 
 def _hyper_table(layout: _Layout, groups: Groups, names: Sequence[str]) -> Tensor:
     """The groups' hyper-parameters, float64 [names, groups]."""
-    flat = [{**g, **dict(zip(("beta1", "beta2"), g.get("betas", ()), strict=False))} for g in groups]
-    values = [g[name] for name in names for g in flat]
+    values = [_value(g, name) for name in names for g in groups]
     if any(isinstance(x, Tensor) for x in values):
         return torch.stack([_scalar(x, layout.device) for x in values])
     return layout.on_device([float(x) for x in values], torch.float64)
+
+
+def _value(group: Mapping[str, Any], name: str) -> Any:
+    if name == "lr":
+        return group["lr"]
+    return own(group, "betas")[int(name[-1]) - 1] if name in ("beta1", "beta2") else own(group, name)
 
 
 def _scalar(x: Tensor | float, device: torch.device) -> Tensor:

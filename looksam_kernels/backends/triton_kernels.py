@@ -178,6 +178,41 @@ def lamb_direction(w, m, v, bias_correction1, bias_correction2_sqrt, eps, weight
     return adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps) + weight_decay * w
 
 
+@triton.jit
+def lion(w, d, m, lr, decay_factor, beta1, of_d1, beta2, of_d2):
+    """w decay_factor - lr sign(beta1 m + (1 - beta1) d), m = beta2 m + (1 - beta2) d."""
+    ahead = beta1 * m + of_d1 * d
+    u = tl.where(ahead > 0, 1.0, tl.where(ahead < 0, -1.0, 0.0))
+    return w * decay_factor - lr * u, beta2 * m + of_d2 * d
+
+
+@triton.jit
+def adagrad(w, d, total, lr, eps):
+    """sum += d^2, w - lr d / (sqrt(sum) + eps)."""
+    total += d * d
+    return w - lr * divide(d, root(total) + eps), total
+
+
+@triton.jit
+def mean_square(d, v, alpha, of_d):
+    """v = alpha v + (1 - alpha) d^2"""
+    return alpha * v + of_d * d * d
+
+
+@triton.jit
+def centered(v, mean):
+    """v - mean^2, 0 where rounding leaves less."""
+    variance = v - mean * mean
+    return tl.where(variance < 0, 0.0, variance)
+
+
+@triton.jit
+def adadelta(w, d, v, acc, lr, rho, of_d, eps):
+    """u = sqrt(acc + eps) / sqrt(v + eps) d, v up to date; acc = rho acc + (1 - rho) u^2; w - lr u."""
+    u = divide(root(acc + eps), root(v + eps)) * d
+    return w - lr * u, rho * acc + of_d * u * u
+
+
 # Sums -----------------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +383,7 @@ def advance(
     """step <- step + 1, and the factors of the row's update that depend on it, corrections [2, rows].
 
     Adam: 1 - beta1^step and sqrt(1 - beta2^step). SGD: the weight of d in the momentum, 1 - dampening, the first time 1.
+    Adagrad: lr / (1 + (step - 1) lr_decay). The other bases have none.
     Nothing happens with found_inf.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -360,7 +396,11 @@ def advance(
     if BASE == "sgd":
         dampening = tl.load(h + 2 * groups, mask=mask, other=0.0)
         tl.store(corrections + row, tl.where(t == 1, 1.0, 1 - dampening), mask=mask)
-    else:
+    elif BASE == "adagrad":
+        lr = tl.load(h, mask=mask, other=0.0)
+        lr_decay = tl.load(h + 3 * groups, mask=mask, other=0.0)
+        tl.store(corrections + row, lr / (1 + (t.to(tl.float64) - 1) * lr_decay), mask=mask)
+    elif BASE == "adam" or BASE == "adamw" or BASE == "lamb":
         beta1 = tl.load(h + 3 * groups, mask=mask, other=0.0)
         beta2 = tl.load(h + 4 * groups, mask=mask, other=0.0)
         tl.store(corrections + row, 1 - power(beta1, t.to(tl.int32)), mask=mask)
@@ -372,6 +412,10 @@ HYPER = {
     "adam": ("lr", "weight_decay", "eps", "beta1", "beta2"),
     "adamw": ("lr", "weight_decay", "eps", "beta1", "beta2"),
     "lamb": ("lr", "weight_decay", "eps", "beta1", "beta2", "always_adapt", "trust_clip"),
+    "lion": ("lr", "weight_decay", "beta1", "beta2"),
+    "adagrad": ("lr", "weight_decay", "eps", "lr_decay"),
+    "rmsprop": ("lr", "weight_decay", "eps", "alpha", "momentum", "centered"),
+    "adadelta": ("lr", "weight_decay", "eps", "rho"),
     "grad": (),
 }
 """The rows of ``hyper``, in the order in which the kernels read them."""
@@ -387,6 +431,7 @@ def step(
     c,
     c_q,
     c_post,
+    trust,
     found_inf,
     corrections,
     hyper,
@@ -411,7 +456,8 @@ def step(
     """d = sum_i c_i x_i, the base update with d at w (with FROM_B: at b), w += sum_i post_i x_i, q <- sum_i q_i x_i.
 
     ``partials`` [3, chunks] takes ||q||^2, and for LAMB ||w||^2 and ||u||^2: its weights wait for :func:`apply_lamb`.
-    With found_inf w <- b where it was moved, and nothing else.
+    With found_inf w <- b where it was moved, and nothing else. ``trust``: what the weight decay is multiplied by, LARS's
+    ratio a row.
     """
     place, full = locate(chunks, sizes, CHUNK)
     row = place[0]
@@ -440,6 +486,8 @@ def step(
                     h = hyper + tl.load(group + row)
                     lr = tl.load(h)
                     weight_decay = tl.load(h + groups)
+                    if trust is not None:
+                        weight_decay *= tl.load(trust + row)
                     if BASE == "sgd":
                         momentum = tl.load(h + 3 * groups).to(ACC)
                         nesterov = tl.load(h + 4 * groups)
@@ -451,6 +499,58 @@ def step(
                             new_w, buf = sgd(x, d, buf, lr.to(ACC), momentum, of_d, weight_decay.to(ACC), nesterov)
                             if momentum != 0:
                                 store(states[0], place, buf, STATES[0], ALIGNED, FULL)
+                    elif BASE == "lion":
+                        beta1 = tl.load(h + 2 * groups)
+                        beta2 = tl.load(h + 3 * groups)
+                        m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                        new_w, m = lion(
+                            x,
+                            d,
+                            m,
+                            lr.to(ACC),
+                            (1 - lr * weight_decay).to(ACC),
+                            beta1.to(ACC),
+                            (1 - beta1).to(ACC),
+                            beta2.to(ACC),
+                            (1 - beta2).to(ACC),
+                        )
+                        store(states[0], place, m, STATES[0], ALIGNED, FULL)
+                    elif BASE == "adagrad":
+                        eps = tl.load(h + 2 * groups).to(ACC)
+                        total = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                        d += weight_decay.to(ACC) * x
+                        new_w, total = adagrad(x, d, total, tl.load(corrections + row).to(ACC), eps)
+                        store(states[0], place, total, STATES[0], ALIGNED, FULL)
+                    elif BASE == "rmsprop":
+                        eps = tl.load(h + 2 * groups).to(ACC)
+                        alpha = tl.load(h + 3 * groups)
+                        momentum = tl.load(h + 4 * groups).to(ACC)
+                        d += weight_decay.to(ACC) * x
+                        v = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                        v = mean_square(d, v, alpha.to(ACC), (1 - alpha).to(ACC))
+                        store(states[0], place, v, STATES[0], ALIGNED, FULL)
+                        if STATES[1] is not None:  # noqa: SIM102 - settled at compile time, the next at run time
+                            if tl.load(h + 5 * groups) != 0:
+                                mean = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
+                                mean = mean + (1 - alpha).to(ACC) * (d - mean)
+                                store(states[1], place, mean, STATES[1], ALIGNED, FULL)
+                                v = centered(v, mean)
+                        u = divide(d, root(v) + eps)
+                        if STATES[2] is not None:  # noqa: SIM102
+                            if momentum != 0:
+                                u += momentum * load(states[2], place, STATES[2], ALIGNED, FULL).to(ACC)
+                                store(states[2], place, u, STATES[2], ALIGNED, FULL)
+                        new_w = x - lr.to(ACC) * u
+                    elif BASE == "adadelta":
+                        eps = tl.load(h + 2 * groups).to(ACC)
+                        rho = tl.load(h + 3 * groups)
+                        d += weight_decay.to(ACC) * x
+                        v = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                        v = mean_square(d, v, rho.to(ACC), (1 - rho).to(ACC))
+                        store(states[0], place, v, STATES[0], ALIGNED, FULL)
+                        acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
+                        new_w, acc = adadelta(x, d, v, acc, lr.to(ACC), rho.to(ACC), (1 - rho).to(ACC), eps)
+                        store(states[1], place, acc, STATES[1], ALIGNED, FULL)
                     else:
                         eps = tl.load(h + 2 * groups).to(ACC)
                         beta1 = tl.load(h + 3 * groups)
@@ -462,9 +562,8 @@ def step(
                         m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
                         v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         m, v = moments(d, m, v, (1 - beta1).to(ACC), (1 - beta2).to(ACC), beta2.to(ACC))
-                        if (
-                            BASE == "lamb"
-                        ):  # only now: across a sum's barrier d would cost registers, and spill on sm_80
+                        # Only now: across a sum's barrier d would cost registers, and spill on sm_80.
+                        if BASE == "lamb":
                             tl.store(partials + programs, tl.sum(x * x))
                         store(states[0], place, m, STATES[0], ALIGNED, FULL)
                         store(states[1], place, v, STATES[1], ALIGNED, FULL)

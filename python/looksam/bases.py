@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from looksam.binding import Binding, State
 from looksam.hyper import Group
@@ -26,6 +27,8 @@ class Fused(NamedTuple):
 
     name: str
     defaults: Group
+    renamed: dict[str, str]
+    """The base's name of an argument -> its name in our groups, where the variant has an argument of the same name."""
 
     @property
     def comes_first(self) -> bool:
@@ -38,6 +41,14 @@ class Fused(NamedTuple):
     @property
     def columns(self) -> tuple[str, ...]:
         return ("step", *ops.BASES[self.name])
+
+    @property
+    def lars(self) -> bool:
+        """Is the direction scaled by LARS's trust ratio?"""
+        return self.name == "lars"
+
+    def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ops.states(self.name, group)
 
     def check(self, group: Group) -> None:
         """
@@ -52,9 +63,8 @@ class Fused(NamedTuple):
         """Nothing is kept of either."""
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
-        new_momentum = group.get("momentum") and "momentum_buffer" not in state
-        new_master = needs_master(p) and "master_param" not in state
-        return self.state_for(p, group) if "step" not in state or new_momentum or new_master else {}
+        names = ("step", *self.states(group), *(("master_param",) if needs_master(p) else ()))
+        return self.state_for(p, group) if any(name not in state for name in names) else {}
 
     def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
         """Updates the parameters with the direction."""
@@ -71,9 +81,10 @@ class Fused(NamedTuple):
         """
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-        for name in ops.BASES[self.name]:
-            if name != "momentum_buffer" or group["momentum"] != 0:
-                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        for name in self.states(group):
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            if name == "sum":
+                state[name].fill_(ops.own(group, "initial_accumulator_value"))
         if needs_master(p):
             state["master_param"] = p.detach().to(dtype)
         return state
@@ -83,11 +94,12 @@ class Wrapped:
     """Any optimizer class: the direction goes to ``.grad`` and the class's own ``step`` follows.
 
     Args:
-        renamed: the base's name of an argument -> its name in our groups, where the variant has an argument of that name.
+        renamed: as in :class:`Fused`.
     """
 
     columns: tuple[str, ...] = ()
     comes_first = True
+    lars = False
 
     def __init__(self, cls: type[Optimizer], kwargs: Group, defaults: Group, renamed: dict[str, str]) -> None:
         self.cls, self.kwargs, self.defaults, self.renamed = cls, kwargs, defaults, renamed
@@ -104,6 +116,9 @@ class Wrapped:
             for p, eager in self.inner.state.items():
                 state[p].update(eager)
         self.inner.param_groups, self.inner.state = groups, state  # type: ignore[assignment]
+
+    def states(self, group: Group) -> tuple[str, ...]:
+        return ()
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         return {}
@@ -169,6 +184,13 @@ class Wrapped:
                 g.update(values)
 
 
+def take_over(base: Fused | Wrapped, group: Group) -> None:
+    """The group of a checkpoint of the base alone: its arguments, under our names."""
+    for name, outer in base.renamed.items():
+        if name in group:
+            group[outer] = group.pop(name)
+
+
 def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[str]) -> Fused | Wrapped:
     """The base for ``base_optimizer`` and its arguments; ``base_<name>`` gives an argument whose name is in ``reserved``.
 
@@ -181,7 +203,7 @@ def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[
     if isinstance(base_optimizer, str):
         if base_optimizer not in _NAMED:
             raise ValueError(f"unknown base_optimizer {base_optimizer!r}; choose one of {', '.join(map(repr, _NAMED))}")
-        return _fused(base_optimizer, kwargs)
+        return _fused(base_optimizer, kwargs, reserved)
     if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise TypeError(
             f"base_optimizer must be a name or a subclass of torch.optim.Optimizer, not {base_optimizer!r}; "
@@ -189,32 +211,43 @@ def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[
         )
     name = getattr(base_optimizer, "fused_base", None) or _FUSED_CLASSES.get(base_optimizer)
     if name is not None and not any(kwargs.get(option) for option in NOT_FUSED):
-        return _fused(name, kwargs)
+        return _fused(name, kwargs, reserved)
     return _wrapped(base_optimizer, kwargs, reserved)
 
 
-def _fused(name: str, kwargs: Group) -> Fused:
+def _fused(name: str, kwargs: Group, reserved: set[str]) -> Fused:
     max_grad_norm = kwargs.get("max_grad_norm", 1.0 if name == "lamb" else None)
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
-    defaults = _NAMED[name](**{k: v for k, v in kwargs.items() if k != "max_grad_norm"})
+    renamed = _renamed(_NAMED[name], reserved)
+    kwargs = _own_names({k: v for k, v in kwargs.items() if k != "max_grad_norm"}, renamed)
+    defaults = _our_names(_NAMED[name](**kwargs), renamed)
     if name == "adam" and defaults.get("decoupled_weight_decay"):
         name = "adamw"
-    return Fused(name, defaults | {"max_grad_norm": max_grad_norm})
+    return Fused(name, defaults | {"max_grad_norm": max_grad_norm}, renamed)
 
 
 def _wrapped(cls: type[Optimizer], kwargs: Group, reserved: set[str]) -> Wrapped:
     own = inspect.signature(cls).parameters
     kwargs = dict(kwargs)
     max_grad_norm = None if "max_grad_norm" in own else kwargs.pop("max_grad_norm", None)
-    renamed = {name: f"base_{name}" for name in own if name in reserved}
-    for name, outer in renamed.items():
-        if outer in kwargs:
-            kwargs[name] = kwargs.pop(outer)
-    defaults = dict(cls([_probe()], **kwargs).defaults)
-    for name, outer in renamed.items():
-        defaults[outer] = defaults.pop(name)
+    renamed = _renamed(cls, reserved)
+    kwargs = _own_names(kwargs, renamed)
+    defaults = _our_names(cls([_probe()], **kwargs).defaults, renamed)
     return Wrapped(cls, kwargs, {"max_grad_norm": max_grad_norm} | defaults, renamed)
+
+
+def _renamed(constructor: Callable[..., Any], reserved: set[str]) -> dict[str, str]:
+    return {name: f"base_{name}" for name in inspect.signature(constructor).parameters if name in reserved}
+
+
+def _own_names(kwargs: Group, renamed: dict[str, str]) -> Group:
+    ours = {outer: name for name, outer in renamed.items()}
+    return {ours.get(name, name): value for name, value in kwargs.items()}
+
+
+def _our_names(defaults: Group, renamed: dict[str, str]) -> Group:
+    return {renamed.get(name, name): value for name, value in defaults.items()}
 
 
 def _probe() -> torch.nn.Parameter:
@@ -223,6 +256,9 @@ def _probe() -> torch.nn.Parameter:
 
 
 def _of_torch(cls: type[Optimizer]) -> Callable[..., Group]:
+    """torch's own constructor, for its defaults and its errors."""
+
+    @functools.wraps(cls)
     def defaults(**kwargs: Any) -> Group:
         if any(kwargs.get(option) for option in NOT_FUSED):
             raise ValueError(
@@ -247,10 +283,50 @@ def _lamb(
     return kept | {"always_adapt": always_adapt, "trust_clip": trust_clip}
 
 
-_NAMED: dict[str, Callable[..., Group]] = {
-    "sgd": _of_torch(SGD),
-    "adam": _of_torch(Adam),
-    "adamw": _of_torch(AdamW),
-    "lamb": _lamb,
+def _lars(
+    lr: float | Tensor = 1.0,
+    momentum: float = 0.9,
+    dampening: float = 0.0,
+    weight_decay: float = 1e-4,
+    nesterov: bool = False,
+    trust_coefficient: float = 0.001,
+    eps: float = 1e-8,
+    trust_clip: bool = False,
+    always_adapt: bool = False,
+    maximize: bool = False,
+) -> Group:
+    for name, value in (("trust_coefficient", trust_coefficient), ("eps", eps)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, not {value}")
+    defaults = SGD([_probe()], lr, momentum, dampening, weight_decay, nesterov, maximize=maximize).defaults
+    kept = {x: defaults[x] for x in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+    own = {"trust_coefficient": trust_coefficient, "eps": eps, "trust_clip": trust_clip, "always_adapt": always_adapt}
+    return kept | own
+
+
+def _lion(
+    lr: float | Tensor = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> Group:
+    defaults = Adam([_probe()], lr, betas, weight_decay=weight_decay, maximize=maximize).defaults
+    return {name: defaults[name] for name in ("lr", "betas", "weight_decay", "maximize")}
+
+
+_FUSED_CLASSES: dict[type[Optimizer], str] = {
+    SGD: "sgd",
+    Adam: "adam",
+    AdamW: "adamw",
+    Adagrad: "adagrad",
+    RMSprop: "rmsprop",
+    Adadelta: "adadelta",
 }
-_FUSED_CLASSES: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}
+_NAMED: dict[str, Callable[..., Group]] = {
+    **{name: _of_torch(cls) for cls, name in _FUSED_CLASSES.items()},
+    "lamb": _lamb,
+    "lars": _lars,
+    "lion": _lion,
+}
+FUSED = tuple(_NAMED)
+"""The names of the fused bases."""

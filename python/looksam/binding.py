@@ -30,6 +30,9 @@ class StateOfBase(Protocol):
     def comes_first(self) -> bool:
         """Does the base create its state by itself, and must find none of ours until it has?"""
 
+    def states(self, group: Group) -> tuple[str, ...]:
+        """The columns that the parameters of a group need."""
+
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         """What is to be created and ``state`` lacks."""
 
@@ -103,8 +106,8 @@ class Binding:
         parameters which have one still lack."""
         table = self.table
         table[column] = grads = self.gradients()
-        momentum = [bool(g.get("momentum")) for g in self.groups]
-        asked = (writes, momentum, [g is not None for g in grads])
+        states = [self._base.states(g) for g in self.groups]
+        asked = (writes, states, [g is not None for g in grads])
         if asked not in self._prepared:
             for group in self.groups:
                 for p in group["params"]:

@@ -35,7 +35,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     Args:
         params: parameters or groups, as for torch.optim; every hyper-parameter may be given per group.
-        base_optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"lamb"`` or a ``torch.optim.Optimizer`` subclass.
+        base_optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"adagrad"``, ``"rmsprop"``, ``"adadelta"``, ``"lamb"``,
+            ``"lars"``, ``"lion"`` or a ``torch.optim.Optimizer`` subclass.
         variant: the three choices.
         hyper: the variant's own hyper-parameters and their defaults.
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
@@ -273,8 +274,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._forget()
         super().__setstate__(state)
         for group in self.param_groups:
+            if "phase" not in group:
+                bases.take_over(self._base, group)  # a checkpoint of the base alone can be loaded
             for name, default in self.defaults.items():
-                group.setdefault(name, default)  # a checkpoint of the base alone can be loaded
+                group.setdefault(name, default)
             settle_layer_filter(group)
         self._base.share(self.param_groups, self.state)
 

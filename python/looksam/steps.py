@@ -78,7 +78,7 @@ class Step:
         if self._passes.m_sharpness and self.moved:
             replicas = Replicas(self._passes.model)
             self._found_inf = replicas.agree(binding.table, plan.descent, plan.looks[-1].column, self._found_inf)
-            self._sums = None
+            self._sums = self._sums and self._sums.stored()
         groups = self._groups()
         clip = binding.groups[0]["max_grad_norm"]
         coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
@@ -126,6 +126,7 @@ class Step:
             grad_scale=grad_scale,
             found_inf=self._found_inf,
             max_grad_norm=max_grad_norm,
+            lars=self._base.lars,
         )
         self._found_inf = coefficients.found_inf
         return coefficients

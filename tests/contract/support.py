@@ -21,15 +21,31 @@ REUSING = ["looksam", "looklayersam"]
 PERIODIC = [name for name, cls in VARIANTS.items() if "k" in inspect.signature(cls).parameters]
 IN_TWO_CALLS = [name for name in VARIANTS if name not in ("crsam", "sampa")]
 
+
+class WrappedRMSprop(torch.optim.RMSprop):
+    """The class of the name is fused; a user's own is not."""
+
+
+class WrappedAdagrad(torch.optim.Adagrad):
+    """One that creates its state in its constructor."""
+
+
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}),
     "adam": ("adam", {"lr": 1e-2}),
     "adamw": ("adamw", {"lr": 1e-2}),
     "lamb": ("lamb", {"lr": 1e-2}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
+    "lars": ("lars", {"lr": 1.0, "trust_coefficient": 0.1, "weight_decay": 1e-2}),
+    "lion": ("lion", {"lr": 1e-3, "weight_decay": 0.1}),
+    "adagrad": ("adagrad", {"lr": 1e-2}),
+    "rmsprop": ("rmsprop", {"lr": 1e-3, "momentum": 0.9, "centered": True, "eps": 1e-3}),
+    "adadelta": ("adadelta", {"lr": 1.0}),
+    "wrapped rmsprop": (WrappedRMSprop, {"lr": 1e-3, "momentum": 0.9}),
+    "wrapped adagrad": (WrappedAdagrad, {"lr": 1e-2}),
 }
 """Fused ones by name, and two that are wrapped."""
+
+WRAPPED = tuple(name for name, (base, _) in BASES.items() if not isinstance(base, str))
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 on_variants = pytest.mark.parametrize("variant", VARIANTS)

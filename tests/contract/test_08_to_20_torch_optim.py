@@ -70,7 +70,7 @@ def test_contract_08_per_group(backend: str, name: str, value: Any) -> None:
 @on_backends
 @on_bases
 def test_contract_09_add_param_group_fills_in_defaults(backend: str, base: str) -> None:
-    if base == "adagrad":
+    if base == "wrapped adagrad":
         pytest.skip("torch's Adagrad creates its state in the constructor and has none for groups that come later")
     model = network()
     optimizer = build([model[0].weight], "looksam", base, backend=backend)
@@ -245,16 +245,34 @@ def test_contract_13_resume_at_every_phase(backend: str, variant: str, base: str
         train(model, optimizer, 1)
 
 
+TORCHS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 1e-2}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 1e-2, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9, "momentum": 0.9, "centered": True}),
+    "adadelta": (torch.optim.Adadelta, {"lr": 1.0, "rho": 0.8}),
+}
+
+
 @on_backends
-def test_contract_13_checkpoint_of_the_base_alone(backend: str) -> None:
+@pytest.mark.parametrize("name", TORCHS)
+def test_contract_13_checkpoint_of_the_base_alone(backend: str, name: str) -> None:
+    """Everything goes on as it was, the hyper-parameters whose names LookSAM has too included: with rho = 0 as the base."""
+    cls, options = TORCHS[name]
     model = network()
-    base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    base = cls(model.parameters(), **options)
     train(model, base, 3)
-    optimizer = looksam.LookSAM(model.parameters(), "adamw", k=2, backend=backend, lr=1e-2)
-    optimizer.load_state_dict(base.state_dict())
-    train(model, optimizer, 3)
-    assert optimizer.param_groups[0]["phase"] == 1
-    assert optimizer.state[model[0].weight]["step"] == 6
+    other = copy.deepcopy(model)
+    optimizer = looksam.LookSAM(other.parameters(), name, k=2, backend=backend, rho=0.0, alpha=0.3)
+    optimizer.load_state_dict(copy.deepcopy(base.state_dict()))
+    train(other, optimizer, 3)
+    train(model, base, 3)
+    for a, b in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+    group = optimizer.param_groups[0]
+    assert (group["phase"], group["rho"], group["alpha"]) == (1, 0.0, 0.3)
+    assert optimizer.state[other[0].weight]["step"] == (6 if name != "sgd" else 3)  # torch's SGD counts nothing
 
 
 @on_backends
@@ -286,7 +304,7 @@ def test_contract_15_only_parameters_are_keys_of_state(backend: str, variant: st
 
 
 @on_backends
-@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "wrapped rmsprop"])
 @pytest.mark.parametrize("style", ["closure", "two calls"])
 def test_contract_16_hooks_fire_once(backend: str, base: str, style: str) -> None:
     model = network()
@@ -320,7 +338,7 @@ def test_contract_16_hooks_fire_once(backend: str, base: str, style: str) -> Non
 
 
 @on_backends
-@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "wrapped rmsprop"])
 def test_contract_16_state_dict_hooks_fire_once(backend: str, base: str) -> None:
     model = network()
     optimizer = build(model.parameters(), "looksam", base, backend=backend)
@@ -350,7 +368,7 @@ def test_contract_16_what_hooks_return_is_used(backend: str) -> None:
 
 
 @on_backends
-@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "wrapped rmsprop"])
 def test_contract_16_one_profiler_range(backend: str, base: str) -> None:
     model = network()
     optimizer = build(model.parameters(), "looksam", base, backend=backend)
@@ -363,7 +381,7 @@ def test_contract_16_one_profiler_range(backend: str, base: str) -> None:
 
 
 @on_backends
-@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "wrapped rmsprop"])
 @pytest.mark.parametrize("style", ["closure", "two calls"])
 @pytest.mark.parametrize("on_base", [False, True])
 def test_contract_17_schedulers(backend: str, base: str, style: str, on_base: bool) -> None:
@@ -483,7 +501,7 @@ def test_contract_19_flags_that_torch_refuses() -> None:
 @on_variants
 @on_bases
 def test_contract_20_tensor_lr(backend: str, variant: str, base: str) -> None:
-    if base == "adagrad":
+    if base == "wrapped adagrad":
         pytest.skip("torch's Adagrad takes a tensor lr only with foreach")
     number, tensor = (
         loop(backend, 4, variant, base, lr=lr(0.01)) for lr in (float, lambda x: torch.tensor(x, dtype=torch.float64))

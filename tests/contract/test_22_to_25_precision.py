@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from looksam.bases import FUSED
 from tests.contract.support import (
     PERIODIC,
     REUSING,
@@ -144,7 +145,7 @@ class NoScalarIsRead(TorchDispatchMode):
 
 
 @on_variants
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("base", FUSED)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contract_22_no_scalar_is_read(variant: str, base: str, scaled: bool, dtype: torch.dtype) -> None:
@@ -204,7 +205,7 @@ def test_contract_22_disabled_scaler(backend: str) -> None:
 
 
 @on_backends
-@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lars", "rmsprop", "wrapped rmsprop"])
 def test_contract_23_unscale_and_clip_before_a_cheap_step(backend: str, base: str) -> None:
     def run(amp: Any) -> list[torch.Tensor]:
         model = network()

@@ -28,9 +28,10 @@ def tensors(count: int, size: int = 5) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("count", "base"), [(1, "adamw"), (152, "adamw"), (152, "lamb"), (400, "lamb"), (4000, "adamw")]
+    ("count", "base"),
+    [(1, "adamw"), (152, "adamw"), (152, "lars"), (152, "rmsprop"), (152, "lamb"), (400, "lamb"), (4000, "adamw")],
 )
-def test_a_refresh_has_4_launches_and_a_reuse_2_and_one_more_each_for_lamb(count: int, base: str) -> None:
+def test_a_refresh_has_4_launches_and_a_reuse_2_and_one_more_each_for_lamb_and_lars(count: int, base: str) -> None:
     params = [torch.nn.Parameter(w) for w in tensors(count)]
     kwargs: dict[str, Any] = {"max_grad_norm": None} if base == "lamb" else {}
     optimizer = looksam.LookSAM(params, base, k=2, backend="native", lr=0.01, **kwargs)
@@ -44,7 +45,7 @@ def test_a_refresh_has_4_launches_and_a_reuse_2_and_one_more_each_for_lamb(count
         before = launches()
         optimizer.step(closure)
         counts.append(launches() - before)
-    more = base == "lamb"
+    more = base in ("lamb", "lars")
     assert counts[2:] == [4 + more, 2 + more], "after a first cycle, which also files the table"
 
 

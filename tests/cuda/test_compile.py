@@ -61,7 +61,7 @@ def compiled() -> dict[str, Compiled]:
 def test_no_kernel_spills_or_has_a_stack(compiled: dict[str, Compiled]) -> None:
     resources = {key: value for part in compiled.values() for key, value in part.resources.items()}
     assert {sm for _, sm in resources} == set(ARCHITECTURES)
-    bodies = ("SumsBody", "PerturbBody", "StepBody", "LambBody", "FileBody", "IndexBody")
+    bodies = ("SumsBody", "PerturbBody", "StepBody", "LambBody", "LarsBody", "FileBody", "IndexBody")
     assert all(any(body in kernel for kernel, _ in resources) for body in bodies)
     for (kernel, sm), found in resources.items():
         print(f"sm_{sm} {found.registers:4d} registers  {kernel}")

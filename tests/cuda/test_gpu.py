@@ -24,7 +24,7 @@ pytestmark = [
 
 BACKENDS = ("native", "triton")
 VARIANTS = ("SAM", "LookSAM", "LayerSAM", "LookLayerSAM")
-BASES = ("sgd-nesterov", "adam", "adamw", "lamb")
+BASES = ("sgd-nesterov", "adam", "adamw", "lamb", "lars", "lion", "adagrad", "rmsprop-centered", "adadelta")
 
 
 class Training:

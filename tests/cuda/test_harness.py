@@ -45,6 +45,7 @@ PARTS = {
     "sums, perturb and promises": "not test_step and not test_coefficients",
     "step, sgd and adam": "test_step and (sgd or adam)",
     "step, lamb and grad": "test_step and (lamb or grad)",
+    "step, the others": "test_step and (lars or lion or rmsprop or adadelta)",
     "coefficients": "test_coefficients",
 }
 
@@ -92,8 +93,8 @@ FAULTS: dict[str, tuple[build.Fault, str]] = {
     "the two states are swapped": (
         (
             "step.cuh",
-            "m(at(a.first, chunk.row), chunk.offset), v(at(a.second,",
-            "m(at(a.second, chunk.row), chunk.offset), v(at(a.first,",
+            "has_state<Update>(k, h) ? a.state[k]",
+            "has_state<Update>(k, h) ? a.state[(k + 1) % states_of<Update>]",
         ),
         STEP,
     ),

@@ -39,7 +39,7 @@ def ddp(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("base", ["sgd", "lamb", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "lamb", "lars", "wrapped rmsprop"])
 def test_contract_33_replicas_stay_equal(ranks: Ranks, backend: str, variant: str, base: str) -> None:
     (w0, q0), (w1, q1) = ranks.run(ddp, variant, base, STEPS, {}, {"backend": backend})
     assert bool(q0) == (variant in KEEPING)

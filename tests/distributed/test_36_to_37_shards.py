@@ -61,7 +61,7 @@ def fsdp(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "rmsprop"])
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "lars", "rmsprop", "wrapped rmsprop"])
 def test_contract_36_shards_equal_the_whole(ranks: Ranks, backend: str, variant: str, base: str) -> None:
     check(ranks, variant, base, backend=backend)
 
@@ -221,7 +221,7 @@ def test_contract_37_optimizer_state_dict_round_trip(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("base", ["adamw", "lamb", "rmsprop"])
+@pytest.mark.parametrize("base", ["adamw", "lamb", "rmsprop", "wrapped rmsprop"])
 def test_contract_37_round_trip_in_one_process(backend: str, variant: str, base: str) -> None:
     model, other = network(dtype=torch.float64), network(1, torch.float64)
     optimizer = build(model.parameters(), variant, base, backend=backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -87,12 +87,21 @@ CASES: dict[str, list[Row]] = {
     ],
 }
 
-STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+STATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp_avg": lambda x: x,
+    "exp_avg_sq": torch.square,
+    "momentum_buffer": lambda x: x,
+    "sum": torch.square,
+    "square_avg": lambda x: x.square() + 1,
+    "grad_avg": lambda x: x.tanh() / 2,
+    "acc_delta": torch.square,
+}
+"""The states, made of normal numbers: mean squares are positive, and larger than the squares of means."""
 GRADIENTS = ("g", "s")
 
 
 def columns(rows: Sequence[Row], device: str = "cpu", seed: int = 0) -> Columns:
-    """Columns of numbers of size about 1 (the second moment positive), ``step`` 0, 1, 2, ..., q_norm_sq = ||q||^2."""
+    """Columns of numbers of size about 1, ``step`` 0, 1, 2, ..., q_norm_sq = ||q||^2."""
     random = torch.Generator().manual_seed(seed)
     made: Columns = {name: [] for name in ("w", "b", *GRADIENTS, "q", *STATES, "step", "q_norm_sq")}
     for index, row in enumerate(rows):
@@ -100,7 +109,7 @@ def columns(rows: Sequence[Row], device: str = "cpu", seed: int = 0) -> Columns:
         dtypes = {"w": row.dtype, "g": row.dtype, "s": row.dtype, "b": F32 if row.master else row.dtype}
         for name in ("w", "b", *GRADIENTS, "q", *STATES):
             x = torch.randn(row.shape, generator=random, dtype=F64)
-            x = x.square() if name == "exp_avg_sq" else x
+            x = STATES[name](x) if name in STATES else x
             memory = row.memory
             if memory == "mixed":
                 memory = "contiguous" if name in (*GRADIENTS, "q") else "channels_last"
@@ -162,10 +171,16 @@ def eta(rows: Sequence[Row]) -> list[float | None]:
 
 _SHARED = {"perturb_eps": 1e-12, "theta": 0.9, "sigma": 1.0, "lambda_": 0.2, "gamma": 0.6, "beta": 0.1}
 
+
+def _lars(weight_decay: float, always_adapt: bool, trust_clip: bool) -> dict[str, Any]:
+    own = {"weight_decay": weight_decay, "always_adapt": always_adapt, "trust_clip": trust_clip}
+    return {**own, "trust_coefficient": 0.02, "eps": 1e-3}
+
+
 RULE_GROUPS: list[dict[str, Any]] = [
-    {**_SHARED, "rho": 0.05, "alpha": 0.7, "lr": 0.01, "layer_scaled": 1.0},
-    {**_SHARED, "rho": 0.2, "alpha": 0.0, "lr": 0.02, "layer_scaled": 0.0, "maximize": True},
-    {**_SHARED, "rho": 0.1, "alpha": 1.3, "lr": 0.03, "layer_scaled": 1.0},
+    {**_SHARED, **_lars(0.1, False, False), "rho": 0.05, "alpha": 0.7, "lr": 0.01, "layer_scaled": 1.0},
+    {**_SHARED, **_lars(0.0, False, True), "rho": 0.2, "alpha": 0.0, "lr": 0.02, "layer_scaled": 0.0, "maximize": True},
+    {**_SHARED, **_lars(0.0, True, True), "rho": 0.1, "alpha": 1.3, "lr": 0.03, "layer_scaled": 1.0},
 ]
 """What the rules read."""
 
@@ -186,6 +201,13 @@ BASE_CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "adamw": ("adamw", _three(**_ADAM)),
     "lamb": ("lamb", _three(**_LAMB, always_adapt=False, trust_clip=False)),
     "lamb-clip": ("lamb", _three(**_LAMB, always_adapt=True, trust_clip=True)),
+    "lars": ("lars", _three(momentum=0.9, dampening=0.1, nesterov=False)),
+    "lion": ("lion", _three(betas=(0.9, 0.99))),
+    "adagrad": ("adagrad", _three(lr_decay=0.1, eps=1e-10)),
+    "rmsprop": ("rmsprop", _three(alpha=0.9, eps=1e-8, momentum=0.0, centered=False)),
+    "rmsprop-momentum": ("rmsprop", _three(base_alpha=0.9, alpha=0.3, eps=1e-8, momentum=0.9, centered=False)),
+    "rmsprop-centered": ("rmsprop", _three(alpha=0.9, eps=1e-8, momentum=0.9, centered=True)),
+    "adadelta": ("adadelta", _three(base_rho=0.9, rho=0.05, eps=1e-6)),
     "grad": ("grad", [{}, {}, {}]),
 }
 
@@ -208,6 +230,13 @@ class Combination(NamedTuple):
             for c in (self.d, self.q, self.post)
         )
         return Coefficients(self.inputs, d, q, torch.tensor(found_inf, device=device), post, self.writes)
+
+
+def for_base(c: Coefficients, base: str) -> Coefficients:
+    """LARS takes its trust ratios from there: 0.5, 0.75, ..."""
+    if base != "lars":
+        return c
+    return c._replace(trust=0.5 + torch.arange(c.d.shape[1], dtype=F64, device=c.d.device) / 4)
 
 
 COMBINATIONS = {

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import looksam_kernels as lk
-from looksam_kernels.formulas import ASCENTS, BASES, DESCENTS, Coefficients, Sums
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Sums
 from looksam_kernels.ops import pairs_of
+from looksam_kernels.updates import BASES
 from tests.kernels import cases
 from tests.kernels.cases import (
     BASE_CASES,
@@ -165,7 +166,7 @@ def _steps() -> list[Any]:
 def test_step(target: Target, case: str, base: str, combination: str) -> None:
     rows = CASES[case]
     name, groups = BASE_CASES[base]
-    c = COMBINATIONS[combination].coefficients(rows, target.device)
+    c = cases.for_base(COMBINATIONS[combination].coefficients(rows, target.device), name)
     start = _complete(cases.columns(rows, target.device), c)
     away = [not COMBINATIONS[combination].at_w and i % 3 != 2 for i in range(len(rows))]
 
@@ -227,6 +228,8 @@ RULE_OPTIONS: dict[str, dict[str, Any]] = {
     "not found_inf": {"found_inf": 0.0},
     "per tensor": {"norm_scope": "tensor"},
     "per tensor, clipped": {"norm_scope": "tensor", "max_grad_norm": 0.5},
+    "lars": {"lars": True},
+    "lars, clipped, grad_scale": {"lars": True, "max_grad_norm": 0.5, "grad_scale": 8.0},
 }
 
 
@@ -243,7 +246,7 @@ def test_coefficients(target: Target, rule: tuple[str, str], options: str) -> No
         if scalar in chosen:
             chosen[scalar] = torch.tensor(chosen[scalar], device=target.device)
     groups = [{**group, "norm_scope": scope} for group in RULE_GROUPS]
-    pairs = pairs_of(name, clip="max_grad_norm" in chosen)
+    pairs = pairs_of(name, clip="max_grad_norm" in chosen, lars=chosen.get("lars", False))
 
     for values in ("numbers", "zeros", "a row of zeros", "one zero", "not finite", "no rows"):
         rows = [Row((3,), group=i % 3) for i in range(0 if values == "no rows" else 7)]
@@ -265,7 +268,8 @@ def test_coefficients(target: Target, rule: tuple[str, str], options: str) -> No
         assert found.found_inf.item() == truth.found_inf.item()
         if values == "not finite" and kind == "descent":
             continue  # nothing reads them
-        for field in ("d", "q", "post"):
+        assert (found.trust is not None) == (kind == "descent" and "lars" in chosen)
+        for field in ("d", "q", "post", "trust"):
             mine, theirs = getattr(found, field), getattr(truth, field)
             assert (mine is None) == (theirs is None), field
             if theirs is not None:
@@ -295,7 +299,8 @@ def _whole_step(target: Target, rows: list[Row], cols: Columns, base: str = "ada
     """LookSAM's refresh through all ops, with the gradients at w + e taken as given."""
     name, groups = BASE_CASES[base]
     made = cases.table(rows, cols, target.backend)
-    found, up = lk.measure(made, "sam", RULE_GROUPS, grad_scale=options.get("grad_scale"))
+    options["lars"] = name == "lars"
+    found, up = lk.measure(made, "sam", RULE_GROUPS, grad_scale=options.get("grad_scale"), lars=options["lars"])
     lk.perturb(made, up)
     _, down = lk.measure(made, "looksam_refresh", RULE_GROUPS, known=found, found_inf=up.found_inf, **options)
     lk.step(made, name, down, groups)
@@ -315,7 +320,8 @@ def test_found_inf_leaves_everything_as_before_the_perturbation(target: Target, 
     made = cases.table(ROWS, cols, target.backend)
     if perturbed:
         lk.perturb(made, UP.coefficients(ROWS, target.device))
-    lk.step(made, name, COMBINATIONS["s, q = s - c g"].coefficients(ROWS, target.device, found_inf=1.0), groups)
+    c = COMBINATIONS["s, q = s - c g"].coefficients(ROWS, target.device, found_inf=1.0)
+    lk.step(made, name, cases.for_base(c, name), groups)
     saved = cols.pop("b"), before.pop("b")
     assert cases.same_bits(cols, before)
     masters = [[b for b, row in zip(column, ROWS, strict=True) if row.master] for column in saved]
@@ -385,8 +391,8 @@ def test_perturbed_rows_without_the_first_input_are_restored_only(target: Target
 
 
 @on_every_target
-@pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "lamb"])
-def test_hyper_parameters_may_be_tensors(target: Target, base: str) -> None:
+@pytest.mark.parametrize("base", [name for name in BASE_CASES if name != "grad"])
+def test_lr_may_be_a_tensor(target: Target, base: str) -> None:
     name, groups = BASE_CASES[base]
     tensors = [{**h, "lr": torch.tensor(h["lr"], dtype=F64, device=target.device)} for h in groups]
     results = []
@@ -395,7 +401,7 @@ def test_hyper_parameters_may_be_tensors(target: Target, base: str) -> None:
         lk.step(
             cases.table(CASES["groups"], cols, target.backend),
             name,
-            COMBINATIONS["g + c q"].coefficients(CASES["groups"], target.device),
+            cases.for_base(COMBINATIONS["g + c q"].coefficients(CASES["groups"], target.device), name),
             chosen,
         )
         results.append(cols["w"])
@@ -499,7 +505,22 @@ def test_errors(target: Target) -> None:
     with pytest.raises(ValueError, match="'b'"):
         lk.perturb(cases.table(rows, {**cols, "b": [None]}, target.backend), c)
     with pytest.raises(ValueError, match="unknown base"):
-        lk.step(cases.table(rows, cols, target.backend), "adagrad", c, groups)
+        lk.step(cases.table(rows, cols, target.backend), "adamax", c, groups)
+    for base, wrong in (("lars", c), ("sgd", cases.for_base(c, "lars"))):
+        with pytest.raises(ValueError, match="trust ratio"):
+            lk.step(cases.table(rows, cols, target.backend), base, wrong, BASE_CASES["sgd"][1])
+    for base, option, state in (
+        ("sgd-momentum", "momentum", "momentum_buffer"),
+        ("rmsprop-centered", "centered", "grad_avg"),
+    ):
+        name, groups = BASE_CASES[base]
+        made = cases.table(rows, {**cols, state: [None]}, target.backend)
+        with pytest.raises(ValueError, match=state):
+            lk.step(made, name, c, groups)
+        lk.step(made, name, c, [{**g, option: 0} for g in groups])
+    made = cases.table(rows, cols, target.backend, perturbed=[True])
+    with pytest.raises(ValueError, match="before the perturbation"):
+        lk.measure(made, "second", RULE_GROUPS, lars=True)
     with pytest.raises(ValueError, match="unknown rule"):
         lk.measure(cases.table(rows, cols, target.backend), "look", groups)
 
@@ -517,7 +538,11 @@ shapes = st.lists(st.sampled_from([(0,), (1,), (), (3,), (130,), (4, 5)]), min_s
 
 @on_every_target
 @few_examples
-@given(shapes=shapes, order=st.randoms(use_true_random=False), base=st.sampled_from(["sgd-nesterov", "adamw", "lamb"]))
+@given(
+    shapes=shapes,
+    order=st.randoms(use_true_random=False),
+    base=st.sampled_from(["sgd-nesterov", "adamw", "lamb", "lars"]),
+)
 def test_permuting_the_tensors_changes_nothing_per_tensor(target: Target, shapes: Any, order: Any, base: str) -> None:
     """Up to the order in which the total over tensors is added."""
     rows = [Row(shape, group=i % 3) for i, shape in enumerate(shapes)]

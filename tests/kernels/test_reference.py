@@ -12,6 +12,7 @@ from torch import Tensor
 import looksam_kernels as lk
 from looksam_kernels import TensorTable
 from looksam_kernels.formulas import Coefficients
+from looksam_kernels.updates import BASES
 
 F64 = torch.float64
 STEPS = 12
@@ -32,7 +33,8 @@ def directly(rows: int) -> Coefficients:
 def follow(base: str, options: dict[str, Any], gradients: list[list[Tensor]], start: list[Tensor]) -> list[Tensor]:
     """The parameters after as many steps as there are gradients."""
     w = [x.clone() for x in start]
-    states = {name: [torch.zeros_like(x) for x in w] for name in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
+    first = {"sum": options.get("initial_accumulator_value", 0.0)}
+    states = {name: [torch.full_like(x, first.get(name, 0.0)) for x in w] for name in BASES[base]}
     made = table(w, **states, step=[torch.zeros(()) for _ in w])
     for g in gradients:
         made["g"] = g
@@ -42,6 +44,9 @@ def follow(base: str, options: dict[str, Any], gradients: list[list[Tensor]], st
 
 SGD = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
 ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+ADAGRAD = {"lr": 0.1, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
+RMSPROP = {"lr": 0.01, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False}
+ADADELTA = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,20 @@ ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
         pytest.param("adam", torch.optim.Adam, ADAM, id="adam"),
         pytest.param("adam", torch.optim.Adam, {**ADAM, "weight_decay": 0.1}, id="adam, decay"),
         pytest.param("adamw", torch.optim.AdamW, {**ADAM, "weight_decay": 0.1}, id="adamw"),
+        pytest.param("adagrad", torch.optim.Adagrad, {**ADAGRAD, "initial_accumulator_value": 0.1}, id="adagrad"),
+        pytest.param(
+            "adagrad", torch.optim.Adagrad, {**ADAGRAD, "lr_decay": 0.1, "weight_decay": 0.1}, id="adagrad, decays"
+        ),
+        pytest.param("rmsprop", torch.optim.RMSprop, {**RMSPROP, "weight_decay": 0.1}, id="rmsprop, decay"),
+        pytest.param("rmsprop", torch.optim.RMSprop, {**RMSPROP, "momentum": 0.9}, id="rmsprop, momentum"),
+        pytest.param("rmsprop", torch.optim.RMSprop, {**RMSPROP, "centered": True}, id="rmsprop, centered"),
+        pytest.param(
+            "rmsprop", torch.optim.RMSprop, {**RMSPROP, "centered": True, "momentum": 0.9}, id="rmsprop, both"
+        ),
+        pytest.param("adadelta", torch.optim.Adadelta, ADADELTA, id="adadelta"),
+        pytest.param(
+            "adadelta", torch.optim.Adadelta, {**ADADELTA, "weight_decay": 0.1, "lr": 0.5}, id="adadelta, decay"
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
@@ -116,6 +135,43 @@ def test_lamb_stated_again(weight_decay: float, always_adapt: bool, trust_clip: 
 
     for mine, other in zip(follow("lamb", options, gradients, start), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_lion_by_hand() -> None:
+    """m = (0.5, -1, 0), d = (-1, 1, 0), beta1 = 0.5: 0.5 m + 0.5 d = (-0.25, 0, 0), so of the signs only the first moves."""
+    w, m = torch.tensor([1.0, 2.0, 3.0], dtype=F64), torch.tensor([0.5, -1.0, 0.0], dtype=F64)
+    d = torch.tensor([-1.0, 1.0, 0.0], dtype=F64)
+    made = table([w], g=[d], exp_avg=[m], step=[torch.zeros(())])
+    lk.step(made, "lion", directly(1), [{"lr": 0.5, "betas": (0.5, 0.75), "weight_decay": 0.5}])
+    torch.testing.assert_close(w, torch.tensor([0.75 + 0.5, 1.5, 2.25], dtype=F64))
+    torch.testing.assert_close(m, torch.tensor([0.125, -0.5, 0.0], dtype=F64))
+
+
+def test_lars_by_hand() -> None:
+    """||w_p|| = 5, ||d_p|| = 2, so r = 0.1 x 5 / (2 + 0.2 x 5 + 2) = 0.1 and w -= 0.5 x 0.1 (d + 0.2 w); a tensor of zeros
+    has r = 1."""
+    w = [torch.tensor([3.0, 4.0], dtype=F64), torch.zeros(2, dtype=F64)]
+    g = [torch.tensor([0.0, 2.0], dtype=F64), torch.tensor([1.0, 0.0], dtype=F64)]
+    made = table(w, g=g, step=[torch.zeros(()) for _ in w])
+    own = {"trust_coefficient": 0.1, "eps": 2.0, "always_adapt": False, "trust_clip": False}
+    groups = [{**SGD, **own, "lr": 0.5, "weight_decay": 0.2}]
+    sums, c = lk.measure(made, "first", groups, lars=True)
+    assert sums.of("w", "w").tolist() == [25.0, 0.0]
+    assert c.trust is not None
+    assert c.trust.tolist() == pytest.approx([0.1, 1.0])
+    lk.step(made, "lars", c, groups)
+    torch.testing.assert_close(w[0], torch.tensor([3 - 0.05 * 0.6, 4 - 0.05 * 2.8], dtype=F64))
+    torch.testing.assert_close(w[1], torch.tensor([-0.5, 0.0], dtype=F64))
+    for options, expected in (
+        ({"trust_clip": True}, 0.1 / 0.5),
+        ({"trust_clip": True, "lr": 0.05}, 1.0),
+        ({"weight_decay": 0.0}, 1.0),
+        ({"weight_decay": 0.0, "always_adapt": True}, 0.5 / 4),
+    ):
+        fresh = table([torch.tensor([3.0, 4.0], dtype=F64)], g=g[:1])
+        _, c = lk.measure(fresh, "first", [{**groups[0], **options}], lars=True)
+        assert c.trust is not None
+        assert c.trust.item() == pytest.approx(expected)
 
 
 # By hand ------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,10 @@ def test_default_base_applies_to_variants_only():
     ("text", "message"),
     [
         ("loksam-5", "unknown name 'loksam'; variants are .*looksam.*base optimizers are .*sgd"),
-        ("sam+momentum", "unknown base 'momentum'; bases are adam, adamw, lamb, sgd"),
+        (
+            "sam+momentum",
+            "unknown base 'momentum'; bases are adadelta, adagrad, adam, adamw, lamb, lars, lion, rmsprop, sgd",
+        ),
         ("sgd-5", "takes neither -K nor \\+BASE"),
         ("sgd+adam", "takes neither -K nor \\+BASE"),
         ("sam-0", "K must be at least 1"),

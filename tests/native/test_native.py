@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import Mask, TensorTable, backend_info, ops
+from looksam_kernels.updates import BASES
 
 pytestmark = pytest.mark.skipif(
     not backend_info("cpu")["native"].available, reason=f"no native backend: {backend_info('cpu')['native'].reason}"
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 GROUP = {
     "rho": 0.05, "alpha": 0.7, "perturb_eps": 1e-12, "norm_scope": "global", "layer_scaled": 1.0,
     "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "dampening": 0.0,
-    "nesterov": False, "always_adapt": False, "trust_clip": False,
+    "nesterov": False, "always_adapt": False, "trust_clip": False, "trust_coefficient": 0.02, "centered": True,
+    "lr_decay": 0.1, "base_alpha": 0.9, "base_rho": 0.9,
 }  # fmt: skip
 
 SHAPES = [(0,), (1,), (), (3,), (300, 401), (65537,), (4097,), *[(1000 + i,) for i in range(40)]]
@@ -60,6 +62,10 @@ def make_table(master: bool = True) -> TensorTable:
         exp_avg=column(wide=True),
         exp_avg_sq=[x.square() for x in column(wide=True)],
         momentum_buffer=column(wide=True),
+        sum=[x.square() for x in column(wide=True)],
+        square_avg=[x.square() + 1 for x in column(wide=True)],
+        grad_avg=[x.tanh() for x in column(wide=True)],
+        acc_delta=[x.square() for x in column(wide=True)],
         step=[torch.tensor(float(row)) for row in range(len(w))],
     )
 
@@ -67,12 +73,13 @@ def make_table(master: bool = True) -> TensorTable:
 def run(base: str) -> list[Tensor]:
     """A refresh, a reuse, and all that they leave."""
     table = make_table()
-    sums, coefficients = ops.measure(table, "trust_normalized", [GROUP])
+    lars = base == "lars"
+    sums, coefficients = ops.measure(table, "trust_normalized", [GROUP], lars=lars)
     ops.perturb(table, coefficients, mask=Mask(keep=0.6))
     moved = [w.clone() for w in table["w"]]
-    sums, coefficients = ops.measure(table, "looksam_refresh", [GROUP], known=sums, max_grad_norm=1.0)
+    sums, coefficients = ops.measure(table, "looksam_refresh", [GROUP], known=sums, max_grad_norm=1.0, lars=lars)
     ops.step(table, base, coefficients, [GROUP])
-    more, coefficients = ops.measure(table, "looksam_reuse", [GROUP])
+    more, coefficients = ops.measure(table, "looksam_reuse", [GROUP], lars=lars)
     ops.step(table, base, coefficients, [GROUP])
     return [sums.values, more.values, *moved, *(x for name in table for x in table[name])]
 
@@ -84,7 +91,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     return next(as_bytes) == next(as_bytes)
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "grad"])
+@pytest.mark.parametrize("base", BASES)
 def test_same_bits_for_any_number_of_threads(base: str) -> None:
     results = []
     for threads in (1, 2, 4, 2):
@@ -93,7 +100,7 @@ def test_same_bits_for_any_number_of_threads(base: str) -> None:
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "grad"])
+@pytest.mark.parametrize("base", BASES)
 def test_same_bits_for_any_instruction_set(base: str) -> None:
     from looksam_kernels import _C
 

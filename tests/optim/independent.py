@@ -154,6 +154,90 @@ class LAMB(Moments):
         return w - h["lr"] * r * u
 
 
+class LARS:
+    """r = c ||w_p|| / (||d_p|| + wd ||w_p|| + eps); SGD, momentum and all, of r (d + wd w) without a decay of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.sgd = SGD(size)
+
+    def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
+        wd, r = h["weight_decay"], 1.0
+        if wd != 0 or h["always_adapt"]:
+            if norm([w]) > 0 and norm([d]) > 0:
+                r = h["trust_coefficient"] * norm([w]) / (norm([d]) + wd * norm([w]) + h["eps"])
+            if h["trust_clip"]:
+                r = min(r / h["lr"], 1.0)
+        return self.sgd.update(i, w, r * (d + wd * w), {**h, "weight_decay": 0.0})
+
+
+class Lion:
+    """w shrinks by its decay and moves by lr in the direction of the signs of b1 m + (1 - b1) d."""
+
+    def __init__(self, size: int) -> None:
+        self.m: list[Any] = [0.0] * size
+
+    def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
+        b1, b2 = h["betas"]
+        u = np.sign(b1 * self.m[i] + (1 - b1) * d)
+        self.m[i] = b2 * self.m[i] + (1 - b2) * d
+        return w * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * u
+
+
+class Adagrad:
+    """d += wd w; sum += d^2; w -= lr / (1 + (t - 1) lr_decay) d / (sqrt(sum) + eps)."""
+
+    def __init__(self, size: int) -> None:
+        self.t = [0] * size
+        self.sum: list[Any] = [None] * size
+
+    def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
+        d = d + h["weight_decay"] * w
+        before = h["initial_accumulator_value"] if self.sum[i] is None else self.sum[i]
+        self.sum[i] = before + d * d
+        self.t[i] += 1
+        return w - h["lr"] / (1 + (self.t[i] - 1) * h["lr_decay"]) * d / (np.sqrt(self.sum[i]) + h["eps"])
+
+
+def of_base(h: Hyper, name: str) -> float:
+    """Given as base_<name> where the method has an argument of that name."""
+    return h.get("base_" + name, h.get(name))
+
+
+class RMSprop:
+    """d += wd w; v = a v + (1 - a) d^2; u = d / (sqrt(v or, centered, v - mean^2) + eps); w -= lr (momentum buf + u)."""
+
+    def __init__(self, size: int) -> None:
+        self.v: list[Any] = [0.0] * size
+        self.mean: list[Any] = [0.0] * size
+        self.buf: list[Any] = [0.0] * size
+
+    def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
+        a = of_base(h, "alpha")
+        d = d + h["weight_decay"] * w
+        self.v[i] = v = a * self.v[i] + (1 - a) * d * d
+        if h["centered"]:
+            self.mean[i] = a * self.mean[i] + (1 - a) * d
+            v = np.maximum(v - self.mean[i] ** 2, 0)
+        self.buf[i] = h["momentum"] * self.buf[i] + d / (np.sqrt(v) + h["eps"])
+        return w - h["lr"] * self.buf[i]
+
+
+class Adadelta:
+    """d += wd w; v = r v + (1 - r) d^2; u = sqrt(x + eps) / sqrt(v + eps) d; x = r x + (1 - r) u^2; w -= lr u."""
+
+    def __init__(self, size: int) -> None:
+        self.v: list[Any] = [0.0] * size
+        self.x: list[Any] = [0.0] * size
+
+    def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
+        r, eps = of_base(h, "rho"), h["eps"]
+        d = d + h["weight_decay"] * w
+        self.v[i] = r * self.v[i] + (1 - r) * d * d
+        u = np.sqrt(self.x[i] + eps) / np.sqrt(self.v[i] + eps) * d
+        self.x[i] = r * self.x[i] + (1 - r) * u * u
+        return w - h["lr"] * u
+
+
 class FromTorch:
     """Any other optimizer: the class itself, one instance a tensor, steps on a d made by hand."""
 

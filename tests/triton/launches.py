@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 import looksam_kernels as lk
 from looksam_kernels.backends import triton as backend
 from looksam_kernels.backends import triton_kernels
-from looksam_kernels.formulas import BASES, Coefficients
+from looksam_kernels.formulas import Coefficients
+from looksam_kernels.updates import BASES
 
 POINTERS = {
     torch.int32: "*i32",
@@ -99,6 +100,7 @@ def launch_everything() -> None:
             c = torch.ones(2, 1, dtype=torch.float64)
             up = Coefficients(("g",), c[:1], None, torch.tensor(0.0))
             down = Coefficients(("s", "g"), c, c, torch.tensor(0.0), None if base == "grad" else c)
+            down = down._replace(trust=c[0] if base == "lars" else None)
             if base == "sgd":
                 lk.sums(table, (("g", "g"), ("g", "s"), ("q", "q")))
                 lk.sums(table, (("Tg", "Tg"),), [0.01])
@@ -109,6 +111,7 @@ def launch_everything() -> None:
             lk.perturb(table, up)
             hyper: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "momentum", "dampening", "nesterov"), 0.1)
             hyper |= {"betas": (0.9, 0.99), "eps": 1e-8, "always_adapt": True, "trust_clip": False}
+            hyper |= {"alpha": 0.9, "rho": 0.9, "lr_decay": 0.1, "centered": True}
             lk.step(table, base, down, [hyper])
 
 

@@ -24,6 +24,16 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "GSAM over adamw": lambda p, **o: looksam.GSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
     "WSAM over lamb": lambda p, **o: looksam.WSAM(p, "lamb", rho=0.1, k=K, lr=0.02, **o),
     "VaSSO over sgd": lambda p, **o: looksam.VaSSO(p, "sgd", rho=0.1, theta=0.5, lr=0.05, momentum=0.9, **o),
+    "LookSAM over lars": lambda p, **o: looksam.LookSAM(
+        p, "lars", k=K, lr=0.5, trust_coefficient=0.05, weight_decay=1e-2, max_grad_norm=1.0, **o
+    ),
+    "SAM over lion": lambda p, **o: looksam.SAM(p, "lion", k=K, lr=0.01, weight_decay=1e-2, **o),
+    "SAM over adagrad": lambda p, **o: looksam.SAM(p, "adagrad", k=K, lr=0.05, initial_accumulator_value=0.1, **o),
+    "LookSAM over rmsprop": lambda p, **o: looksam.LookSAM(
+        p, "rmsprop", k=K, lr=0.01, base_alpha=0.9, eps=1e-3, centered=True, momentum=0.5, **o
+    ),
+    "SAM over adadelta": lambda p, **o: looksam.SAM(p, "adadelta", k=K, lr=1.0, base_rho=0.8, **o),
+    "LARS": lambda p, **o: looksam.LARS(p, lr=0.5, trust_coefficient=0.05, nesterov=True, **o),
     "LAMB": lambda p, **o: looksam.LAMB(p, lr=0.02, **o),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import looksam_kernels as lk
-from looksam_kernels.formulas import BASES
+from looksam_kernels.updates import BASES
 
 backend = pytest.importorskip("looksam_kernels.backends.triton")
 
@@ -36,6 +36,11 @@ HYPER: dict[str, Any] = {
     "eps": 1e-8,
     "always_adapt": False,
     "trust_clip": False,
+    "trust_coefficient": 0.02,
+    "lr_decay": 0.1,
+    "base_alpha": 0.9,
+    "base_rho": 0.9,
+    "centered": True,
 }
 
 
@@ -45,7 +50,8 @@ def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) ->
     def column() -> list[Tensor]:
         return [torch.randn(shape, generator=random).abs().to(DEVICE) for shape in shapes]
 
-    columns = {c: column() for c in ("w", "b", "g", "s", "q", "exp_avg", "exp_avg_sq", "momentum_buffer")}
+    states = {state for names in BASES.values() for state in names}
+    columns = {c: column() for c in ("w", "b", "g", "s", "q", *sorted(states))}
     columns["step"] = [torch.zeros((), device=DEVICE) for _ in shapes]
     columns["q_norm_sq"] = [torch.ones((), dtype=torch.float64, device=DEVICE) for _ in shapes]
     return lk.TensorTable(backend=name, **columns)
@@ -53,12 +59,12 @@ def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) ->
 
 def looksam(made: lk.TensorTable, base: str, **changes: Any) -> None:
     """A refresh and a reuse step."""
-    groups = [{**RULES, **HYPER, **changes}]
-    known, up = lk.measure(made, "sam", groups)
+    groups, lars = [{**RULES, **HYPER, **changes}], base == "lars"
+    known, up = lk.measure(made, "sam", groups, lars=lars)
     lk.perturb(made, up)
-    _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf)
+    _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf, lars=lars)
     lk.step(made, base, down, groups)
-    _, down = lk.measure(made, "looksam_reuse", groups)
+    _, down = lk.measure(made, "looksam_reuse", groups, lars=lars)
     lk.step(made, base, down, groups)
 
 
@@ -132,7 +138,18 @@ def test_nothing_is_compiled_again_when_numbers_change(base: str, launches: set[
     made = table([(16,), (4, 8)])
     looksam(made, base)
     compiled = set(launches)
-    looksam(made, base, lr=1.0, weight_decay=0.0, rho=0.5, alpha=1.0, betas=(0.0, 0.5), momentum=0.0, nesterov=True)
+    looksam(
+        made,
+        base,
+        lr=1.0,
+        weight_decay=0.0,
+        rho=0.5,
+        alpha=1.0,
+        betas=(0.0, 0.5),
+        momentum=0.0,
+        nesterov=True,
+        centered=0,
+    )
     looksam(table([(16,)]), base, lr=1)
     looksam(table([(i,) for i in range(17)]), base, rho=1)
     assert launches == compiled

@@ -28,7 +28,12 @@ BASES: dict[str, Base] = {
     "sgd": Base(torch.optim.SGD, lr=0.05, weight_decay=5e-4),
     "adam": Base(torch.optim.Adam, lr=1e-3, weight_decay=0.0),
     "adamw": Base(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
+    "adagrad": Base(torch.optim.Adagrad, lr=0.02, weight_decay=0.0),
+    "rmsprop": Base(torch.optim.RMSprop, lr=1e-3, weight_decay=0.0),
+    "adadelta": Base(torch.optim.Adadelta, lr=1.0, weight_decay=0.0),
     "lamb": Base(looksam.LAMB, lr=5e-3, weight_decay=0.01),
+    "lars": Base(looksam.LARS, lr=5.0, weight_decay=1e-4),
+    "lion": Base(looksam.Lion, lr=2e-4, weight_decay=0.1),
 }
 VARIANTS: dict[str, type[torch.optim.Optimizer]] = dict(looksam.VARIANTS)
 
@@ -46,7 +51,7 @@ class Method:
     @property
     def clips(self) -> bool:
         """Whether the optimizer clips by itself: the variants clip the direction they hand to their base."""
-        return self.variant is not None or self.base == "lamb"
+        return self.variant is not None or issubclass(BASES[self.base].optimizer, looksam.SharpnessAware)
 
     def parameters(self) -> frozenset[str]:
         """Names of the keyword arguments that belong to the variant itself, not to its base."""
@@ -124,7 +129,7 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
         "lr": base.lr if config.lr is None else config.lr,
         "weight_decay": base.weight_decay if config.weight_decay is None else config.weight_decay,
     }
-    if method.base == "sgd":
+    if method.base in ("sgd", "lars"):
         arguments["momentum"] = config.momentum
     if config.clip is not None and method.clips:
         arguments["max_grad_norm"] = config.clip

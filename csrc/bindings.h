@@ -1,0 +1,187 @@
+// What both bindings read from Python: tensors, numbers, names and hyper-parameters. No arithmetic in here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <optional>
+#include <unordered_map>
+
+#include "core/scalars.h"
+
+namespace py = pybind11;
+
+namespace looksam {
+
+using Pair = std::pair<std::string, std::string>;
+using Tensors = std::vector<at::Tensor>;  // undefined where a row has none
+using RowFlags = std::vector<char>;       // one flag a row
+
+inline const at::Tensor& unpack(py::handle object) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("expected a torch.Tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+// None for an undefined tensor.
+inline py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
+
+// A tensor on the device, whose value the host must not read.
+inline bool is_remote(py::handle object) {
+  return THPVariable_Check(object.ptr()) && !THPVariable_Unpack(object.ptr()).is_cpu();
+}
+
+// Numbers, and tensors on the host that hold one.
+inline double number(py::handle object) {
+  if (is_remote(object)) throw py::type_error("of the hyper-parameters only lr may be a tensor that is not on the CPU, and only for CUDA parameters");
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+inline bool is_true(py::handle object) {
+  const int truth = PyObject_IsTrue(object.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
+
+inline py::object item(py::handle group, const char* name) {
+  PyObject* value = PyMapping_GetItemString(group.ptr(), name);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// A hyper-parameter of the base: base_<name> in groups whose variant has one of the same name.
+inline py::object own(py::handle group, const char* name) {
+  const std::string renamed = std::string("base_") + name;
+  return item(group, PyMapping_HasKeyString(group.ptr(), renamed.c_str()) ? renamed.c_str() : name);
+}
+
+inline const RuleInfo& rule_named(const std::string& name) {
+  for (const RuleInfo& rule : kRules)
+    if (name == rule.name) return rule;
+  throw py::value_error("unknown rule '" + name + "'");
+}
+
+inline Base base_named(const std::string& name) {
+  for (const auto& [known, base] : kBases)
+    if (name == known) return base;
+  throw py::value_error("unknown base '" + name + "'");
+}
+
+inline std::vector<State> states_of_base(Base base) {
+  if (base == Base::grad) return {};
+  return with_update(base, [](auto update) {
+    using Update = decltype(update);
+    return std::vector<State>(std::begin(Update::state), std::end(Update::state));
+  });
+}
+
+inline std::optional<Col> column_named(const std::string& name) {
+  for (int i = 0; i < kCols; ++i)
+    if (name == kColNames[i]) return Col(i);
+  return std::nullopt;
+}
+
+inline RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
+  RowHyper h = {};
+  for (const ParameterField& parameter : kParameters)
+    if (rule.reads & parameter.bit) h.*parameter.field = number(item(group, parameter.name));
+  h.sign = is_true(group.attr("get")("maximize", false)) ? -1 : 1;
+  return h;
+}
+
+inline LarsHyper lars_hyper(py::handle group) {
+  LarsHyper h = {};
+  h.trust_coefficient = number(own(group, "trust_coefficient"));
+  h.weight_decay = number(own(group, "weight_decay"));
+  h.eps = number(own(group, "eps"));
+  h.trust_clip = is_true(own(group, "trust_clip"));
+  if (h.trust_clip) h.lr = number(item(group, "lr"));
+  h.adapts = h.weight_decay != 0 || is_true(own(group, "always_adapt"));
+  return h;
+}
+
+// All but lr.
+inline BaseHyper base_hyper(Base base, py::handle group) {
+  BaseHyper h = {};
+  if (base == Base::grad) return h;
+  const auto value = [&](const char* name) { return number(own(group, name)); };
+  const auto flag = [&](const char* name) { return is_true(own(group, name)); };
+  h.weight_decay = value("weight_decay");
+  switch (base) {
+    case Base::sgd:
+      h.momentum = value("momentum");
+      h.dampening = value("dampening");
+      h.nesterov = flag("nesterov");
+      return h;
+    case Base::adagrad:
+      h.lr_decay = value("lr_decay");
+      break;
+    case Base::rmsprop:
+      h.beta2 = value("alpha");
+      h.momentum = value("momentum");
+      h.centered = flag("centered");
+      break;
+    case Base::adadelta:
+      h.beta2 = value("rho");
+      break;
+    default:
+      const py::tuple betas(own(group, "betas"));
+      h.beta1 = number(betas[0]);
+      h.beta2 = number(betas[1]);
+  }
+  if (base != Base::lion) h.eps = value("eps");
+  if (base == Base::lamb) {
+    h.always_adapt = flag("always_adapt");
+    h.trust_clip = flag("trust_clip");
+  }
+  return h;
+}
+
+// What all groups share; without the loss scale.
+inline CommonHyper common_hyper(py::handle groups, py::handle max_grad_norm) {
+  CommonHyper common = {1, 0, -1, false};
+  if (py::len(groups) > 0) {
+    const py::object first = groups[py::int_(0)];
+    common.perturb_eps = number(first.attr("get")("perturb_eps", 0.0));
+    common.tensor_scope = py::str("tensor").equal(first.attr("get")("norm_scope", "global"));
+  }
+  if (!max_grad_norm.is_none()) common.max_grad_norm = number(max_grad_norm);
+  return common;
+}
+
+inline std::optional<Dtype> dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kDouble: return Dtype::f64;
+    case at::kHalf: return Dtype::f16;
+    case at::kBFloat16: return Dtype::bf16;
+    default: return std::nullopt;
+  }
+}
+
+// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one?
+inline bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
+  if (x.is_contiguous() && w.is_contiguous()) return true;
+  if (!w.is_non_overlapping_and_dense()) return x.is_contiguous();
+  for (std::int64_t i = 0; i < w.dim(); ++i)
+    if (w.size(i) > 1 && x.stride(i) != w.stride(i)) return false;
+  return true;
+}
+
+// A new tensor for the elements of a row, in that order.
+inline at::Tensor empty_in_row_order(const at::Tensor& w, const at::TensorOptions& options) {
+  return w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options) : at::empty(w.sizes(), options);
+}
+
+inline void check_inputs(const std::vector<std::string>& inputs) {
+  if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("one to three inputs are combined");
+}
+
+}  // namespace looksam
