@@ -1,9 +1,10 @@
 // The base updates on one element: the only place of per-element mathematics, for host and device, in float or double.
 //
 // A base is a struct: the names of its states, and update(w, d, states ..., h), which returns the new weight and changes the
-// states; w is the weight at which the step is taken, d the direction. Orders of operations follow torch.optim, so that
-// results agree within a few ulps. The host is built without contraction to fused multiply-adds, so that every instruction
-// set gives the same bits.
+// states; w is the weight at which the step is taken, d the direction. A state that the row lacks is anybody's memory. An
+// update chooses between values, never between statements: a loop over elements then stays one of vectors. Orders of
+// operations follow torch.optim, so that results agree within a few ulps. The host is built without contraction to fused
+// multiply-adds, so that every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -72,9 +73,9 @@ struct Sgd {
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& buf, const UpdateScalars<T>& h) {
     d = d + h.weight_decay * w;
-    if (h.momentum == 0) return w - h.lr * d;
     buf = h.momentum * buf + h.direction_weight * d;
-    return w - h.lr * (h.nesterov ? d + h.momentum * buf : buf);
+    const T moved = h.nesterov ? d + h.momentum * buf : buf;
+    return w - h.lr * (h.momentum == 0 ? d : moved);
   }
 };
 
@@ -134,8 +135,8 @@ struct Lamb {
 
   // w - lr r u; r = ||w_p|| / ||u_p|| is the row's trust ratio (trust_ratio in scalars.h).
   template <class T>
-  static LOOKSAM_HD T apply(T w, T m, T v, T trust_ratio, const UpdateScalars<T>& h) {
-    return w - h.lr * trust_ratio * direction(w, m, v, h);
+  static LOOKSAM_HD T apply(T w, T u, T trust_ratio, const UpdateScalars<T>& h) {
+    return w - h.lr * trust_ratio * u;
   }
 };
 
@@ -175,16 +176,12 @@ struct Rmsprop {
   static LOOKSAM_HD T update(T w, T d, T& square_avg, T& grad_avg, T& buf, const UpdateScalars<T>& h) {
     d = d + h.weight_decay * w;
     square_avg = h.beta2 * square_avg + h.one_minus_beta2 * d * d;
-    T variance = square_avg;
-    if (h.centered) {
-      grad_avg = h.beta2 * grad_avg + h.one_minus_beta2 * d;
-      variance = square_avg - grad_avg * grad_avg;
-      variance = variance < 0 ? T(0) : variance;
-    }
+    grad_avg = h.beta2 * grad_avg + h.one_minus_beta2 * d;
+    const T centered = square_avg - grad_avg * grad_avg;
+    const T variance = h.centered ? T(0.5) * (centered + absolute(centered)) : square_avg;
     const T u = d / (square_root(variance) + h.eps);
-    if (h.momentum == 0) return w - h.lr * u;
     buf = h.momentum * buf + u;
-    return w - h.lr * buf;
+    return w - h.lr * (h.momentum == 0 ? u : buf);
   }
 };
 

@@ -358,7 +358,8 @@ struct Weights {
 
 // The update of a tile: out <- new weights, or lamb's u.
 template <class Update, class T>
-void update_tile(T* out, const T* w, const T* d, T* const* state, int size, const UpdateScalars<T>& h) {
+void update_tile(T* out, const T* w, const T* d, T* const* state, int size, const UpdateScalars<T>& scalars) {
+  const UpdateScalars<T> h = scalars;  // a local one: the compiler then knows that it is none of the outputs
   T *x0 = state[0], *x1 = state[1], *x2 = state[2];
   LOOKSAM_VECTORIZE
   for (int i = 0; i < size; ++i) out[i] = update_of<Update>(w[i], d[i], x0[i], x1[i], x2[i], h);
@@ -392,7 +393,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       if (row.from_b) restore(w_span, b_span, size, out_tile);
     } else {
       const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
-      T* out = a.base == Base::lamb ? out_tile.at : target.room_for_new();
+      T* out = a.base == Base::lamb ? static_cast<T*>(a.u) + offset : target.room_for_new();
       Span state_span[kMaxStates];
       T* state[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k) {
@@ -440,18 +441,17 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
   const T trust_ratio = static_cast<T>(row.trust_ratio);
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
-  Tile<T> input_tile[kMaxInputs], post_tile, origin_tile, out_tile, state_tile[2];
+  Tile<T> input_tile[kMaxInputs], post_tile, origin_tile, out_tile;
   for (int begin = 0; begin < chunk.size; begin += kTile) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
     const std::int64_t offset = chunk.offset + begin;
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
-    const T* m = values(span(a.state[0], chunk.row, offset), size, state_tile[0]);
-    const T* v = values(span(a.state[1], chunk.row, offset), size, state_tile[1]);
+    const T* u = values(Span{static_cast<T*>(a.u) + offset, dtype_of<T>}, size, out_tile);
     const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
     T* out = target.room_for_new();
     LOOKSAM_VECTORIZE
-    for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], m[i], v[i], trust_ratio, h);
+    for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], u[i], trust_ratio, h);
     if (post.terms > 0) {
       const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
       post.add_to(out, x.at, size, post_tile);

@@ -64,6 +64,7 @@ struct StepArgs {
   Column state[kMaxStates];  // those of the base, in the order of its struct
   double* q_sq;              // [chunks], partial sums of ||q_p||^2
   double *w_sq, *u_sq;       // [chunks], lamb's of ||w_p||^2 and ||u_p||^2
+  void* u;                   // of the one row of lamb that is under way, in the type of the arithmetic
 };
 
 // Each function works on the chunks first .. last - 1.
@@ -73,7 +74,7 @@ struct Kernels {
   void (*perturb)(const PerturbArgs&, std::int64_t first, std::int64_t last);
   // The whole update; of lamb the first phase: all but w and post.
   void (*step)(const StepArgs&, std::int64_t first, std::int64_t last);
-  // lamb's second phase, last chunk first, which is the one still in cache: w from moments and trust ratio, and post.
+  // lamb's second phase, last chunk first, which is the one still in cache: w from u and trust ratio, and post.
   void (*lamb_apply)(const StepArgs&, std::int64_t first, std::int64_t last);
 };
 

@@ -17,8 +17,8 @@ std::int64_t grain(const ChunkMap& map) {
   return grain(map.chunks, std::accumulate(map.numel, map.numel + map.rows, std::int64_t{0}));
 }
 
-// Rows of at most this many chunks do both phases of lamb on one thread, so that w, d, m and v of the row (16 bytes an
-// element, 1 MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of sums.
+// Rows of at most this many chunks do both phases of lamb on one thread, so that w and u of the row (8 bytes an element,
+// half a MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of sums.
 constexpr std::int64_t kCachedChunks = 8;
 
 double total(const double* partial, const ChunkMap& map, std::int64_t row) {
@@ -27,7 +27,15 @@ double total(const double* partial, const ChunkMap& map, std::int64_t row) {
   return sum;
 }
 
-void step_lamb(const StepArgs& args, StepRow* rows, const BaseHyper* const* base_of_row, const ParallelFor& parallel_for) {
+// Memory of this thread for lamb's u. Kept: to be given fresh pages in every step takes longer than to fill them.
+void* room_for_u(const StepArgs& args, std::int64_t row) {
+  static thread_local std::vector<double> room;
+  const auto bytes = static_cast<std::size_t>(args.map.numel[row]) * (in_double(args.w, args.b, row) ? 8 : 4);
+  if (room.size() * sizeof(double) < bytes) room.resize(bytes / sizeof(double) + 1);
+  return room.data();
+}
+
+void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, const ParallelFor& parallel_for) {
   const Kernels& kernels = isa();
   const ChunkMap& map = args.map;
   const auto chunks_of = [&](std::int64_t row) { return map.first[row + 1] - map.first[row]; };
@@ -47,13 +55,16 @@ void step_lamb(const StepArgs& args, StepRow* rows, const BaseHyper* const* base
   parallel_for(rows_of_small, grain(rows_of_small, elements_of_small), [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t row = small[i];
-      kernels.step(args, map.first[row], map.first[row + 1]);
+      StepArgs own = args;
+      own.u = room_for_u(args, row);
+      kernels.step(own, map.first[row], map.first[row + 1]);
       find_trust_ratio(row);
-      kernels.lamb_apply(args, map.first[row], map.first[row + 1]);
+      kernels.lamb_apply(own, map.first[row], map.first[row + 1]);
     }
   });
   for (const std::int64_t row : large) {
     const std::int64_t begin = map.first[row];
+    args.u = room_for_u(args, row);
     parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
       kernels.step(args, begin + first, begin + last);
     });

@@ -272,7 +272,8 @@ struct LambBody {
       const Vector<T> added = post.of(inputs), first = loaded.m.values(), variance = loaded.v.values();
       Vector<T> weight = loaded.w.values();
       for (int k = 0; k < T::lanes; ++k) {
-        weight.lane[k] = Lamb::apply(weight.lane[k], first.lane[k], variance.lane[k], trust_ratio, h);
+        const auto u = Lamb::direction(weight.lane[k], first.lane[k], variance.lane[k], h);
+        weight.lane[k] = Lamb::apply(weight.lane[k], u, trust_ratio, h);
         if (adds) weight.lane[k] += added.lane[k];
       }
 

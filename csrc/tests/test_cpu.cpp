@@ -265,7 +265,7 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
       const Dtype wide = f.state[0].dtype[row];
       const double s = before.s.get(row, i), g = before.g.get(row, i);
       const double w = from_b[row] ? before.b.get(row, i) : before.w.get(row, i);
-      if (base == Base::lamb) new_w[i] = Lamb::apply(w, new_state[0][i], new_state[1][i], trust_ratio(ww, uu, h), plan[row].scalars);
+      if (base == Base::lamb) new_w[i] = Lamb::apply(w, new_w[i], trust_ratio(ww, uu, h), plan[row].scalars);
       if (base != Base::grad) new_w[i] += 0.125 * s;
       const auto element = static_cast<long long>(i);
       CHECK(std::fabs(f.w.get(row, i) - new_w[i]) <= ulp(f.w.dtype[row]), "w: row %zu element %lld", row, element);
