@@ -2,6 +2,7 @@
 
 from looksam.optimizer import SharpnessAware
 from looksam.passes import frozen_running_stats
+from looksam.selecting import AESAM, ESAM, AELookSAM
 from looksam.variants import (
     ASAM,
     CRSAM,
@@ -22,8 +23,10 @@ from looksam.variants import (
 )
 
 __all__ = [
+    "AESAM",
     "ASAM",
     "CRSAM",
+    "ESAM",
     "GSAM",
     "LAMB",
     "LARS",
@@ -31,6 +34,7 @@ __all__ = [
     "SSAM",
     "VARIANTS",
     "WSAM",
+    "AELookSAM",
     "FriendlySAM",
     "LayerSAM",
     "Lion",

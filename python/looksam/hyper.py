@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from typing import Any, NamedTuple
+
+from looksam_kernels import Mask
 
 Group = dict[str, Any]
 
@@ -62,14 +65,19 @@ RANGES: dict[str, Range] = {
     "theta": within(0, 1, without=0),
     "sigma": at_least(0),
     "lambda_": within(0, 1),
+    "seed": whole_at_least(0),
+    "delta": within(0, 1, without=1),
+    "total_steps": whole_at_least(1),
+    "lambda1": Range(lambda x, _: isfinite(x), "finite"),
+    "lambda2": Range(lambda x, _: isfinite(x), "finite"),
 }
 """Of every hyper-parameter of a variant. A class narrows one where its method asks for it."""
 
 COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad_norm")
-"""What all groups share, beside the phase."""
+"""What all groups share. A class adds to it."""
 
 
-def check(group: Group, names: Iterable[str], first: Group, ranges: Mapping[str, Range]) -> None:
+def check(group: Group, names: Iterable[str], first: Group, ranges: Mapping[str, Range], shared: Iterable[str]) -> None:
     """Are the values of ``names`` in range, and those that all groups share the same as in the ``first`` group?
 
     Raises:
@@ -78,7 +86,7 @@ def check(group: Group, names: Iterable[str], first: Group, ranges: Mapping[str,
     for name in names:
         if name in ranges and not ranges[name].accepts(group[name], group):
             raise ValueError(f"{name} must be {ranges[name].text}, not {group[name]!r}")
-    for name in COMMON:
+    for name in shared:
         if name in group and group[name] != first[name]:
             raise ValueError(f"{name} must be the same in all groups: {first[name]!r} and {group[name]!r}")
 
@@ -114,3 +122,11 @@ def etas(groups: list[Group]) -> list[float | None] | None:
     if not any(g.get("adaptive") for g in groups):
         return None
     return [g["eta"] if g["adaptive"] and p.ndim >= 2 else None for g in groups for p in g["params"]]
+
+
+def mask(groups: list[Group]) -> Mask | None:
+    """ESAM's mask of the sharp step that comes; ``None`` where every element is kept."""
+    first = groups[0]
+    if "draws" not in first or first["beta"] == 1:
+        return None
+    return Mask(first["beta"], first["seed"], first["draws"])

@@ -14,12 +14,13 @@ from looksam import bases
 from looksam.amp import ScaledGradients
 from looksam.binding import Binding
 from looksam.checkpoint import load_exactly
-from looksam.hyper import RANGES, Group, Range, check, settle_layer_filter
+from looksam.hyper import COMMON, RANGES, Group, Range, check, settle_layer_filter
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
 from looksam.steps import Step
 
-Closure = Callable[[], Any]
+Closure = Callable[..., Any]
+BaseOptimizer = str | type[Optimizer]
 
 
 class SharpnessAware(ScaledGradients, Optimizer):
@@ -54,6 +55,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     ranges: ClassVar[Mapping[str, Range]] = RANGES
     """The values that the variant's hyper-parameters may have."""
+    shared: ClassVar[tuple[str, ...]] = COMMON
+    """Those that all groups share."""
+    counted: ClassVar[tuple[str, ...]] = ("phase",)
+    """What the groups, all alike, carry from step to step."""
+    per_sample: ClassVar[bool] = False
+    """Does the closure return the losses of single samples, and leave backward to the optimizer?"""
 
     _binding: Binding | None
     _step: Step | None
@@ -63,7 +70,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        base_optimizer: str | type[Optimizer],
+        base_optimizer: BaseOptimizer,
         variant: Variant,
         hyper: Mapping[str, Any],
         *,
@@ -102,16 +109,19 @@ class SharpnessAware(ScaledGradients, Optimizer):
             return None
         if self._moved:
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
-        first_loss = None
+        first_loss, number = None, 0
         with self._all_or_nothing() as step:
-            scale, looks = self._grad_scale(new_gradients=True), step.plan.looks
-            for number, look in enumerate(looks):
+            scale = self._grad_scale(new_gradients=True)
+            while number < len(step.plan.looks):
+                look = step.plan.looks[number]
                 if look.ascent is not None:
                     step.ascend(look, scale)
-                with torch.enable_grad():
-                    loss = self._passes.run(closure, number, len(looks))
-                first_loss = loss if number == 0 else first_loss
-                step.collect(look)
+                loss = self._pass(closure, number, len(step.plan.looks))
+                if number == 0:
+                    first_loss = loss
+                    self._decide(step, scale)
+                step.collect(step.plan.looks[number])
+                number += 1
             self._finish(step, scale)
         return first_loss
 
@@ -128,23 +138,25 @@ class SharpnessAware(ScaledGradients, Optimizer):
         if self._moved:
             raise RuntimeError("first_step() twice; call second_step() after the second backward")
         plan = self._plan
-        if len(plan.looks) == 1:
-            self.step()
-            self._done_in_first = True
-            if zero_grad:
-                self.zero_grad()
-            return False
-        if not plan.in_two_calls:
+        if len(plan.looks) > 1 and not plan.in_two_calls:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be split into first_step and second_step: it looks {len(plan.looks)} times, "
                 "and not first at the weights themselves and then at perturbed ones; call step(closure)"
             )
-        first, second = plan.looks
         with self._all_or_nothing() as step:
-            step.collect(first, keep_grad=not zero_grad)
-            step.ascend(second, self._probable_scale())
-            self._passes.open()
-        return True
+            self._decide(step, scale := self._probable_scale())
+            sharp = len(step.plan.looks) > 1
+            if sharp:
+                first, second = step.plan.looks
+                step.collect(first, keep_grad=not zero_grad)
+                step.ascend(second, scale)
+                self._passes.open()
+        if not sharp:
+            self.step()
+            self._done_in_first = True
+            if zero_grad:
+                self.zero_grad()
+        return sharp
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -187,7 +199,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         if isinstance(param_group, dict):
             given = {**self.defaults, **param_group}
             own = self.defaults.keys() - self._base.defaults.keys()
-            check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges)
+            check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges, self.shared)
             self._base.check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -198,8 +210,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 raise TypeError(
                     f"{p.dtype} parameters of layout {p.layout} are not supported; only dense real ones are"
                 )
-        if len(self.param_groups) > 1:
-            group["phase"] = self.param_groups[0]["phase"]
+        group.update({name: self.param_groups[0][name] for name in self.counted})
         self._binding = None
 
     # The parts of a step --------------------------------------------------------------------------------------------
@@ -213,6 +224,19 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _moved(self) -> bool:
         """Are the weights away from where the step began?"""
         return self._step is not None and self._step.moved
+
+    def _pass(self, closure: Closure, number: int, of: int) -> Any:
+        """Runs the closure for look ``number`` of ``of``: the gradients are then in ``.grad``. Returns the loss."""
+        with torch.enable_grad():
+            return self._passes.run(closure, number, of)
+
+    def _decide(self, step: Step, grad_scale: Tensor | None) -> None:
+        """After the first gradient, before it is collected: may choose another plan that begins with the same look."""
+
+    def _advance(self, plan: Plan) -> None:
+        """A step of this plan is done: moves what ``counted`` names, in all groups alike."""
+        for group in self.param_groups:
+            group["phase"] = (group["phase"] + 1) % group.get("k", 1)
 
     def _bound(self) -> Binding:
         if self._binding is None:
@@ -242,8 +266,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _finish(self, step: Step, grad_scale: Tensor | None) -> None:
         self._report(step.descend(grad_scale))
         self._step = None
-        for group in self.param_groups:
-            group["phase"] = (group["phase"] + 1) % group.get("k", 1)
+        self._advance(step.plan)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Step]:

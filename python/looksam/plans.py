@@ -55,6 +55,8 @@ class Variant(NamedTuple):
 
 PLAIN = Plan((Look("g"),), "first")
 """A step of the base optimizer."""
+REUSE = Plan((Look("g"),), "looksam_reuse")
+"""LookSAM's step along what it knows from the last sharp one."""
 
 
 def two_looks(ascent: str, descent: str) -> Plan:

@@ -64,9 +64,16 @@ class Step:
             rule = "asam"
         coefficients = self._measure(rule, self._groups(), grad_scale, etas)
         self.moved = True
-        ops.perturb(binding.table, coefficients, etas)
+        ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.groups))
         binding.drop({x.column for x in self.plan.looks} - needed_after(self.plan, look))
         self._weights_changed()
+
+    def norm_sq(self, grad_scale: Tensor | None) -> Tensor:
+        """||g||^2 of the first look, over all tensors, without the loss scale."""
+        self._measure("first", self._groups(), grad_scale, None)
+        assert self._sums is not None
+        total = self._sums.total("g", "g")
+        return total if grad_scale is None else total / grad_scale.to(total) ** 2
 
     def descend(self, grad_scale: Tensor | None) -> Tensor:
         """Measures what is still unknown, combines, restores and updates.

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from looksam.hyper import RANGES, Group, within
-from looksam.optimizer import SharpnessAware
-from looksam.plans import PLAIN, Look, Plan, Variant, two_looks
-
-BaseOptimizer = str | type[Optimizer]
-
-REUSE = Plan((Look("g"),), "looksam_reuse")
+from looksam.optimizer import BaseOptimizer, SharpnessAware
+from looksam.plans import PLAIN, REUSE, Look, Plan, Variant, two_looks
+from looksam.selecting import AESAM, ESAM, AELookSAM
 
 
 class SAM(SharpnessAware):
@@ -551,6 +547,22 @@ class Lion(SharpnessAware):
 
 VARIANTS: dict[str, type[SharpnessAware]] = {
     cls.__name__.lower(): cls
-    for cls in (SAM, LookSAM, LayerSAM, LookLayerSAM, ASAM, SSAM, GSAM, WSAM, CRSAM, VaSSO, FriendlySAM, SAMPa)
+    for cls in (
+        SAM,
+        LookSAM,
+        LayerSAM,
+        LookLayerSAM,
+        ASAM,
+        SSAM,
+        GSAM,
+        WSAM,
+        CRSAM,
+        VaSSO,
+        FriendlySAM,
+        SAMPa,
+        ESAM,
+        AESAM,
+        AELookSAM,
+    )
 }
 """The sharpness-aware optimizers by lower-case name."""

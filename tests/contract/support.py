@@ -19,7 +19,14 @@ BACKENDS = [name for name in ("reference", "native") if backend_info("cpu")[name
 VARIANTS = looksam.VARIANTS
 REUSING = ["looksam", "looklayersam"]
 PERIODIC = [name for name, cls in VARIANTS.items() if "k" in inspect.signature(cls).parameters]
-IN_TWO_CALLS = [name for name in VARIANTS if name not in ("crsam", "sampa")]
+DECIDING = ["aesam", "aelooksam"]
+IN_TWO_CALLS = [name for name in VARIANTS if name not in ("crsam", "sampa", "esam")]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "esam": {"gamma": 1.0},
+    "aesam": {"total_steps": 10, "lambda1": -1e3, "lambda2": -1e3},
+    "aelooksam": {"total_steps": 10, "lambda1": -1e3, "lambda2": -1e3},
+}
+"""With which every sharp step has as many passes as :func:`passes` says: tests/optim/test_selecting.py is for the others."""
 
 
 class WrappedRMSprop(torch.optim.RMSprop):
@@ -57,7 +64,7 @@ on_bases = pytest.mark.parametrize("base", BASES)
 def build(params: Any, variant: str = "looksam", base: str = "sgd", **kwargs: Any) -> looksam.SharpnessAware:
     """An optimizer with k = 2 where there is a k, unless told otherwise."""
     optimizer, defaults = BASES[base]
-    options = {"k": 2, "rho": 0.1, **defaults, **kwargs}
+    options = {"k": 2, "rho": 0.1, **OPTIONS.get(variant, {}), **defaults, **kwargs}
     if variant not in PERIODIC:
         del options["k"]
     return VARIANTS[variant](params, optimizer, **options)
@@ -80,7 +87,11 @@ def data(dtype: torch.dtype = torch.float32, rows: int = 16) -> tuple[Tensor, Te
 
 
 class Closure:
-    """Zeroes, forward, backward; counts its calls and keeps its losses. ``before`` is called with the call's number."""
+    """Zeroes, forward, backward; counts its calls and keeps its losses. ``before`` is called with the call's number, and
+    ``after``, when the gradients are there.
+
+    For an optimizer that wants the losses of single samples it leaves backward out, and its losses are their means.
+    """
 
     def __init__(
         self,
@@ -93,16 +104,35 @@ class Closure:
         self.model, self.optimizer, self.scale, self.before, self.after = model, optimizer, scale, before, after
         self.losses: list[float] = []
 
-    def __call__(self) -> Tensor:
+    def __call__(self, kept: Tensor | None = None) -> Tensor:
         call = len(self.losses)
         self.before(call)
         self.optimizer.zero_grad()
         x, y = data(dtype := next(self.model.parameters()).dtype)
-        loss = F.cross_entropy(self.model(x).to(torch.promote_types(dtype, torch.float32)), y)
+        if kept is not None:
+            x, y = x[kept], y[kept]
+        per_sample = getattr(self.optimizer, "per_sample", False)
+        logits = self.model(x).to(torch.promote_types(dtype, torch.float32))
+        loss = F.cross_entropy(logits, y, reduction="none" if per_sample else "mean")
+        if per_sample:
+            loss = self.scale(loss)  # which the optimizer calls backward of
+            self.losses.append(loss.mean().item())
+            if loss.requires_grad:
+                at_the_end = torch.autograd.Variable._execution_engine.queue_callback
+                loss.register_hook(lambda _: at_the_end(lambda: self.after(call)))
+            return loss
         self.losses.append(loss.item())
         self.scale(loss).backward()
         self.after(call)
         return loss
+
+
+def backward(optimizer: Any, loss: Tensor, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
+    """What a closure ends with. For an optimizer that wants the losses of single samples, this is the one sample's."""
+    if optimizer.per_sample:
+        return scale(loss).reshape(1)
+    scale(loss).backward()
+    return loss
 
 
 def train(model: nn.Module, optimizer: Any, steps: int) -> list[float]:

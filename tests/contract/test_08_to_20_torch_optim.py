@@ -25,6 +25,7 @@ from tests.contract.support import (
     VARIANTS,
     Closure,
     assert_same,
+    backward,
     build,
     network,
     on_backends,
@@ -418,7 +419,7 @@ def test_contract_18_awkward_gradients(backend: str, variant: str, base: str) ->
     optimizer = build(list(p.values()), variant, base, k=2, lr=0.01, backend=backend)
     calls = 0
 
-    def closure() -> torch.Tensor:
+    def closure(kept: None = None) -> torch.Tensor:
         nonlocal calls
         optimizer.zero_grad()
         here = [
@@ -430,8 +431,7 @@ def test_contract_18_awkward_gradients(backend: str, variant: str, base: str) ->
         ]
         calls += 1
         loss = sum(((p[name] * 1.5).square().sum() for name in here), start=torch.zeros(()))
-        (loss + 0 * p["zero"].sum()).backward()
-        return loss.detach()
+        return backward(optimizer, loss + 0 * p["zero"].sum())
 
     for _ in range(5):
         optimizer.step(closure)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import looksam
-from tests.contract.support import BACKENDS, assert_same, states
+from tests.contract.support import BACKENDS, OPTIONS, REUSING, assert_same, backward, states
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="needs torch's tests and expecttest")
 
@@ -57,7 +57,9 @@ def cases(name: str, **flags: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def make(name: str, params: Any, backend: str, kwargs: dict[str, Any]) -> looksam.SharpnessAware:
     optimizer_info, base = INFOS[name]
-    own = {"k": 2, "alpha": 0.3} if "look" in name else {}
+    variant = name.partition("-")[0]
+    own = {"k": 2, "alpha": 0.3} if variant in REUSING else {}
+    own |= OPTIONS.get(variant, {})
     return optimizer_info.optim_cls(params, base, rho=1e-3, backend=backend, **own, **kwargs)
 
 
@@ -75,11 +77,9 @@ class Quadratic:
         return self.sign * (self.weight.mv(self.x) + self.bias).pow(2).sum()
 
     def closure(self, optimizer: Any) -> Any:
-        def closure() -> torch.Tensor:
+        def closure(kept: None = None) -> torch.Tensor:
             optimizer.zero_grad()
-            loss = self.loss()
-            loss.backward()
-            return loss
+            return backward(optimizer, self.loss())
 
         return closure
 
@@ -122,7 +122,7 @@ def test_contract_21_errors(name: str) -> None:
             continue
         warns = issubclass(error.error_type, Warning)
         with (pytest.warns if warns else pytest.raises)(error.error_type, match=error.error_regex):
-            optimizer_info.optim_cls(given.params, base, **given.kwargs)
+            optimizer_info.optim_cls(given.params, base, **OPTIONS.get(name.partition("-")[0], {}), **given.kwargs)
 
 
 @on_infos
@@ -162,7 +162,7 @@ def test_contract_21_no_op_without_gradients(name: str, backend: str) -> None:
         problem = Quadratic()
         before = [p.detach().clone() for p in problem.params()]
         optimizer = make(name, problem.params(), backend, kwargs)
-        optimizer.step(lambda: torch.tensor(1.0))
+        optimizer.step(lambda kept=None: torch.ones(1, requires_grad=True))
         assert_same(before, [p.detach() for p in problem.params()])
 
 

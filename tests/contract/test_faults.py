@@ -12,6 +12,7 @@ import torch
 from looksam import bases
 from looksam_kernels import ops
 from tests.contract.support import (
+    DECIDING,
     PERIODIC,
     WRAPPED,
     Closure,
@@ -109,10 +110,12 @@ def test_non_finite_gradient_in_every_pass(backend: str, variant: str, base: str
 
         optimizer.param_groups[0]["phase"] = phase
         optimizer.step(closure := Closure(model, optimizer, after=poison))
-        assert len(closure.losses) == passes(variant, step)
+        assert len(closure.losses) == (1 if variant in DECIDING and bad_call == 0 else passes(variant, step))
         assert_same(before, weights(model))
         assert_same(state, states(optimizer))
         assert optimizer.param_groups[0]["phase"] == ((phase + 1) % 2 if variant in PERIODIC else 0)
+    for name in optimizer.counted:  # moved by the steps that were left out, as the host does not know of them
+        optimizer.param_groups[0][name] = straight.param_groups[0][name]
     train(model, optimizer, 2)
     train(good, straight, 2)
     assert_same(weights(good), weights(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -165,6 +166,24 @@ def table(rows: Sequence[Row], cols: Columns, backend: str, perturbed: Sequence[
 def eta(rows: Sequence[Row]) -> list[float | None]:
     """ASAM's T on every other row."""
     return [0.01 * (i + 1) if i % 2 == 0 else None for i in range(len(rows))]
+
+
+def kept_elements(keep: float, seed: int, draw: int, row: int, w: Tensor) -> Tensor:
+    """The mask of a row, from the hash's description alone, in NumPy."""
+
+    def mix(x: Any) -> Any:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = np.multiply(x ^ (x >> np.uint32(shift)), np.uint32(factor))
+        return x ^ (x >> np.uint32(16))
+
+    key = np.array([0x9E3779B9], np.uint32)
+    for word in (seed % 2**32, seed // 2**32, draw, row, 0):
+        key = mix(key ^ np.uint32(word))
+    drawn = mix(mix(np.arange(w.numel(), dtype=np.uint32) ^ key) + key) / 2**32 < keep
+    dense = w.numel() == 0 or 1 + sum((n - 1) * s for n, s in zip(w.shape, w.stride(), strict=True)) == w.numel()
+    by_place = sorted(range(w.ndim), key=lambda d: -w.stride(d)) if dense else range(w.ndim)
+    shape = [w.shape[d] for d in by_place]
+    return torch.from_numpy(drawn).view(shape).permute([*map(list(by_place).index, range(w.ndim))]).to(w.device)
 
 
 # Hyper-parameters ---------------------------------------------------------------------------------------------------

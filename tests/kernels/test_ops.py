@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,27 +124,9 @@ def test_a_mask_moves_the_elements_that_its_hash_keeps_and_no_bit_of_the_others(
     c = UP.coefficients(rows, target.device)
     lk.perturb(cases.table(rows, cols, target.backend), c, None, lk.Mask(keep=0.37, seed=2**40 + 17, draw=2**31 + 1))
     for row, (w, old) in enumerate(zip(cols["w"], before["w"], strict=True)):
-        kept = kept_elements(0.37, 2**40 + 17, 2**31 + 1, row, w)
+        kept = cases.kept_elements(0.37, 2**40 + 17, 2**31 + 1, row, w)
         assert torch.equal(w != old, kept), f"row {row}"
         assert cases.same_bits({"w": [w[~kept]]}, {"w": [old[~kept]]}), f"row {row}"
-
-
-def kept_elements(keep: float, seed: int, draw: int, row: int, w: Tensor) -> Tensor:
-    """The mask of a row, from the hash's description alone, in NumPy."""
-
-    def mix(x: Any) -> Any:
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = np.multiply(x ^ (x >> np.uint32(shift)), np.uint32(factor))
-        return x ^ (x >> np.uint32(16))
-
-    key = np.array([0x9E3779B9], np.uint32)
-    for word in (seed % 2**32, seed // 2**32, draw, row, 0):
-        key = mix(key ^ np.uint32(word))
-    drawn = mix(mix(np.arange(w.numel(), dtype=np.uint32) ^ key) + key) / 2**32 < keep
-    dense = w.numel() == 0 or 1 + sum((n - 1) * s for n, s in zip(w.shape, w.stride(), strict=True)) == w.numel()
-    by_place = sorted(range(w.ndim), key=lambda d: -w.stride(d)) if dense else range(w.ndim)
-    shape = [w.shape[d] for d in by_place]
-    return torch.from_numpy(drawn).view(shape).permute([*map(list(by_place).index, range(w.ndim))]).to(w.device)
 
 
 def _steps() -> list[Any]:
