@@ -84,7 +84,7 @@ class ESAM(SharpnessAware):
             samples.check_closure(closure)
         elif gamma < 1:
             after = super()._pass(samples.only_losses(closure), number, of)
-            torch.clear_autocast_cache()  # its casts of the weights have no graph
+            torch.clear_autocast_cache()  # in older torch it holds casts of the weights without a graph
             assert self._losses is not None
             kept = samples.sharpest(self._losses, after, gamma)
         losses = super()._pass(samples.with_backward(closure, kept, self._bound().params), number, of)

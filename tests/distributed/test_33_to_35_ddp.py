@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import looksam
-from tests.contract.support import BACKENDS, REUSING, VARIANTS, network
+from tests.contract.support import BACKENDS, DECIDING, REUSING, VARIANTS, network
 from tests.distributed.ranks import Ranks
 from tests.distributed.training import alone, arrays, batch, build, half, train
 
 STEPS = 5
-KEEPING = (*REUSING, "vasso", "friendlysam", "sampa")
+KEEPING = (*REUSING, "aelooksam", "vasso", "friendlysam", "sampa")
 
 
 def ddp(
@@ -106,7 +106,7 @@ def test_contract_34_m_sharpness(ranks: Ranks, backend: str, variant: str, views
     assert np.abs(synced[0] - w0[0]).max() > 1e-5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in DECIDING])
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
 def test_contract_34_replicas_that_climb_apart_stay_equal(ranks: Ranks, variant: str, base: str) -> None:
     """Whatever the way down uses, a norm of g as in SSAM included, is the average's."""
@@ -116,6 +116,17 @@ def test_contract_34_replicas_that_climb_apart_stay_equal(ranks: Ranks, variant:
     if variant != "sampa":  # it climbs along y, which is an average
         (synced, _), _ = ranks.run(ddp, variant, base, STEPS, {}, {})
         assert np.abs(synced[0] - w0[0]).max() > 1e-6
+
+
+@pytest.mark.parametrize("m_sharpness", [False, True])
+def test_esam_replicas_stay_equal_though_each_chooses_of_its_own_samples(ranks: Ranks, m_sharpness: bool) -> None:
+    chosen, of_all = (
+        ranks.run(ddp, "esam", "sgd", STEPS, {}, {"gamma": gamma, "m_sharpness": m_sharpness}) for gamma in (0.5, 1.0)
+    )
+    (w0, _), (w1, _) = chosen
+    for a, b in zip(w0, w1, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(w0[0] - of_all[0][0][0]).max() > 1e-6
 
 
 def ddp_with_own_closure(rank: int) -> list[np.ndarray]:

@@ -30,9 +30,11 @@ def train(model: nn.Module, optimizer: Any, steps: int, part: slice = slice(None
     x, y = (t[part] for t in batch(next(model.parameters()).dtype))
     calls = 0
 
-    def closure() -> Tensor:
+    def closure(kept: Tensor | None = None) -> Tensor:
         nonlocal calls
         optimizer.zero_grad()
+        if optimizer.per_sample:
+            return (model(x) - y if kept is None else model(x[kept]) - y[kept]).square().mean(1)
         loss = F.mse_loss(model(x), y)
         loss.backward()
         hooks.get("after", lambda call: None)(calls)

@@ -13,6 +13,7 @@ from looksam.lab.methods import (
     parse_method,
     select_options,
 )
+from tests.contract.support import backward
 
 
 def model():
@@ -93,15 +94,13 @@ def test_every_variant_builds_and_steps_on_every_base(variant, period, base):
         return
     assert parse_method(name) == Method(variant, base, 3 if period else None)
     trained = model()
-    optimizer = build_optimizer(TrainConfig(name, lr=0.1, weight_decay=0.0, clip=1.0), trained)
+    optimizer = build_optimizer(TrainConfig(name, lr=0.1, weight_decay=0.0, clip=1.0), trained, 10)
     assert type(optimizer) is VARIANTS[variant]
     assert optimizer.param_groups[0].get("k") == (3 if period else optimizer.defaults.get("k"))
 
-    def closure():
+    def closure(kept=None):
         optimizer.zero_grad()
-        loss = (trained.w**2).sum()
-        loss.backward()
-        return loss
+        return backward(optimizer, (trained.w**2).sum())
 
     assert float(optimizer.step(closure).detach()) == 3.0
     assert (trained.w < 1).all()
@@ -111,7 +110,7 @@ def test_values_reach_the_optimizer():
     config = TrainConfig(
         "looksam-7", lr=0.3, momentum=0.8, weight_decay=0.01, clip=2.0, options=(("alpha", 0.2), ("rho", 0.1))
     )
-    group = build_optimizer(config, model()).param_groups[0]
+    group = build_optimizer(config, model(), 10).param_groups[0]
     expected = {
         "k": 7,
         "lr": 0.3,
@@ -124,8 +123,14 @@ def test_values_reach_the_optimizer():
     assert {name: group[name] for name in expected} == expected
 
 
+def test_what_the_run_knows_reaches_the_optimizer():
+    assert build_optimizer(TrainConfig("aesam"), model(), 42).param_groups[0]["total_steps"] == 42
+    assert build_optimizer(TrainConfig("esam", seed=7), model(), 42).param_groups[0]["seed"] == 7
+    assert build_optimizer(TrainConfig("esam", options=(("seed", 5),)), model(), 42).param_groups[0]["seed"] == 5
+
+
 def test_defaults_of_a_base():
-    group = build_optimizer(TrainConfig("sgd"), model()).param_groups[0]
+    group = build_optimizer(TrainConfig("sgd"), model(), 10).param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
 
 

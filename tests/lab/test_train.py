@@ -14,14 +14,16 @@ from looksam.lab.train import Trainer, train_run
 from .runs import SMALL, comparable, weights
 
 
-@pytest.mark.parametrize(("method", "passes"), [("sgd", 10), ("sam", 20), ("sam-5", 12), ("looksam-3", 14)])
+@pytest.mark.parametrize(
+    ("method", "passes"), [("sgd", 10), ("sam", 20), ("sam-5", 12), ("looksam-3", 14), ("esam-2", 15)]
+)
 def test_passes_are_counted(method, passes):
     records = train_run(replace(SMALL, method=method, width=0.25)).records
     first, second = records
     assert (first.steps, second.steps) == (10, 10)
     assert first.passes == passes
     # the phase goes on over epochs: 20 steps with k = 3 hold 7 sharp ones, 4 of them in the first epoch
-    assert first.passes + second.passes == {"sgd": 20, "sam": 40, "sam-5": 24, "looksam-3": 27}[method]
+    assert first.passes + second.passes == {"sgd": 20, "sam": 40, "sam-5": 24, "looksam-3": 27, "esam-2": 30}[method]
 
 
 def test_same_seed_same_run_other_seed_other_run():

@@ -118,8 +118,9 @@ def check_options(methods: Iterable[str], options: dict[str, Any]) -> None:
             raise ValueError(f"no method given takes the option {key!r}; they take: {', '.join(taken) or 'none'}")
 
 
-def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` for the parameters of ``model``. Where ``Method.clips`` is false, the caller clips.
+def build_optimizer(config: TrainConfig, model: torch.nn.Module, steps: int) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` for the parameters of ``model`` in a run of so many steps. Where ``Method.clips`` is false,
+    the caller clips.
 
     The variants also get the model itself: running statistics move in the first pass only.
     """
@@ -135,6 +136,8 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.
         arguments["max_grad_norm"] = config.clip
     if method.variant is None:
         return base.optimizer(model.parameters(), **arguments)
+    of_the_run = {"total_steps": steps, "seed": config.seed}
+    arguments |= {name: value for name, value in of_the_run.items() if name in method.parameters()}
     arguments |= {"backend": config.backend, "model": model, "m_sharpness": config.m_sharpness} | dict(config.options)
     if method.k is not None:
         arguments["k"] = method.k

@@ -31,12 +31,16 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any], clip: float | None = None) -> Any:
-        """One step of any optimizer; the closure calls :meth:`backward`. Returns the first loss.
+        """One step of any optimizer; the closure calls :meth:`backward`, or returns scaled losses where the optimizer wants
+        those of single samples. Returns the first loss.
 
         ``clip`` limits the norm of the gradients, for the optimizers that do not do it themselves.
         """
         if isinstance(optimizer, SharpnessAware):
+            scale = self.scaler.scale(torch.ones((), device=self._device))
             loss: Any = self.scaler.step(optimizer, closure)
+            if optimizer.per_sample:
+                loss = loss / scale
         else:  # for torch's own optimizers the scaler looks at the gradients before it calls them: no closure then
             loss = closure()
             if clip is not None:

@@ -57,9 +57,9 @@ class Trainer:
         model = build_model(config.model or defaults.model, channels, size, self.classes, config.width, config.patch)
         self.model = model.to(self.device)
         self.net = world.wrap(self.model, config.fsdp)  # what is trained: self.model, whose gradients get averaged
-        self.optimizer = build_optimizer(config, self.net)
         warmup = round(config.warmup * self.steps_per_epoch)
         total = config.epochs * self.steps_per_epoch
+        self.optimizer = build_optimizer(config, self.net, total)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(config.schedule, step, total, warmup)
         )
@@ -151,6 +151,19 @@ class Trainer:
         epoch.passes += 1
         return total
 
+    def sample_losses(self, epoch: Epoch, pieces: list[Piece], kept: Tensor | None = None) -> Tensor:
+        """The closure for an optimizer that calls backward itself: the losses of this process's samples, or of those kept,
+        with the loss scale. All micro-batches at once; the time of the backward is therefore the optimizer's."""
+        with epoch.pass_watch.running():
+            x, targets = (torch.cat(part) for part in zip(*pieces, strict=True))
+            if kept is not None:
+                x, targets = x[kept], targets[kept]
+            with self.precision.autocast():
+                logits = self.net(x)
+            losses = F.cross_entropy(logits.to(targets.dtype), targets, reduction="none")
+        epoch.passes += torch.is_grad_enabled()
+        return self.precision.scaler.scale(losses)
+
     def train_epoch(self, after_step: Callable[[int], None] = lambda step: None) -> EpochRecord:
         """Train to the end of the epoch, in full batches (the remainder is left out), and test.
 
@@ -166,7 +179,8 @@ class Trainer:
             with epoch.watch.running():
                 pieces = self.batch(epoch.order[epoch.step * self.batch_size : (epoch.step + 1) * self.batch_size])
                 with epoch.step_watch.running():
-                    closure = partial(self.forward_backward, epoch, pieces)
+                    per_sample = getattr(self.optimizer, "per_sample", False)
+                    closure = partial(self.sample_losses if per_sample else self.forward_backward, epoch, pieces)
                     epoch.loss += self.precision.step(self.optimizer, closure, self.clip)
                 self._advance_schedule()
             epoch.step += 1
