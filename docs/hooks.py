@@ -12,7 +12,8 @@ from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
 
 log = get_plugin_logger("looksam")
-VARIANTS = Path(__file__).parent.parent / "python" / "looksam" / "variants.py"
+PACKAGE = Path(__file__).parent.parent / "python" / "looksam"
+VARIANTS = (PACKAGE / "variants.py", PACKAGE / "selecting.py")
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -29,16 +30,16 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def table() -> str:
-    """A row for each class in variants.py that is a sharpness-aware optimizer, in the order of the file.
+    """A row for each class that is a sharpness-aware optimizer, in the order of the files.
 
     All of it stands in the docstring: the source at the end of its first paragraph, the rest in the one that reads
     "Passes per step: ... . Extra memory: ... . When: ...". A docstring without them is a warning, which ``--strict``
     makes an error.
     """
     rows = ["| class | passes per step | extra memory | when | source |", "|---|---|---|---|---|"]
-    for node in ast.parse(VARIANTS.read_text()).body:
-        if not isinstance(node, ast.ClassDef) or "fused_base" in ast.unparse(node):  # a base is no variant
-            continue
+    for node in (node for path in VARIANTS for node in ast.parse(path.read_text()).body):
+        if not isinstance(node, ast.ClassDef) or node.name.startswith("_") or "fused_base" in ast.unparse(node):
+            continue  # a base is no variant
         paragraphs = [" ".join(p.split()) for p in (ast.get_docstring(node) or "").split("\n\n")]
         source = SOURCE.search(paragraphs[0])
         costs = next(filter(None, map(COSTS.fullmatch, paragraphs)), None)
@@ -49,8 +50,8 @@ def table() -> str:
             continue
         passes = costs["passes"]
         if k := default(node, "k"):
-            once, sharp = re.fullmatch(r"(\d) \+ (\d)/k", passes).groups()
-            passes += f" = {int(once) + int(sharp) / int(k):g} at k = {k}"
+            once, sharp = map(float, re.fullmatch(r"([\d.]+) \+ ([\d.]+)/k", passes).groups())
+            passes += f" = {once + sharp / int(k):g} at k = {k}"
         name = f"[`{node.name}`](api/looksam.md#looksam.{node.name})"
         when = costs["when"]
         rows.append(f"| {name} | {passes} | {costs['memory']} | {when[0].upper()}{when[1:]} | {source[1]} |")

@@ -27,8 +27,9 @@ class ESAM(SharpnessAware):
     not call backward; the optimizer does, on the mean. ``step`` returns the mean of the first losses. Under a GradScaler
     the closure returns scaled losses.
 
-    Passes per step: 1 + gamma/k backward, 1 + (1 + gamma)/k forward. Extra memory: 1 model copy (w).
-    When: SAM's second pass costs too much, batches are large, and the loss is a mean over samples.
+    Passes per step: 1 + 0.83/k. Extra memory: 1 model copy (w).
+    When: the second pass is to cost less and see the samples that matter; with gamma = 0.5 it is 1/3 (the forward pass for
+    the choice, without gradients) + 0.5. The loss must be a mean over samples.
 
     Args:
         beta: share of the elements that are perturbed, in (0, 1]; the same in all groups, as gamma and seed.
