@@ -19,8 +19,8 @@ COLUMNS = (
 NOTES = """\
 Accuracy: final epoch, clean test labels, mean ± standard error over seeds, runs that finished only. Passes: forward
 and backward together, counted. Times: median over epochs, training only, with {jobs} run(s) at a time of
-{processes} process(es) x {threads} thread(s). Optimizer: time inside `step` outside the passes; share: its part of an
-epoch's time."""
+{processes} process(es) x {threads} thread(s). Optimizer: time inside `step` outside the passes (ESAM runs its backward
+passes there; its second is of fewer samples); share: its part of an epoch's time."""
 
 
 def row(summary: Summary) -> tuple[str, ...]:
