@@ -60,6 +60,21 @@ on_periodic_variants = pytest.mark.parametrize("variant", PERIODIC)
 on_variants_in_two_calls = pytest.mark.parametrize("variant", IN_TWO_CALLS)
 on_bases = pytest.mark.parametrize("base", BASES)
 
+PAIRS = list(
+    dict.fromkeys(
+        (
+            *((variant, base) for variant in VARIANTS for base in ("sgd", "wrapped rmsprop")),
+            *((variant, base) for variant in ("looksam", "wsam") for base in BASES),
+        )
+    )
+)
+"""Every variant over a fused and a wrapped base, every base under one that keeps state and one that adds after the base
+update: where it makes no difference how the two meet, the whole product, which test_faults.py goes through, tells no
+more."""
+
+on_pairs = pytest.mark.parametrize(("variant", "base"), PAIRS)
+on_pairs_in_two_calls = pytest.mark.parametrize(("variant", "base"), [(v, b) for v, b in PAIRS if v in IN_TWO_CALLS])
+
 
 def build(params: Any, variant: str = "looksam", base: str = "sgd", **kwargs: Any) -> looksam.SharpnessAware:
     """An optimizer with k = 2 where there is a k, unless told otherwise."""

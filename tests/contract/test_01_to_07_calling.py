@@ -20,7 +20,8 @@ from tests.contract.support import (
     build,
     network,
     on_backends,
-    on_bases,
+    on_pairs,
+    on_pairs_in_two_calls,
     on_variants,
     on_variants_in_two_calls,
     passes,
@@ -49,8 +50,7 @@ def test_contract_01_closure_calls_and_first_loss(backend: str, variant: str, k:
 
 
 @on_backends
-@on_variants_in_two_calls
-@on_bases
+@on_pairs_in_two_calls
 def test_contract_02_two_call_style_equals_the_closure_style(backend: str, variant: str, base: str) -> None:
     one, two = network(), network()
     optimizer = build(two.parameters(), variant, base, backend=backend)
@@ -154,8 +154,7 @@ def test_contract_03_closure_runs_with_grad_enabled(backend: str) -> None:
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize("late", [False, True])
 def test_contract_04_raising_closure_changes_nothing(
@@ -185,8 +184,7 @@ def test_contract_04_raising_closure_changes_nothing(
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 def test_contract_05_pointers_stay(backend: str, variant: str, base: str) -> None:
     model = network()
     pointers = [p.data_ptr() for p in model.parameters()]
@@ -235,8 +233,7 @@ def test_contract_06_step_without_closure(backend: str, variant: str) -> None:
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 @pytest.mark.parametrize("gradients", ["zero", "none"])
 @pytest.mark.parametrize("lr", [0.0, 0.1])
 def test_contract_06_zero_gradients_create_the_state(

@@ -30,6 +30,7 @@ from tests.contract.support import (
     network,
     on_backends,
     on_bases,
+    on_pairs,
     on_variants,
     states,
     train,
@@ -205,8 +206,7 @@ def test_contract_11_names_survive(backend: str) -> None:
 
 
 @on_backends
-@on_bases
-@on_variants
+@on_pairs
 @pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
 def test_contract_12_copies_keep_everything(backend: str, variant: str, base: str, copier: str) -> None:
     model = network()
@@ -224,8 +224,7 @@ def test_contract_12_copies_keep_everything(backend: str, variant: str, base: st
 
 
 @on_backends
-@on_bases
-@on_variants
+@on_pairs
 def test_contract_13_resume_at_every_phase(backend: str, variant: str, base: str) -> None:
     model = network()
     optimizer = build(model.parameters(), variant, base, k=3, backend=backend)
@@ -293,8 +292,7 @@ def test_contract_14_float32_state_of_low_precision_parameters(backend: str, var
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 def test_contract_15_only_parameters_are_keys_of_state(backend: str, variant: str, base: str) -> None:
     model = network()
     optimizer = build(model.parameters(), variant, base, backend=backend)
@@ -411,8 +409,7 @@ def test_contract_17_schedulers(backend: str, base: str, style: str, on_base: bo
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 def test_contract_18_awkward_gradients(backend: str, variant: str, base: str) -> None:
     names = ("plain", "none", "zero", "scalar", "empty", "first", "second")
     p = {name: nn.Parameter(torch.ones({"scalar": (), "empty": (0,)}.get(name, (3,)))) for name in names}
@@ -468,8 +465,7 @@ def test_contract_18_sparse_gradients_are_a_clear_error(backend: str, pass_: int
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 def test_contract_19_maximize(backend: str, variant: str, base: str) -> None:
     """Maximizing f is minimizing -f: the same weights, update and perturbation turned round."""
     results = []
@@ -498,8 +494,7 @@ def test_contract_19_flags_that_torch_refuses() -> None:
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 def test_contract_20_tensor_lr(backend: str, variant: str, base: str) -> None:
     if base == "wrapped adagrad":
         pytest.skip("torch's Adagrad takes a tensor lr only with foreach")

@@ -15,6 +15,7 @@ from looksam.bases import FUSED
 from tests.contract.support import (
     DECIDING,
     IN_TWO_CALLS,
+    PAIRS,
     PERIODIC,
     REUSING,
     Closure,
@@ -23,7 +24,7 @@ from tests.contract.support import (
     build,
     network,
     on_backends,
-    on_bases,
+    on_pairs,
     on_variants,
     states,
     train,
@@ -51,8 +52,7 @@ def poison(model: nn.Module, bad_call: int) -> Callable[[int], None]:
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 def test_contract_22_scaled_steps_equal_unscaled_ones(backend: str, variant: str, base: str) -> None:
     """The scale is a power of two, so nothing is rounded differently but the sums' last bits."""
     model, other, amp = network(), network(), scaler()
@@ -72,8 +72,7 @@ def test_contract_22_scaled_steps_equal_unscaled_ones(backend: str, variant: str
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 @pytest.mark.parametrize(("steps_before", "bad_call"), [(0, 0), (0, 1), (2, 0), (2, 1), (1, 0)])
 def test_contract_22_overflow_changes_nothing_and_halves_the_scale(
     backend: str, variant: str, base: str, steps_before: int, bad_call: int
@@ -148,8 +147,7 @@ class ScalarsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@on_variants
-@pytest.mark.parametrize("base", FUSED)
+@pytest.mark.parametrize(("variant", "base"), [(v, b) for v, b in PAIRS if b in FUSED])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contract_22_no_scalar_is_read(variant: str, base: str, scaled: bool, dtype: torch.dtype) -> None:

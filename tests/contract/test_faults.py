@@ -21,6 +21,7 @@ from tests.contract.support import (
     network,
     on_backends,
     on_bases,
+    on_pairs,
     on_variants,
     passes,
     states,
@@ -90,8 +91,7 @@ def test_fault_at_every_point_of_a_step(backend: str, variant: str, base: str, s
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_pairs
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_non_finite_gradient_in_every_pass(backend: str, variant: str, base: str, value: float) -> None:
     model = network()
