@@ -119,6 +119,8 @@ class Binding:
     def make_room(self, column: str) -> None:
         """Somewhere to save the weights that a perturbation along ``column`` moves."""
         table = self.table
+        if all(table.present("b")):
+            return
         rows = zip(self.params, table.present(column), table.present("b"), strict=True)
         new = {p: torch.empty_like(p) for p, moves, has_room in rows if moves and not has_room}
         if new:

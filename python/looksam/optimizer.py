@@ -198,7 +198,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """As torch's; fills in every default, the base's included, and checks the values."""
         if isinstance(param_group, dict):
             given = {**self.defaults, **param_group}
-            own = self.defaults.keys() - self._base.defaults.keys()
+            own = [name for name in self.defaults if name not in self._base.defaults]
             check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges, self.shared)
             self._base.check(given)
         super().add_param_group(param_group)

@@ -36,12 +36,13 @@ class Plan(NamedTuple):
 
 
 @cache
-def needed_after(plan: Plan, look: Look) -> frozenset[str]:
-    """The columns that the rules after this look's ascent read."""
+def spent(plan: Plan, look: Look) -> frozenset[str]:
+    """The plan's columns that no rule after this look's ascent reads."""
     later = plan.looks[plan.looks.index(look) + 1 :]
     rules: list[Ascent | Descent] = [ASCENTS[x.ascent] for x in later if x.ascent is not None]
     rules.append(DESCENTS[plan.descent])
-    return frozenset(column for rule in rules for column in (*rule.inputs, *chain.from_iterable(rule.pairs)))
+    read = {column for rule in rules for column in (*rule.inputs, *chain.from_iterable(rule.pairs))}
+    return frozenset(x.column for x in plan.looks) - read
 
 
 class Variant(NamedTuple):

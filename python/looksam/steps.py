@@ -12,7 +12,7 @@ from looksam.binding import Binding
 from looksam.distributed import Replicas
 from looksam.hyper import Group
 from looksam.passes import Passes
-from looksam.plans import Look, Plan, needed_after
+from looksam.plans import Look, Plan, spent
 from looksam_kernels import ops
 from looksam_kernels.formulas import ASCENTS, Coefficients, Sums
 
@@ -35,6 +35,7 @@ class Step:
         self.moved = False
         """Are the weights away from where the step began?"""
         self._binding, self._base, self._passes = binding, base, passes
+        self._begun = False
         self._sums: Sums | None = None
         self._found_inf: Tensor | None = None
 
@@ -42,8 +43,7 @@ class Step:
         """Takes the gradients of now into the table: the tensors themselves, or copies where they must also stay."""
         plan, binding = self.plan, self._binding
         last = look is plan.looks[-1]
-        if not self.moved:
-            binding.follow()
+        self._begin()
         binding.take(look.column, plan.writes if last else None)
         table = binding.table
         if keep_grad or (not last and _are_views(table[look.column])):
@@ -56,8 +56,8 @@ class Step:
         """Measures the gradients collected so far and moves the weights to where ``look`` is taken."""
         assert look.ascent is not None
         binding, rule = self._binding, look.ascent
+        self._begin()
         if not self.moved:
-            binding.follow()
             binding.make_room(ASCENTS[rule].inputs[0])
         etas = hyper.etas(binding.groups)
         if etas is not None and rule == "sam":
@@ -65,7 +65,7 @@ class Step:
         coefficients = self._measure(rule, self._groups(), grad_scale, etas)
         self.moved = True
         ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.groups))
-        binding.drop({x.column for x in self.plan.looks} - needed_after(self.plan, look))
+        binding.drop(spent(self.plan, look))
         self._weights_changed()
 
     def norm_sq(self, grad_scale: Tensor | None) -> Tensor:
@@ -99,7 +99,7 @@ class Step:
 
         torch.distributed.checkpoint asks for this, by a step with zero gradients on a fresh optimizer.
         """
-        self._binding.follow()
+        self._begin()
         self._binding.take(self.plan.looks[-1].column, writes=self.plan.writes)
         self._base.create_state(self._binding)
         self._end()
@@ -110,6 +110,12 @@ class Step:
         if self.moved:
             self._weights_changed()
         self._end()
+
+    def _begin(self) -> None:
+        """Once, when the first gradients are there or the weights are about to move."""
+        if not self._begun:
+            self._binding.follow()
+            self._begun = True
 
     def _groups(self) -> list[Group]:
         return hyper.for_ops(self._binding.groups, self._radius)
