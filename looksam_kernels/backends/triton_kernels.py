@@ -545,10 +545,10 @@ def step(
                         eps = tl.load(h + 2 * groups).to(ACC)
                         rho = tl.load(h + 3 * groups)
                         d += weight_decay.to(ACC) * x
+                        acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         v = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
                         v = mean_square(d, v, rho.to(ACC), (1 - rho).to(ACC))
                         store(states[0], place, v, STATES[0], ALIGNED, FULL)
-                        acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         new_w, acc = adadelta(x, d, v, acc, lr.to(ACC), rho.to(ACC), (1 - rho).to(ACC), eps)
                         store(states[1], place, acc, STATES[1], ALIGNED, FULL)
                     else:

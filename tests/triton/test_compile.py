@@ -44,6 +44,6 @@ def columns_read(launch: dict[str, str]) -> int:
     if kernel == "inner_products":
         return 2  # g and s, or g and w for T g
     if kernel == "step":  # w or b, s, g, and the base's states
-        states = {"'sgd'": 1, "'grad'": 0}
-        return 3 + next((n for base, n in states.items() if f"'BASE': {base}" in constexprs), 2)
+        states = constexprs.partition("'STATES': (")[2].partition(")")[0]
+        return 3 + states.count("triton.language.")
     return {"perturb": 2, "restore": 1, "apply_lamb": 5}.get(kernel, 0)
