@@ -66,7 +66,9 @@ def report(compiled: Any, kernel: Any, constexprs: dict[str, Any]) -> dict[str, 
         assembly = compiled.asm["amdgcn"]
         found["loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))
         found["stores"] = len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly))
-        found["spilled"] = sum(map(int, re.findall(r"[sv]gpr_spill_count: (\d+)", assembly)))
+        # Bytes of memory a thread. (Scalar registers may go to lanes of vector registers, which takes none.)
+        found["spilled"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])  # type: ignore[index]
+        found["spilled"] += sum(map(int, re.findall(r"vgpr_spill_count:\s+(\d+)", assembly)))
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
     return found
 
