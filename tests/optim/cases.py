@@ -158,10 +158,11 @@ CENTERED_HYPER = (
     {**RMSPROP_HYPER[1], "eps": 0.03, "centered": True},
     {**RMSPROP_HYPER[2]},
 )
+# SAMPa looks at w - lr y, which must not run away: no large lr here and in ADADELTA_HYPER.
 LARS_HYPER = (
-    {"lr": 0.5, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "trust_coefficient": 0.1, "eps": 1e-3},
-    {"lr": 0.1, "momentum": 0.5, "nesterov": True, "weight_decay": 0.0, "trust_coefficient": 0.3, "always_adapt": True},
-    {"lr": 0.2, "momentum": 0.0, "weight_decay": 0.2, "trust_coefficient": 0.1, "trust_clip": True},
+    {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "trust_coefficient": 0.5, "eps": 1e-3},
+    {"lr": 0.02, "momentum": 0.5, "nesterov": True, "weight_decay": 0.0, "trust_coefficient": 1.5, "always_adapt": True},
+    {"lr": 0.04, "momentum": 0.0, "weight_decay": 0.2, "trust_coefficient": 0.5, "trust_clip": True},
 )
 LARS_HYPER = tuple({"eps": 1e-8, "always_adapt": False, "trust_clip": False, **h} for h in LARS_HYPER)
 LION_HYPER = (
@@ -175,9 +176,9 @@ ADAGRAD_HYPER = (
     {"lr": 0.2, "lr_decay": 0.5, "initial_accumulator_value": 1.0, "eps": 1e-10, "weight_decay": 0.1},
 )
 ADADELTA_HYPER = (
-    {"lr": 1.0, "rho": 0.9, "eps": 1e-3, "weight_decay": 0.01},
-    {"lr": 0.5, "rho": 0.5, "eps": 1e-2, "weight_decay": 0.0},
-    {"lr": 2.0, "rho": 0.99, "eps": 1e-4, "weight_decay": 0.1},
+    {"lr": 0.1, "rho": 0.9, "eps": 1e-3, "weight_decay": 0.01},
+    {"lr": 0.05, "rho": 0.5, "eps": 1e-2, "weight_decay": 0.0},
+    {"lr": 0.2, "rho": 0.99, "eps": 1e-4, "weight_decay": 0.1},
 )
 
 
