@@ -161,7 +161,14 @@ CENTERED_HYPER = (
 # SAMPa looks at w - lr y, which must not run away: no large lr here and in ADADELTA_HYPER.
 LARS_HYPER = (
     {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "trust_coefficient": 0.5, "eps": 1e-3},
-    {"lr": 0.02, "momentum": 0.5, "nesterov": True, "weight_decay": 0.0, "trust_coefficient": 1.5, "always_adapt": True},
+    {
+        "lr": 0.02,
+        "momentum": 0.5,
+        "nesterov": True,
+        "weight_decay": 0.0,
+        "trust_coefficient": 1.5,
+        "always_adapt": True,
+    },
     {"lr": 0.04, "momentum": 0.0, "weight_decay": 0.2, "trust_coefficient": 0.5, "trust_clip": True},
 )
 LARS_HYPER = tuple({"eps": 1e-8, "always_adapt": False, "trust_clip": False, **h} for h in LARS_HYPER)

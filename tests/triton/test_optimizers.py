@@ -24,6 +24,14 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "GSAM over adamw": lambda p, **o: looksam.GSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
     "WSAM over lamb": lambda p, **o: looksam.WSAM(p, "lamb", rho=0.1, k=K, lr=0.02, **o),
     "VaSSO over sgd": lambda p, **o: looksam.VaSSO(p, "sgd", rho=0.1, theta=0.5, lr=0.05, momentum=0.9, **o),
+    "ASAM by its own name over sgd": lambda p, **o: looksam.ASAM(p, "sgd", k=K, lr=0.05, **o),
+    "SSAM over adamw": lambda p, **o: looksam.SSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
+    "CRSAM over sgd": lambda p, **o: looksam.CRSAM(p, "sgd", rho=0.1, k=K, lr=0.05, momentum=0.9, **o),
+    "FriendlySAM over adamw": lambda p, **o: looksam.FriendlySAM(p, "adamw", rho=0.1, lr=0.02, **o),
+    "SAMPa over sgd": lambda p, **o: looksam.SAMPa(p, "sgd", rho=0.1, lr=0.05, momentum=0.9, **o),
+    "ESAM over sgd": lambda p, **o: looksam.ESAM(p, "sgd", rho=0.1, k=K, lr=0.05, momentum=0.9, **o),
+    "AESAM over sgd": lambda p, **o: looksam.AESAM(p, "sgd", total_steps=STEPS, rho=0.1, lr=0.05, momentum=0.9, **o),
+    "AELookSAM over adam": lambda p, **o: looksam.AELookSAM(p, "adam", total_steps=STEPS, rho=0.1, lr=0.02, **o),
     "LookSAM over lars": lambda p, **o: looksam.LookSAM(
         p, "lars", k=K, lr=0.5, trust_coefficient=0.05, weight_decay=1e-2, max_grad_norm=1.0, **o
     ),
@@ -35,6 +43,7 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "SAM over adadelta": lambda p, **o: looksam.SAM(p, "adadelta", k=K, lr=1.0, base_rho=0.8, **o),
     "LARS": lambda p, **o: looksam.LARS(p, lr=0.5, trust_coefficient=0.05, nesterov=True, **o),
     "LAMB": lambda p, **o: looksam.LAMB(p, lr=0.02, **o),
+    "Lion": lambda p, **o: looksam.Lion(p, lr=0.01, **o),
 }
 
 
@@ -45,20 +54,29 @@ def _train(build: Callable[..., Any], backend: str, dtype: torch.dtype) -> list[
     params = [torch.nn.Parameter(w.to(dtype)) for w in start]
     optimizer = build(params, backend=backend)
 
-    def closure() -> Tensor:
+    def losses(kept: Tensor | None = None) -> Tensor:
         optimizer.zero_grad()
         matrix, bias, scale = params
-        loss: Tensor = ((torch.tanh(x @ matrix + bias) * scale) ** 2).mean()
+        samples = x if kept is None else x[kept]
+        return ((torch.tanh(samples @ matrix + bias) * scale) ** 2).mean(1)
+
+    def closure() -> Tensor:
+        loss = losses().mean()
         loss.backward()
         return loss
 
     for _ in range(STEPS):
-        optimizer.step(closure)
+        optimizer.step(losses if isinstance(optimizer, looksam.ESAM) else closure)
     return [p.detach().double() for p in params]
 
 
 def _error(weights: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(weights, exact, strict=True))
+
+
+def test_no_optimizer_is_left_out() -> None:
+    built = {type(build([torch.nn.Parameter(torch.zeros(2, 2))])) for build in OPTIMIZERS.values()}
+    assert built == {*looksam.VARIANTS.values(), looksam.LAMB, looksam.LARS, looksam.Lion}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
