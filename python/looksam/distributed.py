@@ -176,6 +176,50 @@ def shards_of(params: Sequence[Tensor]) -> Whole:
     return Whole()
 
 
+class Pair:
+    """Two ranks with the same parameters, each of which computes one of two gradients.
+
+    Raises:
+        ValueError: the group has not two ranks.
+    """
+
+    def __init__(self, group: Any) -> None:
+        size = distributed.get_world_size(group)
+        if size != 2:
+            raise ValueError(f"process_group must have two ranks, not {size}")
+        self.rank = distributed.get_rank(group)
+        self._group = group
+        self._rows: list[bool] | None = None
+        """Which gradients there are; both ranks know that the other has the same ones."""
+
+    def exchange(self, mine: MaybeTensors) -> list[Tensor | None]:
+        """The other rank's gradients of the same parameters: an all-gather for each dtype.
+
+        Raises:
+            RuntimeError: it has gradients of other parameters.
+        """
+        self._agree([x is not None for x in mine])
+        theirs: list[Tensor | None] = [None] * len(mine)
+        for dtype in dict.fromkeys(x.dtype for x in mine if x is not None):
+            rows = [(i, x) for i, x in enumerate(mine) if x is not None and x.dtype == dtype]
+            flat = torch.cat([x.reshape(-1) for _, x in rows])
+            both = [torch.empty_like(flat) for _ in range(2)]
+            distributed.all_gather(both, flat, group=self._group)
+            for (i, x), part in zip(rows, both[1 - self.rank].split([x.numel() for _, x in rows]), strict=True):
+                theirs[i] = torch.empty_like(x).copy_(part.view(x.shape))  # in x's memory order, and aligned
+        return theirs
+
+    def _agree(self, rows: list[bool]) -> None:
+        if rows == self._rows:
+            return
+        both: list[Any] = [None, None]
+        distributed.all_gather_object(both, rows, group=self._group)
+        if both[0] != both[1]:
+            odd = [i for i, (a, b) in enumerate(zip(*both, strict=True)) if a != b]
+            raise RuntimeError(f"only one of the two ranks has a gradient of the parameters number {odd}")
+        self._rows = rows
+
+
 class Replicas:
     """m-sharpness: the ranks climbed along gradients of their own, and must come down together.
 

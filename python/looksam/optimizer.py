@@ -109,19 +109,9 @@ class SharpnessAware(ScaledGradients, Optimizer):
             return None
         if self._moved:
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
-        first_loss, number = None, 0
         with self._all_or_nothing() as step:
             scale = self._grad_scale(new_gradients=True)
-            while number < len(step.plan.looks):
-                look = step.plan.looks[number]
-                if look.ascent is not None:
-                    step.ascend(look, scale)
-                loss = self._pass(closure, number, len(step.plan.looks))
-                if number == 0:
-                    first_loss = loss
-                    self._decide(step, scale)
-                step.collect(step.plan.looks[number])
-                number += 1
+            first_loss = self._look(closure, step, scale)
             self._finish(step, scale)
         return first_loss
 
@@ -224,6 +214,21 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _moved(self) -> bool:
         """Are the weights away from where the step began?"""
         return self._step is not None and self._step.moved
+
+    def _look(self, closure: Closure, step: Step, grad_scale: Tensor | None) -> Any:
+        """All looks of a step, one after the other; returns the first loss."""
+        first_loss, number = None, 0
+        while number < len(step.plan.looks):
+            look = step.plan.looks[number]
+            if look.ascent is not None:
+                step.ascend(look, grad_scale)
+            loss = self._pass(closure, number, len(step.plan.looks))
+            if number == 0:
+                first_loss = loss
+                self._decide(step, grad_scale)
+            step.collect(step.plan.looks[number])
+            number += 1
+        return first_loss
 
     def _pass(self, closure: Closure, number: int, of: int) -> Any:
         """Runs the closure for look ``number`` of ``of``: the gradients are then in ``.grad``. Returns the loss."""

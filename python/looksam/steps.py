@@ -9,7 +9,7 @@ from torch import Tensor
 
 from looksam import bases, hyper
 from looksam.binding import Binding
-from looksam.distributed import Replicas
+from looksam.distributed import Pair, Replicas
 from looksam.hyper import Group
 from looksam.passes import Passes
 from looksam.plans import Look, Plan, spent
@@ -51,6 +51,17 @@ class Step:
         if not (keep_grad or last):
             for p in binding.params:
                 p.grad = None
+
+    def collect_both(self, pair: Pair) -> None:
+        """In place of two :meth:`collect`: this rank has made one gradient of the plan's two, its partner the other."""
+        binding, (first, last) = self._binding, self.plan.looks
+        mine = [p.grad for p in binding.params]
+        theirs = pair.exchange(mine)
+        if pair.rank == 0:
+            for p, x in zip(binding.params, theirs, strict=True):
+                p.grad = x
+        self.collect(last)
+        binding.table[first.column] = mine if pair.rank == 0 else theirs
 
     def ascend(self, look: Look, grad_scale: Tensor | None) -> None:
         """Measures the gradients collected so far and moves the weights to where ``look`` is taken."""
