@@ -101,8 +101,9 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
-  // At 64 registers it spills on sm_100; this leaves it 80.
-  static constexpr int kBlocksPerProcessor = T::blocks_per_processor < 3 ? T::blocks_per_processor : 3;
+  // At 64 registers it spills on sm_100; this leaves it 80, or 128 where there are three states.
+  static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : 2;
+  static constexpr int kBlocksPerProcessor = T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
   using Shared = StepShared<T>;
 
   template <class Block>

@@ -188,9 +188,8 @@ def lion(w, d, m, lr, decay_factor, beta1, of_d1, beta2, of_d2):
 
 @triton.jit
 def adagrad(w, d, total, lr, eps):
-    """sum += d^2, w - lr d / (sqrt(sum) + eps)."""
-    total += d * d
-    return w - lr * divide(d, root(total) + eps), total
+    """w - lr d / (sqrt(sum) + eps), sum up to date."""
+    return w - lr * divide(d, root(total) + eps)
 
 
 @triton.jit
@@ -519,8 +518,9 @@ def step(
                         eps = tl.load(h + 2 * groups).to(ACC)
                         total = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
                         d += weight_decay.to(ACC) * x
-                        new_w, total = adagrad(x, d, total, tl.load(corrections + row).to(ACC), eps)
+                        total += d * d
                         store(states[0], place, total, STATES[0], ALIGNED, FULL)
+                        new_w = adagrad(x, d, total, tl.load(corrections + row).to(ACC), eps)
                     elif BASE == "rmsprop":
                         eps = tl.load(h + 2 * groups).to(ACC)
                         alpha = tl.load(h + 3 * groups)
@@ -547,6 +547,7 @@ def step(
                         d += weight_decay.to(ACC) * x
                         acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         v = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
+                        acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
                         v = mean_square(d, v, rho.to(ACC), (1 - rho).to(ACC))
                         store(states[0], place, v, STATES[0], ALIGNED, FULL)
                         new_w, acc = adadelta(x, d, v, acc, lr.to(ACC), rho.to(ACC), (1 - rho).to(ACC), eps)
