@@ -13,7 +13,7 @@ from mkdocs.plugins import get_plugin_logger
 
 log = get_plugin_logger("looksam")
 PACKAGE = Path(__file__).parent.parent / "python" / "looksam"
-VARIANTS = (PACKAGE / "variants.py", PACKAGE / "selecting.py")
+VARIANTS = (PACKAGE / "variants.py", PACKAGE / "selecting.py", PACKAGE / "parallel.py")
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)

@@ -1,6 +1,7 @@
 """Sharpness-aware optimizers for PyTorch: SAM, LookSAM, LayerSAM and their relatives over fused base updates."""
 
 from looksam.optimizer import SharpnessAware
+from looksam.parallel import SAMPa
 from looksam.passes import frozen_running_stats
 from looksam.selecting import AESAM, ESAM, AELookSAM
 from looksam.variants import (
@@ -18,7 +19,6 @@ from looksam.variants import (
     Lion,
     LookLayerSAM,
     LookSAM,
-    SAMPa,
     VaSSO,
 )
 

@@ -1,0 +1,83 @@
+"""The variant whose two passes can run side by side, on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from looksam.distributed import Pair, Whole, shards_of
+from looksam.hyper import Group
+from looksam.optimizer import BaseOptimizer, Closure, SharpnessAware
+from looksam.plans import Look, Plan, Variant
+from looksam.steps import Step
+
+
+class SAMPa(SharpnessAware):
+    """SAMPa: two gradients of which neither waits for the other. Xie et al. 2024.
+
+    With y, r of the step before: s at w + rho y / (||y|| + perturb_eps), r at w - lr y; base update with
+    d = (1 - lambda) s + lambda r. In the first step, which has no y, both are taken at w. The passes run one after the
+    other, and the loss returned is the first one's; there is no ``first_step``.
+
+    With a ``process_group`` of two ranks, which must be given the same batches, the passes run side by side: rank 0 makes
+    s, rank 1 makes r, and one all-gather a dtype brings each the other's, so that both take the very step of one process,
+    bit for bit (random numbers of the passes apart). The closure is called once a step on each rank, and ``step`` returns
+    its loss. Both must have gradients of the same parameters; running statistics are those of a rank's own passes.
+
+    Passes per step: 2. Extra memory: 2 model copies (w, y).
+    When: SAM's two passes should run side by side.
+
+    Args:
+        lambda_: weight of r, in [0, 1]; per group.
+        process_group: two ranks with the same parameters (``torch.distributed.group.WORLD``, where there are no others).
+            Not for sharded parameters, nor with ``m_sharpness``; copied by ``state_dict`` only.
+
+    The others, and the errors: :class:`looksam.SAM`. State per parameter beside the base's: ``y``.
+    """
+
+    _pair: Pair | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        lambda_: float = 0.2,
+        perturb_eps: float = 1e-12,
+        process_group: Any = None,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        if process_group is not None:
+            if base_kwargs.get("m_sharpness"):
+                raise ValueError("SAMPa takes process_group or m_sharpness, not both")
+            self._pair = Pair(process_group)
+        hyper = {"rho": rho, "lambda_": lambda_, "perturb_eps": perturb_eps}
+        plan = Plan((Look("s", "carried"), Look("r", "ahead")), "sampa")
+        super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
+
+    def _look(self, closure: Closure, step: Step, grad_scale: Tensor | None) -> Any:
+        if self._pair is None:
+            return super()._look(closure, step, grad_scale)
+        step.ascend(step.plan.looks[self._pair.rank], grad_scale)
+        loss = self._pass(closure, 0, 1)
+        step.collect_both(self._pair)
+        return loss
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's.
+
+        Raises:
+            TypeError: sharded parameters, with a ``process_group``.
+        """
+        super().add_param_group(param_group)
+        if self._pair is not None and type(shards_of(self.param_groups[-1]["params"])) is not Whole:
+            self.param_groups.pop()
+            raise TypeError("SAMPa with a process_group takes no sharded parameters")
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pair is not None:
+            raise RuntimeError("an optimizer with a process_group cannot be copied or pickled: use state_dict()")
+        return super().__getstate__()
