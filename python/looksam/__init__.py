@@ -1,26 +1,32 @@
 """Sharpness-aware optimizers for PyTorch: SAM, LookSAM, LayerSAM and their relatives over fused base updates."""
 
-from looksam.optimizer import SharpnessAware
-from looksam.parallel import SAMPa
-from looksam.passes import frozen_running_stats
-from looksam.selecting import AESAM, ESAM, AELookSAM
-from looksam.variants import (
-    ASAM,
-    CRSAM,
-    GSAM,
-    LAMB,
-    LARS,
-    SAM,
-    SSAM,
-    VARIANTS,
-    WSAM,
-    FriendlySAM,
-    LayerSAM,
-    Lion,
-    LookLayerSAM,
-    LookSAM,
-    VaSSO,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from looksam.optimizer import SharpnessAware
+    from looksam.parallel import SAMPa
+    from looksam.passes import frozen_running_stats
+    from looksam.selecting import AESAM, ESAM, AELookSAM
+    from looksam.variants import (
+        ASAM,
+        CRSAM,
+        GSAM,
+        LAMB,
+        LARS,
+        SAM,
+        SSAM,
+        VARIANTS,
+        WSAM,
+        FriendlySAM,
+        LayerSAM,
+        Lion,
+        LookLayerSAM,
+        LookSAM,
+        VaSSO,
+    )
 
 __all__ = [
     "AESAM",
@@ -45,3 +51,21 @@ __all__ = [
     "VaSSO",
     "frozen_running_stats",
 ]
+
+_MODULES = ("optimizer", "parallel", "passes", "selecting", "variants")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads everything, torch included, at the first use of a public name: ``looksam --help`` needs none of it."""
+    if name in __all__:
+        for module in _MODULES:
+            members = vars(import_module(f"{__name__}.{module}"))
+            globals().update({public: members[public] for public in __all__ if public in members})
+        return globals()[name]
+    if name in _MODULES:  # not the others: the modules themselves ask here for what they import from the package
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,11 @@
-"""Decoded arrays on disk, so that a data set is decoded once."""
+"""Decoded arrays on disk, so that a data set is decoded once; the oldest used make room for new ones."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,36 @@ import numpy as np
 from .files import replacing
 
 
+LIMIT_GB = 10.0
+
+
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/looksam``, by default ``~/.cache/looksam``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looksam"
+    """``$LOOKSAM_CACHE_DIR/data``; without the variable ``$XDG_CACHE_HOME/looksam/data`` or ``~/.cache/looksam/data``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LOOKSAM_CACHE_DIR") or Path(home) / "looksam") / "data"
+
+
+def cache_limit() -> float:
+    """The bytes that the folder may hold: ``$LOOKSAM_CACHE_GB`` x 10^9, by default 10 GB. ValueError if it is no number."""
+    text = os.environ.get("LOOKSAM_CACHE_GB") or str(LIMIT_GB)
+    try:
+        return 1e9 * float(text)
+    except ValueError:
+        raise ValueError(f"LOOKSAM_CACHE_GB={text}: must be a number of gigabytes, such as {LIMIT_GB:g}") from None
+
+
+def cached_files() -> list[Path]:
+    """What is in the cache, the one used longest ago first."""
+    return sorted(cache_folder().glob("*.npz"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def make_room(size: int) -> bool:
+    """Remove what was used longest ago until ``size`` bytes more fit; False if they never would."""
+    limit = cache_limit()
+    files = cached_files()
+    while files and sum(file.stat().st_size for file in files) + size > limit:
+        files.pop(0).unlink(missing_ok=True)
+    return size <= limit
 
 
 def tree_fingerprint(path: Path) -> str:
@@ -32,9 +61,15 @@ def cached_arrays(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dic
     """The arrays stored under ``key``, or else those that ``compute`` returns, stored for the next time."""
     file = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     if file.exists():
-        with np.load(file) as stored:
-            return dict(stored)
+        try:
+            with np.load(file) as stored:
+                arrays = dict(stored)
+            os.utime(file)
+            return arrays
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile):
+            file.unlink(missing_ok=True)  # damaged: made again
     arrays = compute()
-    with replacing(file) as part:
-        np.savez(part, **arrays)  # type: ignore[arg-type]
+    if make_room(sum(array.nbytes for array in arrays.values())):
+        with contextlib.suppress(OSError), replacing(file) as part:  # no room, no right to write: without a cache then
+            np.savez(part, **arrays)  # type: ignore[arg-type]
     return arrays

@@ -2,19 +2,71 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
 from . import requirements  # noqa: F401  # isort: skip - before all that imports them
 import click
 
-from .commands import COMMANDS
+COMMANDS = {
+    "train": "Train a model with one METHOD.",
+    "compare": "Train with each METHOD and compare them.",
+    "report": "Rebuild the report of an experiment.",
+    "cache": "Show or clear the cache of decoded data sets.",
+    "info": "Show versions, devices and backends.",
+}
+"""Each is the module of its name in ``commands``, imported when it is called: they import torch, and help does not need it."""
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The commands, loaded when they are asked for. Of the processes of torchrun only the first one speaks."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"{__package__}.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a locale without the signs of the tables is no reason to fail
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+            return self._in_silence(*args, **kwargs)
+        return super().main(*args, **kwargs)
+
+    def _in_silence(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`main`, but what all processes have to say is left to the first. Tracebacks are this process's own."""
+        warnings.simplefilter("ignore")
+        with open(os.devnull, "w") as sink:
+            sys.stdout = sink
+            try:
+                raise SystemExit(super().main(*args, **kwargs | {"standalone_mode": False}))
+            except click.ClickException as error:
+                raise SystemExit(error.exit_code) from None
+            except click.Abort:
+                raise SystemExit(1) from None
+            finally:
+                sys.stdout = sys.__stdout__
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
 def main() -> None:
     """Train small image classifiers with sharpness-aware optimizers and compare them."""
 
-
-for _command in COMMANDS:
-    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,7 @@ class TrainConfig:
     """Everything that decides a run's outcome. None means: the default of the data set, model or optimizer.
 
     ``options`` holds keyword arguments for the optimizer as (name, value) pairs, already chosen for this method.
-    ``warmup`` and ``epochs`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size`` counts the images
+    ``epochs``, ``warmup`` and ``rho_warmup`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size`` counts the images
     of one step, over all processes and the ``accumulate`` micro-batches of each.
     """
 
@@ -44,6 +44,7 @@ class TrainConfig:
     backend: str | None = None
     schedule: str = "cosine"
     warmup: float = 0.0
+    rho_warmup: float = 0.0
     clip: float | None = None
     augment: str | None = None
     randaugment: tuple[int, float] = (2, 9.0)

@@ -62,6 +62,7 @@ OPTIONS = (
     ),
     click.option("--schedule", type=click.Choice(SCHEDULES), default="cosine"),
     click.option("--warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs of linear warm-up."),
+    click.option("--rho-warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs in which the radius grows to its value."),
     click.option("--clip", type=POSITIVE, help="Clip the global norm of the update's direction."),
     click.option("--augment", type=click.Choice(AUGMENTATIONS), help="Default: none for digits, else basic."),
     click.option(
@@ -127,7 +128,7 @@ def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) ->
     )
     same = (
         *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
-        *("schedule", "warmup", "clip", "augment", "randaugment", "mixup", "device"),
+        *("schedule", "warmup", "rho_warmup", "clip", "augment", "randaugment", "mixup", "device"),
         *("amp", "accumulate", "m_sharpness", "fsdp"),
     )
     common = TrainConfig("", data=data, **{name: values[name] for name in same})

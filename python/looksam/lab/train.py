@@ -24,7 +24,7 @@ from .methods import build_optimizer, parse_method
 from .models import build_model
 from .precision import Precision
 from .processes import ALONE, World, full_state, load_full_state, local_gradients
-from .schedule import lr_factor
+from .schedule import lr_factor, warmup_factor
 
 Piece = tuple[Tensor, Tensor]
 """Images float [B, C, H, W] and class probabilities [B, classes]."""
@@ -63,6 +63,8 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(config.schedule, step, total, warmup)
         )
+        self.radii = [group.get("rho") for group in self.optimizer.param_groups]
+        self.rho_warmup = round(config.rho_warmup * self.steps_per_epoch)
         self.generator = make_generator(config.seed, "batches")
         self.clip = None if parse_method(config.method).clips else config.clip
         self.records: list[EpochRecord] = []  # of the epochs that are over
@@ -177,6 +179,7 @@ class Trainer:
         self.net.train()
         while epoch.step < self.steps_per_epoch:
             with epoch.watch.running():
+                self._set_radius(len(self.records) * self.steps_per_epoch + epoch.step)
                 pieces = self.batch(epoch.order[epoch.step * self.batch_size : (epoch.step + 1) * self.batch_size])
                 with epoch.step_watch.running():
                     per_sample = getattr(self.optimizer, "per_sample", False)
@@ -190,6 +193,12 @@ class Trainer:
         self.records.append(record)
         self.epoch = None
         return record
+
+    def _set_radius(self, step: int) -> None:
+        """The radii of the groups for step ``step`` of the run, from 0: a share of their peak while they warm up."""
+        for group, peak in zip(self.optimizer.param_groups, self.radii, strict=True):
+            if self.rho_warmup and peak is not None:
+                group["rho"] = peak * warmup_factor(step, self.rho_warmup)
 
     def _advance_schedule(self) -> None:
         with warnings.catch_warnings():  # of a first step that did not happen: the scaler skips it where it overflows
