@@ -6,10 +6,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from looksam.lab import data
-from looksam.lab.cache import cache_folder
+from looksam.lab.cache import cache_folder, cached_files
+from looksam.lab.cli import main
 from looksam.lab.config import DataConfig
 from looksam.lab.data import DataError, load_dataset, noisy_labels, read_idx
 
@@ -17,6 +19,7 @@ from looksam.lab.data import DataError, load_dataset, noisy_labels, read_idx
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("LOOKSAM_CACHE_DIR", raising=False)
 
 
 @pytest.fixture
@@ -199,3 +202,46 @@ def test_image_mode_with_palette_becomes_rgb():
     buffer = io.BytesIO()
     Image.new("P", (4, 4), 3).save(buffer, "PNG")
     assert data._decode(buffer, "p.png", None).shape == (4, 4, 3)
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_limit(monkeypatch):
+    monkeypatch.setenv("LOOKSAM_CACHE_GB", "2.5e-3")
+
+    def decoded(key):
+        calls = []
+        array = data.cached_arrays(key, lambda: calls.append(key) or {"x": np.zeros(1_000_000, np.uint8)})["x"]
+        assert array.shape == (1_000_000,)
+        return bool(calls)
+
+    assert decoded("a")
+    assert decoded("b")
+    os.utime(cached_files()[0], (1, 1))
+    os.utime(cached_files()[1], (2, 2))
+    assert not decoded("a")  # now the one used last
+    assert decoded("c")
+    assert not decoded("a")
+    assert decoded("b")
+    assert len(cached_files()) == 2
+    monkeypatch.setenv("LOOKSAM_CACHE_GB", "0")
+    assert decoded("d")
+    assert decoded("d")
+
+
+def test_a_damaged_cache_is_made_again(folder):
+    first = load_dataset(DataConfig(str(folder)), 0)
+    (file,) = cached_files()
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(load_dataset(DataConfig(str(folder)), 0).train_x, first.train_x)
+    assert len(cached_files()) == 1
+
+
+def test_the_cache_command_shows_and_clears(folder):
+    load_dataset(DataConfig(str(folder)), 0)
+    shown = CliRunner().invoke(main, ["cache"])
+    assert shown.output.startswith("1 data set(s), 0.0 MB, in ")
+    assert str(cache_folder()) in shown.output
+    assert "removed" in CliRunner().invoke(main, ["cache", "--clear"]).output
+    assert not cached_files()
+    wrong = CliRunner(env={"LOOKSAM_CACHE_GB": "many"}).invoke(main, ["cache"])
+    assert wrong.exit_code == 2
+    assert "LOOKSAM_CACHE_GB=many: must be a number" in wrong.output

@@ -34,6 +34,15 @@ def model():
         ("looklayersam-5+lamb", Method("looklayersam", "lamb", 5)),
         ("GSAM-2+adamw", Method("gsam", "adamw", 2)),
         ("friendlysam+lamb", Method("friendlysam", "lamb")),
+        ("SAM:rho=.5", Method("sam", "sgd", settings=(("rho", 0.5),))),
+        (
+            "sgd:weight_decay=8e-2,nesterov=True",
+            Method(None, "sgd", None, (("nesterov", True), ("weight_decay", 0.08))),
+        ),
+        (
+            "looksam+adam:betas=[0.9,0.98],alpha=1",
+            Method("looksam", "adam", None, (("alpha", 1), ("betas", (0.9, 0.98)))),
+        ),
     ],
 )
 def test_grammar(text, method):
@@ -61,6 +70,15 @@ def test_default_base_applies_to_variants_only():
         ("sam-", "not of the form"),
         ("", "not of the form"),
         ("sam-5-5", "not of the form"),
+        ("sam:roh=1", "sam takes no option 'roh'; it takes .*rho"),
+        ("sam-5:k=2", "sam takes no option 'k'"),
+        ("sgd:alpha=1", "sgd takes no option 'alpha'; it takes .*nesterov"),
+        ("sam:rho", "'rho' is not of the form OPTION=VALUE"),
+        ("sgd:", "'' is not of the form OPTION=VALUE"),
+        ("sam:rho=1,rho=2", "rho is given twice"),
+        ("sam:rho=NaN", "NaN is not a finite number"),
+        ("sam:rho=1e400", "1e400 is not a finite number"),
+        ("sam:rho=inf", "inf is not a finite number"),
     ],
 )
 def test_errors_say_what_is_valid(text, message):
@@ -68,10 +86,13 @@ def test_errors_say_what_is_valid(text, message):
         parse_method(text)
 
 
-@pytest.mark.parametrize("text", ["sgd", "sam", "looksam-5", "looklayersam-3+lamb", "sam+adam"])
+@pytest.mark.parametrize(
+    "text", ["sgd", "sam", "looksam-5", "looklayersam-3+lamb", "sam+adam", "sam-5+adam:betas=[0.9,0.98],rho=0.1"]
+)
 def test_canonical_name_is_stable_and_parses_back(text):
     assert canonical_name(text) == text
-    assert canonical_name(text.upper()) == text
+    head, colon, settings = text.partition(":")
+    assert canonical_name(head.upper() + colon + settings) == text
 
 
 def test_canonical_name_states_the_default_base_unless_sgd():
@@ -139,6 +160,31 @@ def test_options_go_to_the_methods_that_take_them():
     assert select_options("sgd", options) == ()
     assert select_options("sam", options) == (("rho", 0.1),)
     assert select_options("looksam-5", options) == (("alpha", 0.3), ("rho", 0.2))
+
+
+def test_options_of_bases_reach_them():
+    assert select_options("sgd", {"nesterov": True, "rho": 0.1}) == (("nesterov", True),)
+    assert select_options("sam+adam", {"betas": (0.5, 0.6), "nesterov": True}) == (("betas", (0.5, 0.6)),)
+    config = TrainConfig("sam+adam", options=(("betas", (0.5, 0.6)),))
+    assert build_optimizer(config, model(), 10).param_groups[0]["betas"] == (0.5, 0.6)
+    config = TrainConfig("sgd", options=(("nesterov", True), ("lr", 0.3)))
+    group = build_optimizer(config, model(), 10).param_groups[0]
+    assert (group["nesterov"], group["lr"]) == (True, 0.3)
+
+
+def test_an_option_of_the_variants_never_means_the_bases_of_that_name():
+    options = {"alpha": 0.5, "rho": 0.1}
+    assert select_options("rmsprop", options) == ()
+    assert select_options("adadelta", options) == ()
+    assert select_options("looksam+rmsprop", options) == (("alpha", 0.5), ("rho", 0.1))
+    assert select_options("sam+rmsprop", options) == (("rho", 0.1),)
+    assert select_options("rmsprop", {"rmsprop.alpha": 0.5}) == (("alpha", 0.5),)
+    assert select_options("adadelta:rho=0.8", options) == (("rho", 0.8),)
+
+
+def test_the_settings_of_a_method_win():
+    options = {"rho": 0.1, "looksam.rho": 0.2, "looksam.alpha": 0.3}
+    assert select_options("looksam-5:rho=0.4", options) == (("alpha", 0.3), ("rho", 0.4))
 
 
 def test_an_option_that_nobody_takes_is_an_error():

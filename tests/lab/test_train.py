@@ -110,3 +110,28 @@ def test_random_streams_of_a_seed_differ():
         for stream in ("batches", "label-noise")
     }
     assert len(set(orders.values())) == 4
+
+
+def test_the_radius_warms_up_and_a_continued_run_keeps_its_peak(perceptron):
+    config = replace(SMALL, method="sam", epochs=3, rho_warmup=2, options=(("rho", 0.3),))
+    radii = []
+
+    def watch(trainer):
+        forward_backward = trainer.forward_backward
+
+        def seen(epoch, pieces):
+            radii.append(trainer.optimizer.param_groups[0]["rho"])
+            return forward_backward(epoch, pieces)
+
+        trainer.forward_backward = seen
+        return trainer
+
+    data = load_dataset(config.data, config.seed)
+    first = watch(Trainer(config, data))
+    first.train_epoch()
+    second = watch(Trainer(config, data))
+    second.load_state_dict(first.state_dict())
+    second.train_epoch()
+    second.train_epoch()
+    per_step = radii[::2]  # 10 steps an epoch, two passes each
+    assert per_step == pytest.approx([0.3 * min(1, (step + 1) / 21) for step in range(30)])

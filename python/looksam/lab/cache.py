@@ -13,7 +13,6 @@ import numpy as np
 
 from .files import replacing
 
-
 LIMIT_GB = 10.0
 
 
@@ -62,7 +61,7 @@ def cached_arrays(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dic
     file = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     if file.exists():
         try:
-            with np.load(file) as stored:
+            with file.open("rb") as stream, np.load(stream) as stored:
                 arrays = dict(stored)
             os.utime(file)
             return arrays

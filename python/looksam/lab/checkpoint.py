@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -27,7 +28,8 @@ class Checkpoints:
     resume: bool = False
 
     def path(self, config: TrainConfig) -> Path:
-        return self.folder / FOLDER / f"{config.method}-seed-{config.seed}.pt"
+        method = quote(config.method.replace(":", ",", 1), safe="+,=")
+        return self.folder / FOLDER / f"{method}-seed-{config.seed}.pt"
 
     def exist(self) -> bool:
         return any((self.folder / FOLDER).glob("*.pt"))

@@ -25,8 +25,8 @@ class TrainConfig:
     """Everything that decides a run's outcome. None means: the default of the data set, model or optimizer.
 
     ``options`` holds keyword arguments for the optimizer as (name, value) pairs, already chosen for this method.
-    ``epochs``, ``warmup`` and ``rho_warmup`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size`` counts the images
-    of one step, over all processes and the ``accumulate`` micro-batches of each.
+    ``epochs``, ``warmup`` and ``rho_warmup`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size``
+    counts the images of one step, over all processes and the ``accumulate`` micro-batches of each.
     """
 
     method: str

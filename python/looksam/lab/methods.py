@@ -1,8 +1,12 @@
-"""The METHOD grammar of the command line, ``NAME[-K][+BASE]``, and the optimizers it stands for."""
+"""The METHOD grammar of the command line, ``NAME[-K][+BASE][:OPTION=VALUE,...]``, and the optimizers it stands for."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import inspect
+import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,16 +41,52 @@ BASES: dict[str, Base] = {
 }
 VARIANTS: dict[str, type[torch.optim.Optimizer]] = dict(looksam.VARIANTS)
 
+FORM = "NAME[-K][+BASE][:OPTION=VALUE,...]"
 _GRAMMAR = re.compile(r"(?P<name>[a-z]\w*)(-(?P<k>\d+))?(\+(?P<base>\w+))?")
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_NOT_OPTIONS = {
+    "self",
+    "params",
+    "base_optimizer",
+    "backend",
+    "base_kwargs",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+}
+
+
+def arguments_of(cls: type) -> frozenset[str]:
+    """The keyword arguments of a class that can be options here."""
+    return frozenset(inspect.signature(cls).parameters) - _NOT_OPTIONS
+
+
+VARIANT_OPTIONS = frozenset[str]().union(*map(arguments_of, VARIANTS.values()))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A parsed METHOD. ``variant`` is None for a plain base optimizer, ``k`` None for the variant's own period."""
+    """A parsed METHOD. ``variant`` is None for a plain base optimizer, ``k`` None for the variant's own period;
+    ``settings`` are options of this method alone."""
 
     variant: str | None
     base: str
     k: int | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.variant or self.base
+
+    @property
+    def period(self) -> int:
+        """In every how many steps there is a sharp one: 1 for those without a period."""
+        if self.k is not None or self.variant is None:
+            return self.k or 1
+        given = dict(self.settings).get("k")
+        parameter = inspect.signature(VARIANTS[self.variant]).parameters.get("k")
+        return given or (1 if parameter is None else parameter.default)
 
     @property
     def clips(self) -> bool:
@@ -55,20 +95,56 @@ class Method:
 
     def parameters(self) -> frozenset[str]:
         """Names of the keyword arguments that belong to the variant itself, not to its base."""
-        if self.variant is None:
-            return frozenset()
-        return frozenset(inspect.signature(VARIANTS[self.variant]).parameters)
+        return frozenset() if self.variant is None else arguments_of(VARIANTS[self.variant])
+
+    def base_parameters(self) -> frozenset[str]:
+        """Those of the base: the variant's own hide what has their name."""
+        return arguments_of(BASES[self.base].optimizer) - self.parameters()
+
+    def takes(self, option: str, by_name: bool) -> bool:
+        """``by_name``: the user gives the option to this method by name. Else a variant's option never means the base's
+        of that name: Adadelta has a ``rho``, RMSprop an ``alpha``."""
+        return option in self.parameters() or (
+            option in self.base_parameters() and (by_name or option not in VARIANT_OPTIONS)
+        )
+
+
+def parse_value(text: str) -> Any:
+    """A JSON or Python literal where it is one, else the text; lists become tuples. ValueError for NaN and infinity."""
+    value: Any = text
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = parse(text)
+            break
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if any(not math.isfinite(part) for part in parts if isinstance(part, float)) or _NOT_FINITE.fullmatch(text):
+        raise ValueError(f"{text} is not a finite number")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_settings(text: str) -> tuple[tuple[str, Any], ...]:
+    """``a=1,b=[2,3]`` as sorted pairs. ValueError if it is not of that form."""
+    pairs: dict[str, Any] = {}
+    for setting in re.split(r",(?![^\[(]*[\])])", text):
+        name, equals, value = setting.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise ValueError(f"{setting!r} is not of the form OPTION=VALUE")
+        if name in pairs:
+            raise ValueError(f"{name} is given twice")
+        pairs[name] = parse_value(value)
+    return tuple(sorted(pairs.items()))
 
 
 def parse_method(text: str, default_base: str = "sgd") -> Method:
-    """Parse ``NAME[-K][+BASE]``; raise ValueError, with the valid names, when it is not one.
+    """Parse ``NAME[-K][+BASE][:OPTION=VALUE,...]``; raise ValueError, with what is valid, when it is not one.
 
-    >>> parse_method("looksam-5+lamb")
-    Method(variant='looksam', base='lamb', k=5)
+    >>> parse_method("looksam-5+lamb:rho=0.1")
+    Method(variant='looksam', base='lamb', k=5, settings=(('rho', 0.1),))
     """
-    match = _GRAMMAR.fullmatch(text.lower())
+    head, colon, tail = text.partition(":")
+    match = _GRAMMAR.fullmatch(head.lower())
     if match is None:
-        raise ValueError(f"method {text!r} is not of the form NAME[-K][+BASE], such as looksam-5+lamb")
+        raise ValueError(f"method {text!r} is not of the form {FORM}, such as looksam-5+lamb:rho=0.1")
     name, base = match["name"], match["base"] or default_base
     k = int(match["k"]) if match["k"] else None
     if name not in BASES and name not in VARIANTS:
@@ -78,44 +154,60 @@ def parse_method(text: str, default_base: str = "sgd") -> Method:
         )
     if base not in BASES:
         raise ValueError(f"method {text!r}: unknown base {base!r}; bases are {', '.join(sorted(BASES))}")
-    if name in BASES:
-        if k is not None or match["base"]:
-            raise ValueError(f"method {text!r}: {name} is a base optimizer and takes neither -K nor +BASE")
-        return Method(None, name)
-    method = Method(name, base, k)
+    if name in BASES and (k is not None or match["base"]):
+        raise ValueError(f"method {text!r}: {name} is a base optimizer and takes neither -K nor +BASE")
+    try:
+        settings = parse_settings(tail) if colon else ()
+    except ValueError as error:
+        raise ValueError(f"method {text!r}: {error}") from None
+    method = Method(None, name, None, settings) if name in BASES else Method(name, base, k, settings)
     if k is not None and (k < 1 or "k" not in method.parameters()):
         reason = "K must be at least 1" if k < 1 else f"{name} has no period K"
         raise ValueError(f"method {text!r}: {reason}")
+    for option, _ in settings:
+        if not method.takes(option, by_name=True) or (option == "k" and k is not None):
+            raise ValueError(
+                f"method {text!r}: {name} takes no option {option!r}; it takes {', '.join(_options(method))}"
+            )
     return method
+
+
+def _options(method: Method) -> list[str]:
+    return sorted((method.parameters() | method.base_parameters()) - ({"k"} if method.k is not None else set()))
 
 
 def canonical_name(text: str, default_base: str = "sgd") -> str:
     """The name under which a method's results are recorded; it states the base unless that is SGD."""
     method = parse_method(text, default_base)
-    if method.variant is None:
-        return method.base
     period = "" if method.k is None else f"-{method.k}"
-    return method.variant + period + ("" if method.base == "sgd" else f"+{method.base}")
+    base = "" if method.variant is None or method.base == "sgd" else f"+{method.base}"
+    values = [
+        f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for name, value in method.settings
+    ]
+    return method.name + period + base + (":" if values else "") + ",".join(values)
 
 
 def select_options(text: str, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The part of ``options`` that the method takes. A key ``NAME.option`` is for that variant alone and wins."""
+    """The part of ``options`` that the method takes, and its own settings. A key ``NAME.option`` is for the variant or
+    base of that name alone and wins over ``option``; the method's own settings win over both."""
     method = parse_method(text)
     chosen: dict[str, Any] = {}
     for key, value in sorted(options.items(), key=lambda item: "." in item[0]):
-        owner, _, option = key.rpartition(".")
-        if owner in ("", method.variant) and option in method.parameters():
+        owner, dot, option = key.rpartition(".")
+        if owner in ("", method.name) and method.takes(option, by_name=bool(dot)):
             chosen[option] = value
-    return tuple(sorted(chosen.items()))
+    return tuple(sorted((chosen | dict(method.settings)).items()))
 
 
 def check_options(methods: Iterable[str], options: dict[str, Any]) -> None:
     """Raise ValueError for an option that none of the methods takes: it would be ignored in silence."""
-    methods = list(methods)
+    parsed = [parse_method(method) for method in methods]
     for key in options:
-        if not any(dict(select_options(m, {key: None})) for m in methods):
-            taken = sorted(set().union(*(parse_method(m).parameters() for m in methods)) - {"params", "base_kwargs"})
-            raise ValueError(f"no method given takes the option {key!r}; they take: {', '.join(taken) or 'none'}")
+        owner, dot, option = key.rpartition(".")
+        if not any(owner in ("", m.name) and m.takes(option, by_name=bool(dot)) for m in parsed):
+            taken = sorted(set().union(*map(_options, parsed)))
+            raise ValueError(f"no method given takes the option {key!r}; they take: {', '.join(taken)}")
 
 
 def build_optimizer(config: TrainConfig, model: torch.nn.Module, steps: int) -> torch.optim.Optimizer:
@@ -135,10 +227,20 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, steps: int) -> 
     if config.clip is not None and method.clips:
         arguments["max_grad_norm"] = config.clip
     if method.variant is None:
-        return base.optimizer(model.parameters(), **arguments)
+        return base.optimizer(model.parameters(), **arguments | dict(config.options))
     of_the_run = {"total_steps": steps, "seed": config.seed}
     arguments |= {name: value for name, value in of_the_run.items() if name in method.parameters()}
     arguments |= {"backend": config.backend, "model": model, "m_sharpness": config.m_sharpness} | dict(config.options)
     if method.k is not None:
         arguments["k"] = method.k
     return VARIANTS[method.variant](model.parameters(), method.base, **arguments)  # type: ignore[arg-type]
+
+
+def values_used(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The hyper-parameters that an optimizer steps with, of those that its users may choose."""
+    group = optimizer.param_groups[0]
+    return {
+        name: value
+        for name, value in sorted(group.items())
+        if name not in _NOT_OPTIONS and isinstance(value, (bool, int, float, str, list, tuple, type(None)))
+    }
