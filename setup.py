@@ -1,165 +1,170 @@
 """Builds looksam_kernels._C and ._cuda where it can; everything else about the package is in pyproject.toml.
 
-LOOKSAM_NATIVE=auto (the default) builds the extension where torch and a C++ compiler are there, and says in one line what
-was built or why not; 0 leaves it out; 1 makes every reason not to build it an error. LOOKSAM_CUDA says the same about the
-CUDA kernels, which need nvcc and a torch with CUDA. TORCH_CUDA_ARCH_LIST names the architectures; default: those of the
-GPUs in this machine, else 8.0 and 9.0, and newer ones through PTX.
+LOOKSAM_NATIVE=auto (the default) compiles where torch and a C++ compiler are there, and says in one line what was
+built or why not; 0 leaves it out; 1 makes every reason not to build it an error. LOOKSAM_CUDA says the same about the
+CUDA kernels, which need nvcc and a torch with CUDA. TORCH_CUDA_ARCH_LIST names the architectures.
+
+With build isolation, pip's default, there is no torch to compile against: the package is installed with its sources,
+and ``python -m looksam_kernels build`` compiles them later.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import importlib.util
 import os
-import subprocess
+import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
-SOURCES = [
-    "csrc/bindings.cpp",
-    "csrc/cpu/ops.cpp",
-    "csrc/cpu/baseline.cpp",
-    "csrc/cpu/avx2.cpp",
-    "csrc/cpu/avx512.cpp",
-]
-CUDA_SOURCES = [
-    "csrc/cuda_bindings.cpp",
-    "csrc/cuda/sums.cu",
-    "csrc/cuda/perturb.cu",
-    "csrc/cuda/step.cu",
-    "csrc/cuda/file.cu",
-]
-# No contraction to fused multiply-adds: all instruction sets then give the same bits. Python's own -fwrapv would keep the
-# compiler from vectorising loops with int indices: sums take three times as long.
-FLAGS = [
-    "-O3",
-    "-g0",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-wrapv",
-    "-fvisibility=hidden",
-]
-# For at::parallel_for in torch's headers. Only while compiling: linking it would bring a second OpenMP runtime with
-# threads of its own beside torch's.
-OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
-CUDA_MODULE = "looksam_kernels._cuda"
-# The installed package tells from this file why it has no extension, since pip shows a build's output only on failure.
-WHY_NOT = Path("looksam_kernels", "native_build.txt")
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "looksam_kernels"
 
 
-def why_not_buildable() -> str | None:
-    if os.environ.get("LOOKSAM_NATIVE", "auto") == "0":
-        return "it was installed with LOOKSAM_NATIVE=0"
-    compiler = os.environ.get("CXX", "c++").split()  # as torch chooses it
-    try:
-        subprocess.run([*compiler, "--version"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"no C++ compiler was there ({error})"
-    try:
-        import torch.utils.cpp_extension  # noqa: F401
-    except ImportError:
-        return "torch was not there while it was built; install torch first and pass --no-build-isolation to pip"
-    return None
+def part_of_the_package(name: str) -> ModuleType:
+    """A file of looksam_kernels/build, without importing the package: that needs torch."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / PACKAGE / "build" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def why_no_cuda() -> str | None:
-    if os.environ.get("LOOKSAM_CUDA", "auto") == "0":
-        return "LOOKSAM_CUDA=0"
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+recipe = part_of_the_package("recipe")
+compiling = part_of_the_package("compiling")
 
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        return "nvcc not found; CUDA_HOME names the toolkit's folder"
-    return None
+CSRC = ROOT / "csrc"
+VARIABLES = {recipe.CPU: "LOOKSAM_NATIVE", recipe.CUDA: "LOOKSAM_CUDA"}
 
 
 def say(line: str) -> None:
     print(f"looksam-kernels: {line}", file=sys.stderr, flush=True)
 
 
-def without_extension(reason: str, build_folder: str = "") -> None:
-    if os.environ.get("LOOKSAM_NATIVE", "auto") == "1":
-        raise SystemExit(f"looksam-kernels: no native backend: {reason} (LOOKSAM_NATIVE=0 installs without it)")
-    for note in (WHY_NOT, Path(build_folder) / WHY_NOT):  # when the compiler fails, the package is already copied
-        if note.parent.is_dir():
-            note.write_text(f"looksam_kernels has no compiled extension: {reason}\n")
-    say(f"no native backend: {reason}. The other backends work; LOOKSAM_NATIVE=0 leaves it out without this message.")
+def left_out(module: str, reason: str) -> None:
+    """Says so; an error where the module was asked for."""
+    what = {recipe.CPU: "native backend", recipe.CUDA: "CUDA kernels"}[module]
+    if recipe.setting(VARIABLES[module]) == "1":
+        raise SystemExit(f"looksam-kernels: no {what}: {reason} ({VARIABLES[module]}=0 installs without)")
+    say(f"no {what}: {reason}")
 
 
-@contextlib.contextmanager
-def output_to(log: Path) -> Iterator[None]:
-    """Sends this process's and its children's output to a file: what a failing compiler said, to quote its end."""
-    sys.stdout.flush(), sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+class BuildExtensions(build_ext):
+    """Each module by itself: what stands in the way of one does not cost the other."""
+
+    def build_extension(self, extension: Extension) -> None:
+        module = extension.name.rpartition(".")[2]
+        into = Path(self.get_ext_fullpath(extension.name))
+        lines: list[str] = []
         try:
-            yield
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os.dup2(saved[0], 1), os.dup2(saved[1], 2)
-            os.close(saved[0]), os.close(saved[1])
+            stamp = recipe.wanted_stamp(CSRC, module, recipe.cuda_arch_list() if module == recipe.CUDA else "")
+            made = compiling.compile_module(recipe, CSRC, stamp, self.objects(stamp), into.parent, lines.append)
+        except (compiling.CompileError, OSError, ValueError) as error:
+            print("\n".join(["", *getattr(error, "tail", [])]), file=sys.stderr)
+            reason = f"the compiler failed ({error})"
+            left_out(module, reason)
+            extension.optional = True
+            if module == recipe.CPU:
+                self.note(into.parent, reason)
+        else:
+            made.replace(into)
+            if module == recipe.CPU:
+                self.note(into.parent, None)
+            device = "the CPU" if module == recipe.CPU else f"CUDA {stamp.cuda} ({stamp.arch})"
+            say(f"native backend built for {device} with torch {stamp.torch}")
+
+    def objects(self, stamp: object) -> Path:
+        """Kept between builds. Objects for another torch or compiler are no use: torch's headers count as the system's,
+        which nobody watches."""
+        made_for = hashlib.sha256(repr(stamp._replace(sources="")).encode()).hexdigest()[:10]
+        kept = ROOT / "build" if self.editable_mode or self.in_place else Path(self.build_temp)
+        return kept / "objects" / f"{stamp.module}-{made_for}"
+
+    def run(self) -> None:
+        self.in_place = self.inplace  # which the superclass resets while it runs
+        super().run()
+
+    def note(self, package: Path, reason: str | None) -> None:
+        write_note(package, reason)
+        if self.editable_mode or self.in_place:
+            write_note(ROOT / PACKAGE, reason)
 
 
-def without_cuda(reason: str) -> None:
-    if os.environ.get("LOOKSAM_CUDA", "auto") == "1":
-        raise SystemExit(f"looksam-kernels: no CUDA kernels: {reason} (LOOKSAM_CUDA=0 builds without them)")
+class BuildPackages(build_py):
+    """Puts the sources of the native backend into the package, from which they are compiled later."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        package = Path(self.build_lib, PACKAGE)
+        for module in (recipe.CPU, recipe.CUDA):
+            for path in recipe.files(CSRC, recipe.SOURCES[module] + recipe.HEADERS[module]):
+                target = package / "csrc" / path.relative_to(CSRC)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        if os.environ.get("LOOKSAM_NATIVE") == "0":
+            write_note(package, "left out at installation with LOOKSAM_NATIVE=0")
 
 
-def extension() -> dict[str, object]:
-    """setup()'s arguments that build the extensions."""
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
-    class Build(BuildExtension):
-        def build_extension(self, ext: object) -> None:
-            log = Path(tempfile.gettempdir(), f"looksam-build-{os.getpid()}.log")
-            try:
-                with output_to(log):
-                    super().build_extension(ext)
-            except Exception as error:
-                lines = [line for line in log.read_text().splitlines() if line.strip()]
-                say("the compiler failed; its log ends:")
-                print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
-                errors = [line for line in lines if "error" in line.lower()]
-                reason = f"the compiler failed ({(errors or [str(error)])[0].strip()})"
-                if ext.name == CUDA_MODULE:
-                    without_cuda(reason)
-                else:
-                    without_extension(reason, self.build_lib)
-                ext.optional = True
-            else:
-                if ext.name != CUDA_MODULE:
-                    for note in (WHY_NOT, Path(self.build_lib) / WHY_NOT):
-                        note.unlink(missing_ok=True)
-                device = f"CUDA {torch.version.cuda}" if ext.name == CUDA_MODULE else "CPU"
-                say(f"native backend built for {device} with torch {torch.__version__}")
-            finally:
-                log.unlink(missing_ok=True)
-
-    headers = [str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh")]
-    modules = [
-        CppExtension("looksam_kernels._C", SOURCES, depends=headers, extra_compile_args=FLAGS + OPENMP),
-    ]
-    reason = why_no_cuda()
+def write_note(package: Path, reason: str | None) -> None:
+    """The installed package tells from this file why it has no extension: pip shows a build's output only on failure."""
+    note = package / "native_build.txt"
     if reason is None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-DLOOKSAM_MODULE=_cuda"], "nvcc": ["-O3"]}
-        modules.append(CUDAExtension(CUDA_MODULE, CUDA_SOURCES, depends=headers, extra_compile_args=flags))
+        note.unlink(missing_ok=True)
     else:
-        without_cuda(reason)
-        say(f"without CUDA kernels: {reason}")
-    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{reason}\n")
 
 
-reason = why_not_buildable()
-if reason is not None:
-    without_extension(reason)
-setup(**(extension() if reason is None else {}))
+class EditableInstall(editable_wheel):
+    """One line of a .pth file that names a folder with links to both packages.
+
+    setuptools' own answer to two source folders is an import hook, which type checkers and editors do not see through.
+    """
+
+    def _select_strategy(self, name: str, tag: str, build_lib: str) -> EditableInstall:
+        return self
+
+    def __enter__(self) -> EditableInstall:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def __call__(self, wheel: object, files: list[str], mapping: dict[str, str]) -> None:
+        links = ROOT / ".editable"
+        links.mkdir(exist_ok=True)
+        for name, target in (("looksam", "../python/looksam"), (PACKAGE, f"../{PACKAGE}")):
+            link = links / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(target, target_is_directory=True)
+        wheel.writestr(f"__editable__.{PACKAGE}.pth", f"{links}\n")
+
+
+def modules() -> list[str]:
+    """Those that are to be compiled."""
+    if recipe.setting("LOOKSAM_NATIVE") == "0":
+        say("no native backend: LOOKSAM_NATIVE=0")
+        return []
+    reasons = {recipe.CPU: recipe.why_no_cpu()}
+    if reasons[recipe.CPU] is None:
+        reasons[recipe.CUDA] = recipe.why_no_cuda()
+    for module, reason in reasons.items():
+        if reason is not None:
+            left_out(module, reason)
+    return [module for module, reason in reasons.items() if reason is None]
+
+
+try:
+    extensions = [Extension(f"{PACKAGE}.{module}", sources=[]) for module in modules()]
+except ValueError as error:
+    raise SystemExit(f"looksam-kernels: {error}") from None
+commands = {"build_ext": BuildExtensions, "build_py": BuildPackages, "editable_wheel": EditableInstall}
+setup(ext_modules=extensions, cmdclass=commands)

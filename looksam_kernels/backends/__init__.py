@@ -60,10 +60,15 @@ def select(requested: str | None, device: torch.device) -> ModuleType:
     Raises:
         ValueError: unknown name. RuntimeError: a backend that was asked for cannot run on this device.
     """
-    name = requested or _forced or os.environ.get("LOOKSAM_BACKEND") or None
+    name = requested or forced()
     if name is not None:
         return _require(name, device)
     return next(_load(n) for n in ORDER if _reason(n, device) is None and _only_on_request(n, device) is None)
+
+
+def forced() -> str | None:
+    """The backend that :class:`use_backend` or ``LOOKSAM_BACKEND`` asks for, or ``None``."""
+    return _forced or os.environ.get("LOOKSAM_BACKEND") or None
 
 
 def backend_info(device: torch.device | str | None = None) -> dict[str, BackendInfo]:

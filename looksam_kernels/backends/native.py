@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from looksam_kernels import extension
 from looksam_kernels.backends import reference
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
 
-try:
-    _C: Any = importlib.import_module("looksam_kernels._C")
-except ImportError as error:
-    _note = Path(__file__).parents[1] / "native_build.txt"  # left by setup.py
-    _C, _why_not = None, _note.read_text().strip() if _note.exists() else f"there is no compiled extension ({error})"
+_C: Any
+_cuda: Any
+_why_not: str | None
+_why_not_cuda: str | None
 
-try:
-    _cuda: Any = importlib.import_module("looksam_kernels._cuda")  # not a name that every build has
-except ImportError as error:
-    _cuda, _why_not_cuda = None, f"this build has no code for CUDA tensors ({error})"
+
+def reload() -> None:
+    """Looks for the compiled modules again, after a build."""
+    global _C, _why_not, _cuda, _why_not_cuda
+    _C, _why_not = extension.load(extension.CPU)[:2]
+    _cuda, _why_not_cuda = extension.load(extension.CUDA)[:2]
+
+
+reload()
 
 Adaptive = Sequence[float | None] | None
 

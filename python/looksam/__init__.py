@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import _companion  # noqa: F401  # isort: skip - before all that imports looksam_kernels
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
         VaSSO,
     )
 
+    __version__: str
+
 __all__ = [
     "AESAM",
     "ASAM",
@@ -49,6 +52,7 @@ __all__ = [
     "SAMPa",
     "SharpnessAware",
     "VaSSO",
+    "__version__",
     "frozen_running_stats",
 ]
 
@@ -57,6 +61,8 @@ _MODULES = ("optimizer", "parallel", "passes", "selecting", "variants")
 
 def __getattr__(name: str) -> Any:
     """Loads everything, torch included, at the first use of a public name: ``looksam --help`` needs none of it."""
+    if name == "__version__":
+        return _version()
     if name in __all__:
         for module in _MODULES:
             members = vars(import_module(f"{__name__}.{module}"))
@@ -65,6 +71,15 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:  # not the others: the modules themselves ask here for what they import from the package
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("looksam-kernels")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

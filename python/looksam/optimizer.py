@@ -18,6 +18,7 @@ from looksam.hyper import COMMON, RANGES, Group, Range, check, settle_layer_filt
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
 from looksam.steps import Step
+from looksam_kernels import notice
 
 Closure = Callable[..., Any]
 BaseOptimizer = str | type[Optimizer]
@@ -85,6 +86,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._forget()
         super().__init__(params, {"phase": 0, **hyper, **self._base.defaults})
         self._base.share(self.param_groups, self.state)
+        notice.first_optimizer((p.device for g in self.param_groups for p in g["params"]), backend)
 
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""

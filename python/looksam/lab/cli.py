@@ -64,6 +64,7 @@ class Commands(click.Group):
     cls=Commands,
     context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]},
 )
+@click.version_option(package_name="looksam-kernels")
 def main() -> None:
     """Train small image classifiers with sharpness-aware optimizers and compare them."""
 
