@@ -69,9 +69,12 @@ inline const RuleInfo& rule_named(const std::string& name) {
 }
 
 inline Base base_named(const std::string& name) {
-  for (const auto& [known, base] : kBases)
-    if (name == known) return base;
-  throw py::value_error("unknown base '" + name + "'");
+  std::optional<Base> found;
+  for_each_base([&](const char* known, Base base) {
+    if (name == known) found = base;
+  });
+  if (!found) throw py::value_error("unknown base '" + name + "'");
+  return *found;
 }
 
 inline std::vector<State> states_of_base(Base base) {
@@ -107,40 +110,18 @@ inline LarsHyper lars_hyper(py::handle group) {
   return h;
 }
 
-// All but lr.
+// What the base reads, but lr.
 inline BaseHyper base_hyper(Base base, py::handle group) {
   BaseHyper h = {};
   if (base == Base::grad) return h;
-  const auto value = [&](const char* name) { return number(own(group, name)); };
-  const auto flag = [&](const char* name) { return is_true(own(group, name)); };
-  h.weight_decay = value("weight_decay");
-  switch (base) {
-    case Base::sgd:
-      h.momentum = value("momentum");
-      h.dampening = value("dampening");
-      h.nesterov = flag("nesterov");
-      return h;
-    case Base::adagrad:
-      h.lr_decay = value("lr_decay");
-      break;
-    case Base::rmsprop:
-      h.beta2 = value("alpha");
-      h.momentum = value("momentum");
-      h.centered = flag("centered");
-      break;
-    case Base::adadelta:
-      h.beta2 = value("rho");
-      break;
-    default:
-      const py::tuple betas(own(group, "betas"));
-      h.beta1 = number(betas[0]);
-      h.beta2 = number(betas[1]);
-  }
-  if (base != Base::lion) h.eps = value("eps");
-  if (base == Base::lamb) {
-    h.always_adapt = flag("always_adapt");
-    h.trust_clip = flag("trust_clip");
-  }
+  with_update(base, [&](auto update) {
+    for (const Option& option : decltype(update)::reads) {
+      py::object value = own(group, option.name);
+      if (option.index >= 0) value = py::tuple(value)[option.index];
+      if (option.number != nullptr) h.*option.number = number(value);
+      if (option.flag != nullptr) h.*option.flag = is_true(value);
+    }
+  });
   return h;
 }
 

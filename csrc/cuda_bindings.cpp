@@ -675,7 +675,7 @@ class Table {
         const int last_group = *std::max_element(begin, end);
         for (int i = args.first_group; i <= last_group && !groups.empty(); ++i) args.groups[i - args.first_group] = groups.at(i);
         cuda::step(layout.kind, window.chunks, args, session.stream);
-        if (args.base == Base::lamb) cuda::lamb_apply(layout.kind, window.chunks, args, session.stream);
+        if (in_two_phases(args.base)) cuda::lamb_apply(layout.kind, window.chunks, args, session.stream);
       }
     }
   }

@@ -1,10 +1,11 @@
 // The base updates on one element: the only place of per-element mathematics, for host and device, in float or double.
 //
-// A base is a struct: the names of its states, and update(w, d, states ..., h), which returns the new weight and changes the
-// states; w is the weight at which the step is taken, d the direction. A state that the row lacks is anybody's memory. An
-// update chooses between values, never between statements: a loop over elements then stays one of vectors. Orders of
-// operations follow torch.optim, so that results agree within a few ulps. The host is built without contraction to fused
-// multiply-adds, so that every instruction set gives the same bits.
+// A base is a struct, and its place in the list Bases; nothing else has to know it. The struct holds the base's names, its
+// states, the hyper-parameters that it reads, and update(w, d, states ..., h), which returns the new weight and changes the
+// states; w is the weight at which the step is taken, d the direction. What a row lacks of the states is scratch memory,
+// whose values mean nothing. An update chooses between values, never between statements: a loop over elements then stays one
+// of vectors. Orders of operations follow torch.optim, so that results agree within a few ulps. The host is built without
+// contraction to fused multiply-adds, so that every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -13,9 +14,42 @@
 
 namespace looksam {
 
-enum class Base : std::uint8_t { sgd, adam, adamw, lamb, lion, adagrad, rmsprop, adadelta, grad };
-
 inline constexpr int kMaxStates = 3;
+
+// The base's hyper-parameters of one group.
+struct BaseHyper {
+  double lr, weight_decay;
+  double momentum, dampening;
+  double beta1, beta2;  // beta2 is also rmsprop's alpha and adadelta's rho: the weight of the old mean square
+  double eps, lr_decay;
+  bool nesterov, centered, always_adapt, trust_clip;
+};
+
+// One of them: its name in torch.optim, and the number or flag that it sets; index: its place where the value is a tuple.
+struct Option {
+  const char* name;
+  double BaseHyper::*number = nullptr;
+  bool BaseHyper::*flag = nullptr;
+  int index = -1;
+};
+
+namespace option {
+
+inline constexpr Option weight_decay = {"weight_decay", &BaseHyper::weight_decay};
+inline constexpr Option momentum = {"momentum", &BaseHyper::momentum};
+inline constexpr Option dampening = {"dampening", &BaseHyper::dampening};
+inline constexpr Option nesterov = {"nesterov", nullptr, &BaseHyper::nesterov};
+inline constexpr Option beta1 = {"betas", &BaseHyper::beta1, nullptr, 0};
+inline constexpr Option beta2 = {"betas", &BaseHyper::beta2, nullptr, 1};
+inline constexpr Option alpha = {"alpha", &BaseHyper::beta2};
+inline constexpr Option rho = {"rho", &BaseHyper::beta2};
+inline constexpr Option eps = {"eps", &BaseHyper::eps};
+inline constexpr Option lr_decay = {"lr_decay", &BaseHyper::lr_decay};
+inline constexpr Option centered = {"centered", nullptr, &BaseHyper::centered};
+inline constexpr Option always_adapt = {"always_adapt", nullptr, &BaseHyper::always_adapt};
+inline constexpr Option trust_clip = {"trust_clip", nullptr, &BaseHyper::trust_clip};
+
+}  // namespace option
 
 // Which groups have a state.
 enum class When : std::uint8_t { always, momentum, centered, never };
@@ -25,8 +59,8 @@ struct State {
   When when;
 };
 
-// What the updates of one row need, made once a step from its group's hyper-parameters and its update count
-// (base_scalars in scalars.h). A base reads only its own fields.
+// What the updates of one row need, made once a step from its group's hyper-parameters and its update count. A base reads
+// only its own fields.
 template <class T>
 struct UpdateScalars {
   T lr;  // adagrad: lr / (1 + (count - 1) lr_decay)
@@ -50,6 +84,46 @@ struct UpdateScalars {
   }
 };
 
+// x^n for a whole n >= 0. 1 - beta^n cancels, so agreement with torch within ulps takes the host's pow(); a GPU's takes a
+// thousand instructions and a stack frame, and there squaring is exact enough for float states.
+LOOKSAM_HD double power(double x, double n) {
+#ifdef __CUDA_ARCH__
+  double result = 1;
+  for (auto bits = static_cast<std::uint64_t>(n); bits != 0; bits >>= 1) {
+    if (bits & 1) result *= x;
+    x *= x;
+  }
+  return result;
+#else
+  return pow(x, n);
+#endif
+}
+
+// count: how many updates this row has had, this one included; trust: lars' ratio.
+LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count, double trust = 1) {
+  return {h.lr / (1 + (count - 1) * h.lr_decay),
+          h.weight_decay * trust,
+          1 - h.lr * h.weight_decay,
+          h.momentum,
+          count == 1 ? 1 : 1 - h.dampening,
+          h.beta1,
+          1 - h.beta1,
+          h.beta2,
+          1 - h.beta2,
+          h.eps,
+          1 / (1 - power(h.beta1, count)),
+          1 / sqrt(1 - power(h.beta2, count)),
+          h.nesterov,
+          h.centered};
+}
+
+// ||w_p|| / ||u_p||; 1 where either is 0, and without weight decay unless always_adapt; at most 1 with trust_clip.
+LOOKSAM_HD double trust_ratio(double w_norm_sq, double u_norm_sq, const BaseHyper& h) {
+  if (h.weight_decay == 0 && !h.always_adapt) return 1;
+  const double r = w_norm_sq > 0 && u_norm_sq > 0 ? sqrt(w_norm_sq / u_norm_sq) : 1;
+  return h.trust_clip && r > 1 ? 1 : r;
+}
+
 template <class Scalars>
 LOOKSAM_HD bool is_there(When when, const Scalars& h) {
   return when == When::always || (when == When::momentum && h.momentum != 0) || (when == When::centered && h.centered);
@@ -65,10 +139,18 @@ LOOKSAM_HD T sign(T x) {
   return T(x > 0) - T(x < 0);
 }
 
+// A base whose update() returns the new weight. One in two phases returns a direction, whose norm over the row must be known
+// before w changes; its apply() then does that.
+struct OnePhase {
+  static constexpr bool two_phases = false;
+};
+
 // buf = momentum buf + (1 - dampening) d; w - lr buf, or w - lr (d + momentum buf) with nesterov; without momentum w - lr d.
-struct Sgd {
-  static constexpr Base base = Base::sgd;
+// LARS is SGD with a d and a weight decay that hold the trust ratio.
+struct Sgd : OnePhase {
+  static constexpr const char* name[] = {"sgd", "lars"};
   static constexpr State state[] = {{"momentum_buffer", When::momentum}};
+  static constexpr Option reads[] = {option::weight_decay, option::momentum, option::dampening, option::nesterov};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& buf, const UpdateScalars<T>& h) {
@@ -93,9 +175,10 @@ LOOKSAM_HD void adam_moments(T d, T& m, T& v, const UpdateScalars<T>& h) {
 }
 
 // Adam, weight decay added to the direction. Kingma & Ba 2015.
-struct Adam {
-  static constexpr Base base = Base::adam;
+struct Adam : OnePhase {
+  static constexpr const char* name[] = {"adam"};
   static constexpr State state[] = {{"exp_avg", When::always}, {"exp_avg_sq", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta2, option::eps};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& m, T& v, const UpdateScalars<T>& h) {
@@ -105,9 +188,10 @@ struct Adam {
 };
 
 // AdamW, weight decay apart from the direction. Loshchilov & Hutter 2019.
-struct AdamW {
-  static constexpr Base base = Base::adamw;
+struct AdamW : OnePhase {
+  static constexpr const char* name[] = {"adamw"};
   static constexpr State state[] = {{"exp_avg", When::always}, {"exp_avg_sq", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta2, option::eps};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& m, T& v, const UpdateScalars<T>& h) {
@@ -116,10 +200,13 @@ struct AdamW {
   }
 };
 
-// LAMB. You et al. 2020. Its update returns u, whose norm must be known before w changes; apply() then does that.
+// LAMB. You et al. 2020.
 struct Lamb {
-  static constexpr Base base = Base::lamb;
+  static constexpr const char* name[] = {"lamb"};
   static constexpr State state[] = {{"exp_avg", When::always}, {"exp_avg_sq", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta2, option::eps,
+                                    option::always_adapt, option::trust_clip};
+  static constexpr bool two_phases = true;
 
   // u = adam_direction + weight_decay w, from moments that already hold this step's d.
   template <class T>
@@ -133,7 +220,7 @@ struct Lamb {
     return direction(w, m, v, h);
   }
 
-  // w - lr r u; r = ||w_p|| / ||u_p|| is the row's trust ratio (trust_ratio in scalars.h).
+  // w - lr r u; r = ||w_p|| / ||u_p|| is the row's trust_ratio().
   template <class T>
   static LOOKSAM_HD T apply(T w, T u, T trust_ratio, const UpdateScalars<T>& h) {
     return w - h.lr * trust_ratio * u;
@@ -141,9 +228,10 @@ struct Lamb {
 };
 
 // Lion. Chen et al. 2023.
-struct Lion {
-  static constexpr Base base = Base::lion;
+struct Lion : OnePhase {
+  static constexpr const char* name[] = {"lion"};
   static constexpr State state[] = {{"exp_avg", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta2};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& m, const UpdateScalars<T>& h) {
@@ -154,9 +242,10 @@ struct Lion {
 };
 
 // Adagrad. Duchi et al. 2011.
-struct Adagrad {
-  static constexpr Base base = Base::adagrad;
+struct Adagrad : OnePhase {
+  static constexpr const char* name[] = {"adagrad"};
   static constexpr State state[] = {{"sum", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::eps, option::lr_decay};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& sum, const UpdateScalars<T>& h) {
@@ -167,10 +256,12 @@ struct Adagrad {
 };
 
 // RMSprop. Hinton 2012. A variance that rounding leaves below 0 counts as 0.
-struct Rmsprop {
-  static constexpr Base base = Base::rmsprop;
+struct Rmsprop : OnePhase {
+  static constexpr const char* name[] = {"rmsprop"};
   static constexpr State state[] = {
       {"square_avg", When::always}, {"grad_avg", When::centered}, {"momentum_buffer", When::momentum}};
+  static constexpr Option reads[] = {option::weight_decay, option::alpha, option::eps, option::momentum,
+                                    option::centered};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& square_avg, T& grad_avg, T& buf, const UpdateScalars<T>& h) {
@@ -186,9 +277,10 @@ struct Rmsprop {
 };
 
 // Adadelta. Zeiler 2012.
-struct Adadelta {
-  static constexpr Base base = Base::adadelta;
+struct Adadelta : OnePhase {
+  static constexpr const char* name[] = {"adadelta"};
   static constexpr State state[] = {{"square_avg", When::always}, {"acc_delta", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::rho, option::eps};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& square_avg, T& acc_delta, const UpdateScalars<T>& h) {
@@ -231,19 +323,52 @@ LOOKSAM_HD T update_of(T w, T d, T& x0, T& x1, T& x2, const UpdateScalars<T>& h)
   }
 }
 
-// run(Update{}) for a base known at run time. `grad`, which updates nothing, runs as sgd.
+template <class... Updates>
+struct List {};
+
+// All bases. A new one is a struct above and its name here.
+using Bases = List<Sgd, Adam, AdamW, Lamb, Lion, Adagrad, Rmsprop, Adadelta>;
+
+// A base known at run time: its place in the list; or grad, which updates nothing.
+enum class Base : std::uint8_t { grad = 255 };
+
+template <class First, class... Rest>
+First first_of(List<First, Rest...>);
+
+// What runs for grad, and must not update then.
+using GradRunsAs = decltype(first_of(Bases{}));
+
+// run(Update{}) for a base known at run time.
+template <int place = 0, class Run, class First, class... Rest>
+auto with_update(Base base, const Run& run, List<First, Rest...>) {
+  if constexpr (sizeof...(Rest) > 0)
+    if (base != Base(place) && base != Base::grad) return with_update<place + 1>(base, run, List<Rest...>{});
+  return run(First{});
+}
+
 template <class Run>
 auto with_update(Base base, const Run& run) {
-  switch (base) {
-    case Base::adam: return run(Adam{});
-    case Base::adamw: return run(AdamW{});
-    case Base::lamb: return run(Lamb{});
-    case Base::lion: return run(Lion{});
-    case Base::adagrad: return run(Adagrad{});
-    case Base::rmsprop: return run(Rmsprop{});
-    case Base::adadelta: return run(Adadelta{});
-    default: return run(Sgd{});
+  return with_update(base, run, Bases{});
+}
+
+// visit(name, base) for every base by every name that it has, grad the last.
+template <int place = 0, class Visit, class First, class... Rest>
+void for_each_base(const Visit& visit, List<First, Rest...>) {
+  for (const char* name : First::name) visit(name, Base(place));
+  if constexpr (sizeof...(Rest) > 0) {
+    for_each_base<place + 1>(visit, List<Rest...>{});
+  } else {
+    visit("grad", Base::grad);
   }
+}
+
+template <class Visit>
+void for_each_base(const Visit& visit) {
+  for_each_base(visit, Bases{});
+}
+
+inline bool in_two_phases(Base base) {
+  return with_update(base, [](auto update) { return decltype(update)::two_phases; });
 }
 
 // ASAM's T = |w| + eta. Kwon et al. 2021.

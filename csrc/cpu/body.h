@@ -371,6 +371,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
   const StepRow& row = a.row[chunk.row];
   const UpdateScalars<T> h = row.scalars.to<T>();
   const auto update = with_update(a.base, [](auto base) { return &update_tile<decltype(base), T>; });
+  const bool two_phases = with_update(a.base, [](auto base) { return decltype(base)::two_phases; });
   const Combination<T> direction(a.d, a.input, a.inputs, a.map, chunk.row);
   const Combination<T> second(a.q, a.input, a.inputs, a.map, chunk.row);
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
@@ -393,7 +394,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       if (row.from_b) restore(w_span, b_span, size, out_tile);
     } else {
       const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
-      T* out = a.base == Base::lamb ? static_cast<T*>(a.u) + offset : target.room_for_new();
+      T* out = two_phases ? static_cast<T*>(a.u) + offset : target.room_for_new();
       Span state_span[kMaxStates];
       T* state[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k) {
@@ -402,7 +403,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       }
       update(out, w, d, state, size, h);
       for (int k = 0; k < kMaxStates; ++k) put(state_span[k], state[k], size);
-      if (a.base == Base::lamb) {
+      if (two_phases) {
         ww.add(w, w, size);
         uu.add(out, out, size);
       } else {
@@ -418,7 +419,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
     if (a.base == Base::grad) put(span(a.input[0], chunk.row, offset), d, size);
   }
   if (a.q != nullptr) a.q_sq[index] = qq.total();
-  if (a.base == Base::lamb) a.w_sq[index] = ww.total(), a.u_sq[index] = uu.total();
+  if (two_phases) a.w_sq[index] = ww.total(), a.u_sq[index] = uu.total();
 }
 
 void step(const StepArgs& a, std::int64_t first, std::int64_t last) {

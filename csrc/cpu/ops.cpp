@@ -127,12 +127,13 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
           const ParallelFor& parallel_for) {
   const Kernels& kernels = isa();
   const auto chunks = static_cast<std::size_t>(args.map.chunks);
-  std::vector<double> q_sq(q_sq_of_row != nullptr ? chunks : 0), squares(args.base == Base::lamb ? 2 * chunks : 0);
+  const bool two_phases = in_two_phases(args.base);
+  std::vector<double> q_sq(q_sq_of_row != nullptr ? chunks : 0), squares(two_phases ? 2 * chunks : 0);
   args.row = rows;
   args.q_sq = q_sq.data();
   args.w_sq = squares.data();
   args.u_sq = squares.data() + args.map.chunks;
-  if (args.base == Base::lamb) {
+  if (two_phases) {
     step_lamb(args, rows, base_of_row, parallel_for);
   } else {
     parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });

@@ -97,7 +97,7 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
   return shared.scalars;
 }
 
-// Update: a base of core/update.h; Sgd for grad too, which has no update.
+// Update: a base of core/update.h; GradRunsAs for grad too.
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
@@ -131,14 +131,14 @@ struct StepBody {
   LOOKSAM_HD static void update(const Block& block, Shared& shared, const StepArgs& a, const StepRow<T>& row,
                                 const Chunk& chunk, std::int64_t index) {
     const Combination<T> direction(a.d, a.inputs, a.map.rows, chunk.row), second(a.q, a.inputs, a.map.rows, chunk.row),
-        post(Update::base != Base::lamb ? a.post : nullptr, a.inputs, a.map.rows, chunk.row);
+        post(!Update::two_phases ? a.post : nullptr, a.inputs, a.map.rows, chunk.row);
     const auto input = [&](int i) {
       const bool needed = direction.c[i] != 0 || second.c[i] != 0 || post.c[i] != 0;
       return Span<T>(i < a.inputs && needed ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
     };
     const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
     const Span<T> written(a.q != nullptr ? a.written[chunk.row] : Ref{0}, chunk.offset);
-    const bool updates = Update::base != Base::sgd || a.base != Base::grad;
+    const bool updates = !std::is_same<Update, GradRunsAs>::value || a.base != Base::grad;
     const Span<T> output(updates ? Ref{0} : a.input[0][chunk.row], chunk.offset);
     // They stay in shared memory: in registers they would leave too few.
     const UpdateScalars<Wide>& h = updates ? scalars_of<T>(block, shared, a, chunk.row, 1) : shared.scalars;
@@ -180,7 +180,7 @@ struct StepBody {
         Wide& w_k = weight.lane[k];
         if (!updates) continue;
         const Wide result = update_of<Update>(w_k, d.lane[k], s[0].lane[k], s[1].lane[k], s[2].lane[k], h);
-        if (Update::base == Base::lamb) {
+        if (Update::two_phases) {
           square.w += w_k * w_k;
           square.u += result * result;
         } else {
@@ -194,7 +194,7 @@ struct StepBody {
         if (output.present()) output.template store<kWhole>(i, size, d);
         for (int k = 0; k < states_of<Update>; ++k)
           if (state[k].present()) state[k].template store<kWhole>(i, size, s[k]);
-        if (Update::base == Base::lamb) return;
+        if (Update::two_phases) return;
         if (updates || row.from_b) row.w.template store<kWhole>(i, size, weight);
         if (updates && row.master) row.b.template store<kWhole>(i, size, weight);
       };
@@ -206,7 +206,7 @@ struct StepBody {
       if (block.rank() == 0) a.partial[which * a.map.chunks + index] = total;
     };
     if (a.q != nullptr) put_partial(0, square.written);
-    if (Update::base == Base::lamb) put_partial(1, square.w), put_partial(2, square.u);
+    if (Update::two_phases) put_partial(1, square.w), put_partial(2, square.u);
   }
 
   // All blocks of the row have read its update count.
@@ -223,7 +223,7 @@ struct StepBody {
       const Ref target = at(a.written_norm_sq, row);
       if (block.rank() == 0 && target.present()) *reinterpret_cast<double*>(target.data()) = norm_sq;
     }
-    if (Update::base == Base::lamb) {
+    if (Update::two_phases) {
       const double w_sq = total(1), u_sq = total(2);
       if (block.rank() == 0) a.trust_ratio[row] = looksam::trust_ratio(w_sq, u_sq, group_of(a, row).hyper);
     }

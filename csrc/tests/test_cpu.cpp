@@ -211,7 +211,7 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
   perturb.map = f.chunks.map();
   perturb.w = f.w.column(), perturb.b = f.b.column(), perturb.from_b = from_b.data();
   perturb.inputs = 1, perturb.input[0] = f.g.column(), perturb.c = c.data();
-  const bool masked = base == Base::sgd;
+  const bool masked = base == Base::grad;
   if (masked) perturb.mask = {17, 0x60000000};
   cpu::perturb(perturb, parallel_for);
   for (std::size_t row = 0; row < rows; ++row) {
@@ -265,7 +265,7 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
       const Dtype wide = f.state[0].dtype[row];
       const double s = before.s.get(row, i), g = before.g.get(row, i);
       const double w = from_b[row] ? before.b.get(row, i) : before.w.get(row, i);
-      if (base == Base::lamb) new_w[i] = Lamb::apply(w, new_w[i], trust_ratio(ww, uu, h), plan[row].scalars);
+      if (in_two_phases(base)) new_w[i] = Lamb::apply(w, new_w[i], trust_ratio(ww, uu, h), plan[row].scalars);
       if (base != Base::grad) new_w[i] += 0.125 * s;
       const auto element = static_cast<long long>(i);
       CHECK(std::fabs(f.w.get(row, i) - new_w[i]) <= ulp(f.w.dtype[row]), "w: row %zu element %lld", row, element);
@@ -292,8 +292,9 @@ int main() {
     cpu::use_isa(kernels->name);
     for (const cpu::ParallelFor& parallel_for : {cpu::ParallelFor(whole), cpu::ParallelFor(uneven)}) {
       std::vector<std::vector<double>> results = {test_sums(parallel_for)};
-      for (const auto& [name, base] : kBases)
+      for_each_base([&](const char*, Base base) {
         for (const bool master : {false, true}) results.push_back(test_perturb_and_step(base, master, parallel_for));
+      });
       if (first.empty()) first = results;
       CHECK(results == first, "%s: not the bits of %s", kernels->name, cpu::available_isas().front()->name);
     }
