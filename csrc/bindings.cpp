@@ -243,7 +243,8 @@ class Table {
       const py::gil_scoped_release release;
       cpu::step(args, plan.data(), hyper_of_row.data(), writes_q ? q_sq.data() : nullptr, parallel_for);
     }
-    for (Lease* lease : {&w, &b, &q_out, &state[0], &state[1], &state[2], &input[0]}) lease->give_back();
+    for (Lease* lease : {&w, &b, &q_out, &input[0]}) lease->give_back();
+    for (Lease& lease : state) lease.give_back();
     const Tensors& q_norm_sq = column(writes + "_norm_sq");
     for (std::size_t row = 0; row < rows(); ++row) {
       if (!updated[row]) continue;

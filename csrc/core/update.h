@@ -14,7 +14,7 @@
 
 namespace looksam {
 
-inline constexpr int kMaxStates = 3;
+inline constexpr int kMaxStates = 4;
 
 // The base's hyper-parameters of one group.
 struct BaseHyper {
@@ -307,19 +307,21 @@ LOOKSAM_HD constexpr When when_of() {
 // Does a row have the k-th state? A constant where the base alone decides.
 template <class Update, class Scalars>
 LOOKSAM_HD bool has_state(int k, const Scalars& h) {
-  constexpr When when[kMaxStates] = {when_of<Update, 0>(), when_of<Update, 1>(), when_of<Update, 2>()};
-  return is_there(k == 0 ? when[0] : k == 1 ? when[1] : when[2], h);
+  constexpr When when[kMaxStates] = {when_of<Update, 0>(), when_of<Update, 1>(), when_of<Update, 2>(), when_of<Update, 3>()};
+  return is_there(k == 0 ? when[0] : k == 1 ? when[1] : k == 2 ? when[2] : when[3], h);
 }
 
-// The update of one element with as many of three states as it has.
+// The update of one element with as many of four states as it has.
 template <class Update, class T>
-LOOKSAM_HD T update_of(T w, T d, T& x0, T& x1, T& x2, const UpdateScalars<T>& h) {
+LOOKSAM_HD T update_of(T w, T d, T& x0, T& x1, T& x2, T& x3, const UpdateScalars<T>& h) {
   if constexpr (states_of<Update> == 1) {
     return Update::update(w, d, x0, h);
   } else if constexpr (states_of<Update> == 2) {
     return Update::update(w, d, x0, x1, h);
-  } else {
+  } else if constexpr (states_of<Update> == 3) {
     return Update::update(w, d, x0, x1, x2, h);
+  } else {
+    return Update::update(w, d, x0, x1, x2, x3, h);
   }
 }
 

@@ -360,9 +360,9 @@ struct Weights {
 template <class Update, class T>
 void update_tile(T* out, const T* w, const T* d, T* const* state, int size, const UpdateScalars<T>& scalars) {
   const UpdateScalars<T> h = scalars;  // a local one: the compiler then knows that it is none of the outputs
-  T *x0 = state[0], *x1 = state[1], *x2 = state[2];
+  T *x0 = state[0], *x1 = state[1], *x2 = state[2], *x3 = state[3];
   LOOKSAM_VECTORIZE
-  for (int i = 0; i < size; ++i) out[i] = update_of<Update>(w[i], d[i], x0[i], x1[i], x2[i], h);
+  for (int i = 0; i < size; ++i) out[i] = update_of<Update>(w[i], d[i], x0[i], x1[i], x2[i], x3[i], h);
 }
 
 template <class T>

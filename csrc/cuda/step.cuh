@@ -15,7 +15,7 @@ struct StepGroup {
   Ref lr;  // a scalar on the device in place of hyper.lr; narrow: float, else double
 };
 
-inline constexpr int kStepGroups = 40;  // in one launch, whose arguments then fit in 4 KB
+inline constexpr int kStepGroups = 36;  // in one launch, whose arguments then fit in 4 KB
 
 struct StepArgs {
   ChunkMap map;
@@ -101,8 +101,8 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
-  // At 64 registers it spills on sm_100; this leaves it 80, or 128 where there are three states.
-  static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : 2;
+  // At 64 registers it spills on sm_100; this leaves it 80, 128 where there are three states, or 255 where there are four.
+  static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : states_of<Update> == 3 ? 2 : 1;
   static constexpr int kBlocksPerProcessor = T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
   using Shared = StepShared<T>;
 
@@ -145,10 +145,10 @@ struct StepBody {
     const auto state_of_row = [&](int k) {
       return Span<T>(updates && has_state<Update>(k, h) ? a.state[k][chunk.row] : Ref{0}, chunk.offset);
     };
-    const Span<T> state[kMaxStates] = {state_of_row(0), state_of_row(1), state_of_row(2)};
+    const Span<T> state[kMaxStates] = {state_of_row(0), state_of_row(1), state_of_row(2), state_of_row(3)};
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          written.aligned() && output.aligned() && state[0].aligned() && state[1].aligned() &&
-                         state[2].aligned();
+                         state[2].aligned() && state[3].aligned();
     const bool adds = updates && !post.is_zero();
 
     Squares square = {};
@@ -175,11 +175,12 @@ struct StepBody {
       }
       const Vector<T> d = direction.of(inputs), added = post.of(inputs);
       Vector<T> weight = loaded.w.values();
-      Vector<T> s[kMaxStates] = {loaded.state[0].values(), loaded.state[1].values(), loaded.state[2].values()};
+      Vector<T> s[kMaxStates] = {loaded.state[0].values(), loaded.state[1].values(), loaded.state[2].values(),
+                                 loaded.state[3].values()};
       for (int k = 0; k < T::lanes; ++k) {
         Wide& w_k = weight.lane[k];
         if (!updates) continue;
-        const Wide result = update_of<Update>(w_k, d.lane[k], s[0].lane[k], s[1].lane[k], s[2].lane[k], h);
+        const Wide result = update_of<Update>(w_k, d.lane[k], s[0].lane[k], s[1].lane[k], s[2].lane[k], s[3].lane[k], h);
         if (Update::two_phases) {
           square.w += w_k * w_k;
           square.u += result * result;

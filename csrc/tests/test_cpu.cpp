@@ -108,7 +108,7 @@ struct Fixture {
         for (Owned* column : {&g, &s}) column->add(type, size, shift, ++seed);
         // The first may be a mean square, and the second the mean.
         state[0].add(wide, size, shift, ++seed, 3);
-        for (Owned* column : {&state[1], &state[2], &q}) column->add(wide, size, shift, ++seed);
+        for (Owned* column : {&state[1], &state[2], &state[3], &q}) column->add(wide, size, shift, ++seed);
         sizes.push_back(size);
       }
     }
@@ -254,7 +254,7 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
       for (int k = 0; k < kMaxStates; ++k) x[k] = before.state[k].get(row, i);
       norm += (s - 0.5 * g) * (s - 0.5 * g);
       const double result = base == Base::grad ? w : with_update(base, [&](auto update) {
-        return update_of<decltype(update)>(w, dir, x[0], x[1], x[2], plan[row].scalars);
+        return update_of<decltype(update)>(w, dir, x[0], x[1], x[2], x[3], plan[row].scalars);
       });
       ww += w * w, uu += result * result;
       new_w.push_back(result);
@@ -274,7 +274,7 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
         CHECK(std::fabs(f.state[k].get(row, i) - new_state[k][i]) <= 4 * ulp(wide), "state %d: row %zu element %lld", k, row, element);
       if (base == Base::grad) CHECK(std::fabs(f.s.get(row, i) - (s + 0.25 * g)) <= ulp(f.s.dtype[row]), "x: row %zu element %lld", row, element);
       CHECK(std::fabs(f.q.get(row, i) - (s - 0.5 * g)) <= ulp(wide), "q: row %zu element %lld", row, element);
-      for (const Owned* column : {&f.w, &f.b, &f.state[0], &f.state[1], &f.state[2], &f.q}) results.push_back(column->get(row, i));
+      for (const Owned* column : {&f.w, &f.b, &f.state[0], &f.state[1], &f.state[2], &f.state[3], &f.q}) results.push_back(column->get(row, i));
     }
     results.push_back(q_sq[row]);
   }
