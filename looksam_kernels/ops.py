@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from looksam_kernels import formulas
+from looksam_kernels import formulas, updates
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
@@ -141,27 +141,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is restored and
     nothing else changes, device-side counters included.
 
-    ============  =======================================================================================================
-    ``sgd``       d += weight_decay w; buf = momentum buf + (1 - dampening) d (the first time buf = d);
-                  nesterov: d + momentum buf; w -= lr d. torch.optim.SGD
-    ``adam``      d += weight_decay w; m = beta1 m + (1 - beta1) d; v = beta2 v + (1 - beta2) d^2;
-                  w -= lr (m / bc1) / (sqrt(v / bc2) + eps), bc = 1 - beta^step. Kingma & Ba 2015
-    ``adamw``     w *= 1 - lr weight_decay, then as adam without its decay. Loshchilov & Hutter 2019
-    ``lamb``      m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with
-                  r = ||w_p|| / ||u_p||, 1 where either is 0, 1 where weight_decay = 0 unless ``always_adapt``,
-                  at most 1 with ``trust_clip``. You et al. 2020
-    ``lars``      sgd of a d that holds r_p, with r_p weight_decay; r is ``coefficients.trust``.
-                  You, Gitman & Ginsburg 2017
-    ``lion``      w *= 1 - lr weight_decay; w -= lr sign(beta1 m + (1 - beta1) d); m = beta2 m + (1 - beta2) d.
-                  Chen et al. 2023
-    ``adagrad``   d += weight_decay w; sum += d^2; w -= lr / (1 + (step - 1) lr_decay) d / (sqrt(sum) + eps).
-                  Duchi et al. 2011
-    ``rmsprop``   d += weight_decay w; v = alpha v + (1 - alpha) d^2; centered: a = alpha a + (1 - alpha) d, V = v - a^2,
-                  else V = v; u = d / (sqrt(V) + eps); momentum: u = buf = momentum buf + u; w -= lr u. Hinton 2012
-    ``adadelta``  d += weight_decay w; v = rho v + (1 - rho) d^2; u = sqrt(x + eps) / sqrt(v + eps) d;
-                  x = rho x + (1 - rho) u^2; w -= lr u. Zeiler 2012
-    ``grad``      x_0 <- d, w restored: the update is another optimizer's
-    ============  =======================================================================================================
+    {bases}
 
     The states are torch.optim's; ``momentum_buffer`` is needed in groups with momentum, ``grad_avg`` in centered ones.
 
@@ -175,12 +155,12 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     """
     if base not in BASES:
         raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
-    if (base == "lars") != (coefficients.trust is not None):
+    if BASES[base].takes_trust_ratio != (coefficients.trust is not None):
         raise ValueError(
             'coefficients with a trust ratio are for the base "lars", and it needs them: see measure(lars=True)'
         )
     takes_part = table.present(coefficients.inputs[0])
-    for name in BASES[base]:
+    for name in BASES[base].states:
         rows = takes_part
         if name in OPTION and not all(table.present(name)):
             has = [bool(own(g, OPTION[name])) for g in groups]
@@ -192,6 +172,9 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
         _need(table, coefficients.writes, takes_part)
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
+
+
+step.__doc__ = (step.__doc__ or "").replace("{bases}", updates.formulas().replace("\n", "\n    "))
 
 
 def addition(table: TensorTable, coefficients: Coefficients) -> list[Tensor | None]:

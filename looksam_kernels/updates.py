@@ -1,17 +1,19 @@
-"""The base updates on one tensor, in plain PyTorch (the twin of csrc/core/update.h).
+"""The base updates on one tensor, in plain PyTorch, and the table of all bases (the twin of csrc/core/update.h).
 
 An update takes the weight w, the direction d, the states by name, the number of updates, this one included (float64,
 0-dim), and the hyper-parameters of the group by torch.optim's names, and returns the new weight and the new states.
-Nothing is changed in place. Orders of operations follow torch.optim.
+Nothing is changed in place. Orders of operations follow torch.optim. The docstring is the formula and its source.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
 State = dict[str, Tensor]
 Scalars = Mapping[str, Any]
@@ -24,7 +26,8 @@ def own(group: Scalars, name: str) -> Any:
 
 
 def sgd(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """torch.optim.SGD."""
+    """d += weight_decay w; buf = momentum buf + (1 - dampening) d (the first time buf = d); nesterov: d + momentum buf;
+    w -= lr d. torch.optim.SGD"""
     d = d + own(h, "weight_decay") * w
     momentum = own(h, "momentum")
     if not momentum:
@@ -35,32 +38,50 @@ def sgd(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[
 
 
 def adam(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """torch.optim.Adam. Kingma & Ba 2015."""
+    """d += weight_decay w; m = beta1 m + (1 - beta1) d; v = beta2 v + (1 - beta2) d^2;
+    w -= lr (m / bc1) / (sqrt(v / bc2) + eps), bc = 1 - beta^step. Kingma & Ba 2015"""
     direction, new = _adam_direction(d + own(h, "weight_decay") * w, state, count, h)
     return w - h["lr"] * direction, new
 
 
 def adamw(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """torch.optim.AdamW. Loshchilov & Hutter 2019."""
+    """w *= 1 - lr weight_decay, then as adam without its decay. Loshchilov & Hutter 2019"""
     direction, new = _adam_direction(d, state, count, h)
     return w * (1 - h["lr"] * own(h, "weight_decay")) - h["lr"] * direction, new
 
 
 def lamb(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """LAMB. You et al. 2020."""
-    direction, new = _adam_direction(d, state, count, h)
-    u = direction + own(h, "weight_decay") * w
+    """m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with r = ||w_p|| / ||u_p||, 1 where
+    either is 0, 1 where weight_decay = 0 unless ``always_adapt``, at most 1 with ``trust_clip``. You et al. 2020"""
+    u, new = lamb_direction(w, d, state, count, h)
     w_norm, u_norm = (x.square().sum(dtype=torch.float64).sqrt() for x in (w, u))
-    trust_ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
+    return lamb_apply(w, u, w_norm, u_norm, h), new
+
+
+def lamb_direction(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
+    """u and the new states."""
+    direction, new = _adam_direction(d, state, count, h)
+    return direction + own(h, "weight_decay") * w, new
+
+
+def lamb_apply(w: Tensor, u: Tensor, w_norm: Tensor, u_norm: Tensor, h: Scalars) -> Tensor:
+    """The new w, from the norms of the whole tensors (of which w and u may be parts)."""
+    r = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
     if own(h, "weight_decay") == 0 and not own(h, "always_adapt"):
-        trust_ratio = torch.ones_like(trust_ratio)
+        r = torch.ones_like(r)
     if own(h, "trust_clip"):
-        trust_ratio = trust_ratio.clamp(max=1)
-    return w - h["lr"] * trust_ratio.to(w.dtype) * u, new
+        r = r.clamp(max=1)
+    return w - h["lr"] * r.to(w.dtype) * u
+
+
+def lars(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
+    """sgd of a d that holds r_p, with r_p weight_decay; r is ``coefficients.trust``
+    (:func:`looksam_kernels.formulas.lars_ratio`). You, Gitman & Ginsburg 2017"""
+    return sgd(w, d, state, count, h)
 
 
 def lion(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """Lion. Chen et al. 2023."""
+    """w *= 1 - lr weight_decay; w -= lr sign(beta1 m + (1 - beta1) d); m = beta2 m + (1 - beta2) d. Chen et al. 2023"""
     beta1, beta2 = own(h, "betas")
     m = state["exp_avg"]
     u = torch.sign(beta1 * m + (1 - beta1) * d)
@@ -68,7 +89,7 @@ def lion(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple
 
 
 def adagrad(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """torch.optim.Adagrad. Duchi et al. 2011."""
+    """d += weight_decay w; sum += d^2; w -= lr / (1 + (step - 1) lr_decay) d / (sqrt(sum) + eps). Duchi et al. 2011"""
     d = d + own(h, "weight_decay") * w
     total = state["sum"] + d * d
     lr = (h["lr"] / (1 + (count - 1) * own(h, "lr_decay"))).to(d.dtype)
@@ -76,7 +97,9 @@ def adagrad(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tu
 
 
 def rmsprop(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """torch.optim.RMSprop, Hinton 2012; but what rounding leaves of a variance below 0 counts as 0, where torch has NaN."""
+    """d += weight_decay w; v = alpha v + (1 - alpha) d^2; centered: a = alpha a + (1 - alpha) d, V = v - a^2, else V = v;
+    u = d / (sqrt(V) + eps); momentum: u = buf = momentum buf + u; w -= lr u. What rounding leaves of V below 0 counts as
+    0, where torch has NaN. Hinton 2012"""
     alpha, momentum = own(h, "alpha"), own(h, "momentum")
     d = d + own(h, "weight_decay") * w
     variance = square_avg = alpha * state["square_avg"] + (1 - alpha) * d * d
@@ -91,7 +114,8 @@ def rmsprop(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tu
 
 
 def adadelta(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """torch.optim.Adadelta. Zeiler 2012."""
+    """d += weight_decay w; v = rho v + (1 - rho) d^2; u = sqrt(x + eps) / sqrt(v + eps) d; x = rho x + (1 - rho) u^2;
+    w -= lr u. Zeiler 2012"""
     rho, eps = own(h, "rho"), own(h, "eps")
     d = d + own(h, "weight_decay") * w
     square_avg = rho * state["square_avg"] + (1 - rho) * d * d
@@ -110,38 +134,163 @@ def _adam_direction(d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple
     return (m / bias_correction1) / (v.sqrt() / bias_correction2_sqrt + own(h, "eps")), {"exp_avg": m, "exp_avg_sq": v}
 
 
-UPDATES: dict[str, Update] = {
-    "sgd": sgd,
-    "adam": adam,
-    "adamw": adamw,
-    "lamb": lamb,
-    "lars": sgd,
-    "lion": lion,
-    "adagrad": adagrad,
-    "rmsprop": rmsprop,
-    "adadelta": adadelta,
-}
-"""``"lars"`` is SGD: what it gets holds the trust ratio already (:func:`looksam_kernels.formulas.lars_ratio`)."""
+# Options of the bases that torch.optim does not have: their defaults and their errors --------------------------------
 
-BASES = {
-    "sgd": ("momentum_buffer",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "lamb": ("exp_avg", "exp_avg_sq"),
-    "lars": ("momentum_buffer",),
-    "lion": ("exp_avg",),
-    "adagrad": ("sum",),
-    "rmsprop": ("square_avg", "grad_avg", "momentum_buffer"),
-    "adadelta": ("square_avg", "acc_delta"),
-    "grad": (),
+
+def lamb_options(
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    always_adapt: bool = False,
+    trust_clip: bool = False,
+    maximize: bool = False,
+) -> dict[str, Any]:
+    checked = Adam([_probe()], lr, betas, eps, weight_decay, maximize=maximize).defaults
+    kept = {name: checked[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
+    return kept | {"always_adapt": always_adapt, "trust_clip": trust_clip}
+
+
+def lars_options(
+    lr: float | Tensor = 1.0,
+    momentum: float = 0.9,
+    dampening: float = 0.0,
+    weight_decay: float = 1e-4,
+    nesterov: bool = False,
+    trust_coefficient: float = 0.001,
+    eps: float = 1e-8,
+    trust_clip: bool = False,
+    always_adapt: bool = False,
+    maximize: bool = False,
+) -> dict[str, Any]:
+    for name, value in (("trust_coefficient", trust_coefficient), ("eps", eps)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, not {value}")
+    checked = SGD([_probe()], lr, momentum, dampening, weight_decay, nesterov, maximize=maximize).defaults
+    kept = {x: checked[x] for x in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+    mine = {"trust_coefficient": trust_coefficient, "eps": eps, "trust_clip": trust_clip, "always_adapt": always_adapt}
+    return kept | mine
+
+
+def lion_options(
+    lr: float | Tensor = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> dict[str, Any]:
+    checked = Adam([_probe()], lr, betas, weight_decay=weight_decay, maximize=maximize).defaults
+    return {name: checked[name] for name in ("lr", "betas", "weight_decay", "maximize")}
+
+
+def _probe() -> torch.nn.Parameter:
+    """A parameter to construct an optimizer with, only to see its defaults and hear its errors."""
+    return torch.nn.Parameter(torch.zeros(1, 1))
+
+
+# The bases by name --------------------------------------------------------------------------------------------------
+
+
+class Base(NamedTuple):
+    """Everything that is said of a base in Python. In C++ it is a struct in csrc/core/update.h, in Triton a function in
+    backends/triton_kernels.py, with the same states and hyper-parameters in the same order."""
+
+    update: Update | None
+    """``None``: no update of its own; d goes over the first input, and the rest is left to another optimizer."""
+    states: tuple[str, ...] = ()
+    """By torch.optim's names."""
+    hyper: tuple[str, ...] = ()
+    """What the update reads beside lr, weight_decay first; ``beta1`` is the first of ``betas``."""
+    options: Callable[..., Any] | None = None
+    """torch.optim's class, or a function of the options; either gives all of them, with defaults, and refuses bad ones."""
+    usual: tuple[float, float] = (1e-3, 0.0)
+    """The lr and weight_decay with which small models train well."""
+    max_grad_norm: float | None = None
+    """Clipping where the user says nothing."""
+    takes_trust_ratio: bool = False
+    """Are d and weight_decay multiplied by LARS's trust ratio before?"""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All that the update reads."""
+        return ("lr", *self.hyper) if self.update is not None else ()
+
+
+_ADAM: Any = {"states": ("exp_avg", "exp_avg_sq"), "hyper": ("weight_decay", "beta1", "beta2", "eps")}
+_SGD: Any = {"states": ("momentum_buffer",), "hyper": ("weight_decay", "momentum", "dampening", "nesterov")}
+
+BASES: dict[str, Base] = {
+    "sgd": Base(sgd, **_SGD, options=SGD, usual=(0.05, 5e-4)),
+    "adam": Base(adam, **_ADAM, options=Adam),
+    "adamw": Base(adamw, **_ADAM, options=AdamW, usual=(1e-3, 0.05)),
+    "lamb": Base(
+        lamb,
+        states=("exp_avg", "exp_avg_sq"),
+        hyper=("weight_decay", "beta1", "beta2", "eps", "always_adapt", "trust_clip"),
+        options=lamb_options,
+        usual=(5e-3, 0.01),
+        max_grad_norm=1.0,
+    ),
+    "lars": Base(lars, **_SGD, options=lars_options, usual=(5.0, 1e-4), takes_trust_ratio=True),
+    "lion": Base(
+        lion,
+        states=("exp_avg",),
+        hyper=("weight_decay", "beta1", "beta2"),
+        options=lion_options,
+        usual=(2e-4, 0.1),
+    ),
+    "adagrad": Base(
+        adagrad,
+        states=("sum",),
+        hyper=("weight_decay", "lr_decay", "eps"),
+        options=Adagrad,
+        usual=(0.02, 0.0),
+    ),
+    "rmsprop": Base(
+        rmsprop,
+        states=("square_avg", "grad_avg", "momentum_buffer"),
+        hyper=("weight_decay", "alpha", "eps", "momentum", "centered"),
+        options=RMSprop,
+    ),
+    "adadelta": Base(
+        adadelta,
+        states=("square_avg", "acc_delta"),
+        hyper=("weight_decay", "rho", "eps"),
+        options=Adadelta,
+        usual=(1.0, 0.0),
+    ),
+    "grad": Base(None),
 }
-"""The base updates and their state columns, by torch.optim's names. ``"grad"`` is no update of its own: it writes d over
-the first input, restores w, and leaves the rest to another optimizer."""
+"""The bases by name."""
 
 OPTION = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 """States that only those groups have in which this option is not 0."""
 
+INITIAL = {"sum": "initial_accumulator_value"}
+"""States that start at the value of this option; the others start at 0."""
+
+FLAGS = ("nesterov", "centered", "always_adapt", "trust_clip")
+"""The hyper-parameters that are yes or no."""
+
 
 def states(base: str, group: Scalars) -> tuple[str, ...]:
     """The state columns that a group needs."""
-    return tuple(name for name in BASES[base] if name not in OPTION or own(group, OPTION[name]))
+    return tuple(name for name in BASES[base].states if name not in OPTION or own(group, OPTION[name]))
+
+
+def hyper_of(group: Scalars, name: str) -> Any:
+    """A group's value of one of :attr:`Base.read`."""
+    if name == "lr":
+        return group["lr"]
+    return own(group, "betas")[int(name[-1]) - 1] if name in ("beta1", "beta2", "beta3") else own(group, name)
+
+
+def formulas() -> str:
+    """The bases as a table: name, formula and source, as the updates' docstrings give them."""
+    rows = {f"``{name}``": " ".join((row.update.__doc__ or "").split()) for name, row in BASES.items() if row.update}
+    rows["``grad``"] = "x_0 <- d, w restored: the update is another optimizer's"
+    width = max(map(len, rows))
+    lines = ["=" * width + "  " + "=" * 100]
+    for name, formula in rows.items():
+        first, *more = textwrap.wrap(formula, 100, break_long_words=False)
+        lines += [f"{name:{width}}  {first}", *(" " * (width + 2) + line for line in more)]
+    return "\n".join([*lines, lines[0]])

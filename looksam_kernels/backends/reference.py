@@ -11,7 +11,7 @@ from torch import Tensor
 from looksam_kernels.formulas import ASCENTS, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
-from looksam_kernels.updates import BASES, UPDATES, own
+from looksam_kernels.updates import BASES, own
 
 Scalars = Mapping[str, Any]
 
@@ -122,7 +122,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
         commit(table[f"{coefficients.writes}_norm_sq"][row], (q * q).sum(dtype=torch.float64))
 
     d = _combine(table, row, coefficients.inputs, coefficients.d)
-    if base == "grad":
+    update = BASES[base].update
+    if update is None:
         commit(table[coefficients.inputs[0]][row], d)
         w.copy_(origin)
         return
@@ -130,8 +131,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     if coefficients.trust is not None:
         group = {**group, "base_weight_decay": own(group, "weight_decay") * coefficients.trust[row].to(w.device)}
     count = table["step"][row] + 1
-    state = {name: table[name][row] for name in BASES[base]}
-    new_w, new_state = UPDATES[base](origin.to(d.dtype), d, state, count.double(), group)
+    state = {name: table[name][row] for name in BASES[base].states}
+    new_w, new_state = update(origin.to(d.dtype), d, state, count.double(), group)
     if coefficients.post is not None:
         new_w = new_w + _combine(table, row, coefficients.inputs, coefficients.post)
     w.copy_(torch.where(keep, origin, new_w))

@@ -27,7 +27,7 @@ from looksam_kernels.backends import reference
 from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable, holds_scalars
-from looksam_kernels.updates import BASES, own
+from looksam_kernels.updates import BASES, hyper_of
 
 Adaptive = Sequence[float | None] | None
 
@@ -470,7 +470,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     layout = _layout(table)
     from_b = [moved or reference.has_master(table, row) for row, moved in enumerate(table.perturbed)]
     written = [coefficients.writes, f"{coefficients.writes}_norm_sq"] if coefficients.q is not None else []
-    used = [*inputs, *written, *BASES[base], *(["step"] if base != "grad" else [])]
+    used = [*inputs, *written, *BASES[base].states, *(["step"] if base != "grad" else [])]
     buckets, odd = layout.split(used, takes_part, from_b)
     for bucket in buckets:
         _step(table, layout, bucket, base, coefficients, groups)
@@ -486,13 +486,15 @@ def _step(
         None if x is None else x.contiguous() for x in (coefficients.d, coefficients.q, coefficients.post)
     )
     found_inf, trust = coefficients.found_inf, coefficients.trust
-    base = "sgd" if base == "lars" else base
-    hyper = _hyper_table(layout, groups, kernels.HYPER[base])
-    corrections = torch.empty(2, rows, dtype=torch.float64, device=device)
+    update, states = kernels.UPDATES[base], BASES[base].states
+    two_phases = base == "lamb"
+    hyper = _hyper_table(layout, groups, BASES[base].read)
+    factors = torch.empty(update.factors, rows, dtype=torch.float64, device=device)
     partials = torch.empty(3, bucket.programs, dtype=torch.float64, device=device)
     w, b = bucket.types("w", "b")
     origin = {"W": w, "B": b, "FROM_B": bucket.from_b, "MASTER": bucket.master}
-    columns = {"INPUTS": bucket.types(*inputs), "STATES": bucket.types(*BASES[base])}
+    columns = {"INPUTS": bucket.types(*inputs), "STATES": bucket.types(*states)}
+    numbers = {"HYPER": len(BASES[base].read), "FACTORS": update.factors}
 
     if base != "grad":
         _launch(
@@ -500,7 +502,7 @@ def _step(
             (-(-len(bucket.members) // ROWS_BLOCK),),
             device,
             *layout.addresses("step"),
-            corrections,
+            factors,
             bucket.members,
             hyper,
             layout.group,
@@ -509,7 +511,8 @@ def _step(
             rows,
             len(groups),
             STEP=bucket.types("step")[0],
-            BASE=base,
+            MAKE_FACTORS=update.make_factors,
+            HYPER=len(BASES[base].read),
             BLOCK=ROWS_BLOCK,
         )
     _launch(
@@ -519,13 +522,13 @@ def _step(
         *layout.addresses("w", "b"),
         layout.addresses(*inputs),
         *layout.addresses(q),
-        layout.addresses(*BASES[base]),
+        layout.addresses(*states),
         c,
         c_q,
         c_post,
         trust,
         found_inf,
-        corrections,
+        factors,
         hyper,
         layout.group,
         partials,
@@ -533,14 +536,16 @@ def _step(
         layout.sizes,
         rows,
         len(groups),
-        BASE=base,
+        UPDATE=update.update,
+        TWO_PHASES=two_phases,
+        **numbers,
         Q=bucket.types(q)[0] if c_q is not None else None,
         **origin,
         **columns,
         **bucket.walk(),
     )
     norm_type = bucket.types(norm)[0] if c_q is not None else None
-    if norm_type is None and base != "lamb":
+    if norm_type is None and not two_phases:
         return
     trust_ratio = torch.empty(rows, dtype=torch.float64, device=device)
     _launch(
@@ -558,19 +563,19 @@ def _step(
         bucket.programs,
         len(groups),
         NORM=norm_type,
-        BASE=base,
+        TWO_PHASES=two_phases,
     )
-    if base == "lamb":
+    if two_phases:
         _launch(
             kernels.apply_lamb,
             (bucket.programs,),
             device,
             *layout.addresses("w", "b"),
             layout.addresses(*inputs),
-            layout.addresses(*BASES[base]),
+            layout.addresses(*states),
             c_post,
             found_inf,
-            corrections,
+            factors,
             trust_ratio,
             hyper,
             layout.group,
@@ -578,6 +583,7 @@ def _step(
             layout.sizes,
             rows,
             len(groups),
+            **numbers,
             **origin,
             **columns,
             **bucket.walk(),
@@ -586,16 +592,10 @@ def _step(
 
 def _hyper_table(layout: _Layout, groups: Groups, names: Sequence[str]) -> Tensor:
     """The groups' hyper-parameters, float64 [names, groups]."""
-    values = [_value(g, name) for name in names for g in groups]
+    values = [hyper_of(g, name) for name in names for g in groups]
     if any(isinstance(x, Tensor) for x in values):
         return torch.stack([_scalar(x, layout.device) for x in values])
     return layout.on_device([float(x) for x in values], torch.float64)
-
-
-def _value(group: Mapping[str, Any], name: str) -> Any:
-    if name == "lr":
-        return group["lr"]
-    return own(group, "betas")[int(name[-1]) - 1] if name in ("beta1", "beta2") else own(group, name)
 
 
 def _scalar(x: Tensor | float, device: torch.device) -> Tensor:

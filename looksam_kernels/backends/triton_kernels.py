@@ -12,6 +12,7 @@ a program stores its partial sum by the index of its chunk, and a second kernel 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
 
 import inspect
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -148,68 +149,162 @@ def power(x, n):
     return result
 
 
-# Base updates on one element ------------------------------------------------------------------------------------------
+# Base updates -----------------------------------------------------------------------------------------------------------
+#
+# update(w, d, states, h, factors) -> the new w, and the new states. h are the group's hyper-parameters in float64, lr and
+# then Base.hyper of looksam_kernels.updates; factors what its factors(t, h) makes of the update count. A state that the
+# bucket lacks is 0, and what is returned for it goes nowhere; one that only this group lacks is returned as it was.
+
+
+class Update(NamedTuple):
+    """A base update, and what makes those factors of it that depend on the update count t, float64, and how many."""
+
+    update: Any
+    make_factors: Any = None
+    factors: int = 0
 
 
 @triton.jit
-def sgd(w, d, buf, lr, momentum, of_d, weight_decay, nesterov):
-    """The new w and buf. of_d = 1 - dampening, the first time 1."""
-    d += weight_decay * w
-    buf = momentum * buf + of_d * d
-    ahead = tl.where(momentum == 0, d, tl.where(nesterov != 0, d + momentum * buf, buf))
-    return w - lr * ahead, buf
+def sgd_factors(t, h):
+    """The weight of d in the momentum: 1 - dampening, the first time 1."""
+    lr, weight_decay, momentum, dampening, nesterov = h
+    return (tl.where(t == 1, 1.0, 1 - dampening),)
 
 
 @triton.jit
-def moments(d, m, v, of_d, of_d_squared, beta2):
+def sgd(w, d, states, h, factors):
+    """buf = momentum buf + (1 - dampening) d."""
+    lr, weight_decay, momentum, dampening, nesterov = h
+    acc: tl.constexpr = w.dtype
+    d += weight_decay.to(acc) * w
+    buf = momentum.to(acc) * states[0] + factors[0].to(acc) * d
+    ahead = tl.where(momentum == 0, d, tl.where(nesterov != 0, d + momentum.to(acc) * buf, buf))
+    return w - lr.to(acc) * ahead, (tl.where(momentum == 0, states[0], buf),)
+
+
+@triton.jit
+def adam_factors(t, h):
+    """1 - beta1^t and sqrt(1 - beta2^t)."""
+    beta1, beta2 = h[2], h[3]
+    return 1 - power(beta1, t.to(tl.int32)), tl.sqrt(1 - power(beta2, t.to(tl.int32)))
+
+
+@triton.jit
+def moments(d, m, v, beta1, beta2):
     """m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2."""
-    return m + of_d * (d - m), beta2 * v + of_d_squared * d * d
+    return m + (1 - beta1).to(d.dtype) * (d - m), mean_square(d, v, beta2)
 
 
 @triton.jit
-def adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps):
+def mean_square(d, v, beta):
+    """v = beta v + (1 - beta) d^2"""
+    return beta.to(d.dtype) * v + (1 - beta).to(d.dtype) * d * d
+
+
+@triton.jit
+def adam_direction(m, v, factors, eps):
     """(m / bc1) / (sqrt(v / bc2) + eps)."""
-    return divide(divide(m, bias_correction1), divide(root(v), bias_correction2_sqrt) + eps)
+    acc: tl.constexpr = m.dtype
+    return divide(divide(m, factors[0].to(acc)), divide(root(v), factors[1].to(acc)) + eps.to(acc))
 
 
 @triton.jit
-def lamb_direction(w, m, v, bias_correction1, bias_correction2_sqrt, eps, weight_decay):
+def adam(w, d, states, h, factors):
+    lr, weight_decay, beta1, beta2, eps = h
+    m, v = moments(d + weight_decay.to(w.dtype) * w, states[0], states[1], beta1, beta2)
+    return w - lr.to(w.dtype) * adam_direction(m, v, factors, eps), (m, v)
+
+
+@triton.jit
+def adamw(w, d, states, h, factors):
+    lr, weight_decay, beta1, beta2, eps = h
+    m, v = moments(d, states[0], states[1], beta1, beta2)
+    w = w * (1 - lr * weight_decay).to(w.dtype)
+    return w - lr.to(w.dtype) * adam_direction(m, v, factors, eps), (m, v)
+
+
+@triton.jit
+def lamb_direction(w, m, v, h, factors):
     """u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w."""
-    return adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps) + weight_decay * w
+    return adam_direction(m, v, factors, h[4]) + h[1].to(w.dtype) * w
 
 
 @triton.jit
-def lion(w, d, m, lr, decay_factor, beta1, of_d1, beta2, of_d2):
-    """w decay_factor - lr sign(beta1 m + (1 - beta1) d), m = beta2 m + (1 - beta2) d."""
-    ahead = beta1 * m + of_d1 * d
+def lamb(w, d, states, h, factors):
+    """u in place of the new w, which waits for the trust ratio."""
+    m, v = moments(d, states[0], states[1], h[2], h[3])
+    return lamb_direction(w, m, v, h, factors), (m, v)
+
+
+@triton.jit
+def lion(w, d, states, h, factors):
+    """w -= lr sign(beta1 m + (1 - beta1) d), m = beta2 m + (1 - beta2) d."""
+    lr, weight_decay, beta1, beta2 = h
+    acc: tl.constexpr = w.dtype
+    m = states[0]
+    ahead = beta1.to(acc) * m + (1 - beta1).to(acc) * d
     u = tl.where(ahead > 0, 1.0, tl.where(ahead < 0, -1.0, 0.0))
-    return w * decay_factor - lr * u, beta2 * m + of_d2 * d
+    new_m = beta2.to(acc) * m + (1 - beta2).to(acc) * d
+    return w * (1 - lr * weight_decay).to(acc) - lr.to(acc) * u, (new_m,)
 
 
 @triton.jit
-def adagrad(w, d, total, lr, eps):
-    """w - lr d / (sqrt(sum) + eps), sum up to date."""
-    return w - lr * divide(d, root(total) + eps)
+def adagrad_factors(t, h):
+    """lr / (1 + (t - 1) lr_decay)"""
+    lr, weight_decay, lr_decay, eps = h
+    return (lr / (1 + (t.to(tl.float64) - 1) * lr_decay),)
 
 
 @triton.jit
-def mean_square(d, v, alpha, of_d):
-    """v = alpha v + (1 - alpha) d^2"""
-    return alpha * v + of_d * d * d
+def adagrad(w, d, states, h, factors):
+    """sum += d^2; w -= lr d / (sqrt(sum) + eps)."""
+    lr, weight_decay, lr_decay, eps = h
+    acc: tl.constexpr = w.dtype
+    d += weight_decay.to(acc) * w
+    total = states[0] + d * d
+    return w - factors[0].to(acc) * divide(d, root(total) + eps.to(acc)), (total,)
 
 
 @triton.jit
-def centered(v, mean):
-    """v - mean^2, 0 where rounding leaves less."""
+def rmsprop(w, d, states, h, factors):
+    """u = d / (sqrt(v) + eps), centered: v - mean^2, 0 where rounding leaves less; w -= lr u, or lr buf with momentum."""
+    lr, weight_decay, alpha, eps, momentum, centered = h
+    acc: tl.constexpr = w.dtype
+    d += weight_decay.to(acc) * w
+    v = mean_square(d, states[0], alpha)
+    mean = states[1] + (1 - alpha).to(acc) * (d - states[1])
     variance = v - mean * mean
-    return tl.where(variance < 0, 0.0, variance)
+    variance = tl.where(centered != 0, tl.where(variance < 0, 0.0, variance), v)
+    u = divide(d, root(variance) + eps.to(acc))
+    buf = u + momentum.to(acc) * states[2]
+    moved = tl.where(momentum != 0, buf, u)
+    kept = tl.where(centered != 0, mean, states[1]), tl.where(momentum != 0, buf, states[2])
+    return w - lr.to(acc) * moved, (v, kept[0], kept[1])
 
 
 @triton.jit
-def adadelta(w, d, v, acc, lr, rho, of_d, eps):
-    """u = sqrt(acc + eps) / sqrt(v + eps) d, v up to date; acc = rho acc + (1 - rho) u^2; w - lr u."""
-    u = divide(root(acc + eps), root(v + eps)) * d
-    return w - lr * u, rho * acc + of_d * u * u
+def adadelta(w, d, states, h, factors):
+    """u = sqrt(acc + eps) / sqrt(v + eps) d; acc = rho acc + (1 - rho) u^2; w -= lr u."""
+    lr, weight_decay, rho, eps = h
+    acc: tl.constexpr = w.dtype
+    d += weight_decay.to(acc) * w
+    v = mean_square(d, states[0], rho)
+    u = divide(root(states[1] + eps.to(acc)), root(v + eps.to(acc))) * d
+    return w - lr.to(acc) * u, (v, mean_square(u, states[1], rho))
+
+
+UPDATES = {
+    "sgd": Update(sgd, sgd_factors, 1),
+    "adam": Update(adam, adam_factors, 2),
+    "adamw": Update(adamw, adam_factors, 2),
+    "lamb": Update(lamb, adam_factors, 2),
+    "lars": Update(sgd, sgd_factors, 1),
+    "lion": Update(lion),
+    "adagrad": Update(adagrad, adagrad_factors, 1),
+    "rmsprop": Update(rmsprop),
+    "adadelta": Update(adadelta),
+    "grad": Update(None),
+}
 
 
 # Sums -----------------------------------------------------------------------------------------------------------------
@@ -364,10 +459,19 @@ def restore(
 # Step -----------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def load_column(numbers, stride, COUNT: tl.constexpr):
+    """COUNT numbers as a tuple."""
+    loaded = ()
+    for i in tl.static_range(COUNT):
+        loaded = loaded + (tl.load(numbers + i * stride),)  # noqa: RUF005
+    return loaded
+
+
 @kernel
 def advance(
     step,
-    corrections,
+    factors,
     members,
     hyper,
     group,
@@ -376,48 +480,21 @@ def advance(
     rows,
     groups,
     STEP: tl.constexpr,
-    BASE: tl.constexpr,
+    MAKE_FACTORS: tl.constexpr,
+    HYPER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """step <- step + 1, and the factors of the row's update that depend on it, corrections [2, rows].
-
-    Adam: 1 - beta1^step and sqrt(1 - beta2^step). SGD: the weight of d in the momentum, 1 - dampening, the first time 1.
-    Adagrad: lr / (1 + (step - 1) lr_decay). The other bases have none.
-    Nothing happens with found_inf.
-    """
+    """step <- step + 1, and factors [factors of the base, rows] are made of it. Nothing happens with found_inf."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < tl.where(tl.load(found_inf) != 0, 0, count)
     row = tl.load(members + index, mask=mask, other=0)
     address = tl.load(step + row, mask=mask, other=0).to(tl.pointer_type(STEP))
     t = tl.load(address, mask=mask, other=0.0) + 1
     tl.store(address, t, mask=mask)
-    h = hyper + tl.load(group + row, mask=mask, other=0)
-    if BASE == "sgd":
-        dampening = tl.load(h + 2 * groups, mask=mask, other=0.0)
-        tl.store(corrections + row, tl.where(t == 1, 1.0, 1 - dampening), mask=mask)
-    elif BASE == "adagrad":
-        lr = tl.load(h, mask=mask, other=0.0)
-        lr_decay = tl.load(h + 3 * groups, mask=mask, other=0.0)
-        tl.store(corrections + row, lr / (1 + (t.to(tl.float64) - 1) * lr_decay), mask=mask)
-    elif BASE == "adam" or BASE == "adamw" or BASE == "lamb":
-        beta1 = tl.load(h + 3 * groups, mask=mask, other=0.0)
-        beta2 = tl.load(h + 4 * groups, mask=mask, other=0.0)
-        tl.store(corrections + row, 1 - power(beta1, t.to(tl.int32)), mask=mask)
-        tl.store(corrections + rows + row, tl.sqrt(1 - power(beta2, t.to(tl.int32))), mask=mask)
-
-
-HYPER = {
-    "sgd": ("lr", "weight_decay", "dampening", "momentum", "nesterov"),
-    "adam": ("lr", "weight_decay", "eps", "beta1", "beta2"),
-    "adamw": ("lr", "weight_decay", "eps", "beta1", "beta2"),
-    "lamb": ("lr", "weight_decay", "eps", "beta1", "beta2", "always_adapt", "trust_clip"),
-    "lion": ("lr", "weight_decay", "beta1", "beta2"),
-    "adagrad": ("lr", "weight_decay", "eps", "lr_decay"),
-    "rmsprop": ("lr", "weight_decay", "eps", "alpha", "momentum", "centered"),
-    "adadelta": ("lr", "weight_decay", "eps", "rho"),
-    "grad": (),
-}
-"""The rows of ``hyper``, in the order in which the kernels read them."""
+    if MAKE_FACTORS is not None:
+        made = MAKE_FACTORS(t, load_column(hyper + tl.load(group + row, mask=mask, other=0), groups, HYPER))
+        for i in tl.static_range(len(made)):
+            tl.store(factors + i * rows + row, made[i], mask=mask)
 
 
 @kernel
@@ -432,7 +509,7 @@ def step(
     c_post,
     trust,
     found_inf,
-    corrections,
+    factors,
     hyper,
     group,
     partials,
@@ -440,7 +517,10 @@ def step(
     sizes,
     rows,
     groups,
-    BASE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    TWO_PHASES: tl.constexpr,
+    HYPER: tl.constexpr,
+    FACTORS: tl.constexpr,
     W: tl.constexpr,
     B: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -454,7 +534,9 @@ def step(
 ):
     """d = sum_i c_i x_i, the base update with d at w (with FROM_B: at b), w += sum_i post_i x_i, q <- sum_i q_i x_i.
 
-    ``partials`` [3, chunks] takes ||q||^2, and for LAMB ||w||^2 and ||u||^2: its weights wait for :func:`apply_lamb`.
+    UPDATE: one of :data:`UPDATES`; ``None``: d goes to the first input. HYPER, FACTORS: how many it reads.
+    ``partials`` [3, chunks] takes ||q||^2, and with TWO_PHASES (LAMB) ||w||^2 and ||u||^2: its weights wait for
+    :func:`apply_lamb`.
     With found_inf w <- b where it was moved, and nothing else. ``trust``: what the weight decay is multiplied by, LARS's
     ratio a row.
     """
@@ -476,116 +558,40 @@ def step(
                     store(q, place, new_q, Q, ALIGNED, FULL)
                     tl.store(partials, tl.sum(new_q * new_q))
 
-                if BASE == "grad":
+                if UPDATE is None:
                     store(inputs[0], place, d, INPUTS[0], ALIGNED, FULL)
                     if FROM_B:
                         store(w, place, origin, W, ALIGNED, FULL)
                 else:
                     x = origin.to(ACC)
-                    h = hyper + tl.load(group + row)
-                    lr = tl.load(h)
-                    weight_decay = tl.load(h + groups)
+                    h = load_column(hyper + tl.load(group + row), groups, HYPER)
                     if trust is not None:
-                        weight_decay *= tl.load(trust + row)
-                    if BASE == "sgd":
-                        momentum = tl.load(h + 3 * groups).to(ACC)
-                        nesterov = tl.load(h + 4 * groups)
-                        of_d = tl.load(corrections + row).to(ACC)
-                        if STATES[0] is None:
-                            new_w, _ = sgd(x, d, d, lr.to(ACC), momentum, of_d, weight_decay.to(ACC), nesterov)
-                        else:
-                            buf = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
-                            new_w, buf = sgd(x, d, buf, lr.to(ACC), momentum, of_d, weight_decay.to(ACC), nesterov)
-                            if momentum != 0:
-                                store(states[0], place, buf, STATES[0], ALIGNED, FULL)
-                    elif BASE == "lion":
-                        beta1 = tl.load(h + 2 * groups)
-                        beta2 = tl.load(h + 3 * groups)
-                        m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
-                        new_w, m = lion(
-                            x,
-                            d,
-                            m,
-                            lr.to(ACC),
-                            (1 - lr * weight_decay).to(ACC),
-                            beta1.to(ACC),
-                            (1 - beta1).to(ACC),
-                            beta2.to(ACC),
-                            (1 - beta2).to(ACC),
-                        )
-                        store(states[0], place, m, STATES[0], ALIGNED, FULL)
-                    elif BASE == "adagrad":
-                        eps = tl.load(h + 2 * groups).to(ACC)
-                        total = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
-                        d += weight_decay.to(ACC) * x
-                        total += d * d
-                        store(states[0], place, total, STATES[0], ALIGNED, FULL)
-                        new_w = adagrad(x, d, total, tl.load(corrections + row).to(ACC), eps)
-                    elif BASE == "rmsprop":
-                        eps = tl.load(h + 2 * groups).to(ACC)
-                        alpha = tl.load(h + 3 * groups)
-                        momentum = tl.load(h + 4 * groups).to(ACC)
-                        d += weight_decay.to(ACC) * x
-                        v = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
-                        v = mean_square(d, v, alpha.to(ACC), (1 - alpha).to(ACC))
-                        store(states[0], place, v, STATES[0], ALIGNED, FULL)
-                        if STATES[1] is not None:  # noqa: SIM102 - settled at compile time, the next at run time
-                            if tl.load(h + 5 * groups) != 0:
-                                mean = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
-                                mean = mean + (1 - alpha).to(ACC) * (d - mean)
-                                store(states[1], place, mean, STATES[1], ALIGNED, FULL)
-                                v = centered(v, mean)
-                        u = divide(d, root(v) + eps)
-                        if STATES[2] is not None:  # noqa: SIM102
-                            if momentum != 0:
-                                u += momentum * load(states[2], place, STATES[2], ALIGNED, FULL).to(ACC)
-                                store(states[2], place, u, STATES[2], ALIGNED, FULL)
-                        new_w = x - lr.to(ACC) * u
-                    elif BASE == "adadelta":
-                        eps = tl.load(h + 2 * groups).to(ACC)
-                        rho = tl.load(h + 3 * groups)
-                        d += weight_decay.to(ACC) * x
-                        acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
-                        v = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
-                        acc = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
-                        v = mean_square(d, v, rho.to(ACC), (1 - rho).to(ACC))
-                        store(states[0], place, v, STATES[0], ALIGNED, FULL)
-                        new_w, acc = adadelta(x, d, v, acc, lr.to(ACC), rho.to(ACC), (1 - rho).to(ACC), eps)
-                        store(states[1], place, acc, STATES[1], ALIGNED, FULL)
+                        h = scale_decay(h, tl.load(trust + row))
+                    old = load_each(states, place, STATES, ACC, ALIGNED, FULL)
+                    new_w, new = UPDATE(x, d, old, h, load_column(factors + row, rows, FACTORS))
+                    for i in tl.static_range(len(STATES)):
+                        if STATES[i] is not None:
+                            store(states[i], place, new[i], STATES[i], ALIGNED, FULL)
+                    if TWO_PHASES:
+                        if not FULL:  # eps may be 0
+                            new_w = tl.where(place[1] < place[2], new_w, 0.0)
+                        tl.store(partials + programs, tl.sum(x * x))
+                        tl.store(partials + 2 * programs, tl.sum(new_w * new_w))
                     else:
-                        eps = tl.load(h + 2 * groups).to(ACC)
-                        beta1 = tl.load(h + 3 * groups)
-                        beta2 = tl.load(h + 4 * groups)
-                        bias_correction1 = tl.load(corrections + row).to(ACC)
-                        bias_correction2_sqrt = tl.load(corrections + rows + row).to(ACC)
-                        if BASE == "adam":
-                            d += weight_decay.to(ACC) * x
-                        m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
-                        v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
-                        m, v = moments(d, m, v, (1 - beta1).to(ACC), (1 - beta2).to(ACC), beta2.to(ACC))
-                        # Only now: across a sum's barrier d would cost registers, and spill on sm_80.
-                        if BASE == "lamb":
-                            tl.store(partials + programs, tl.sum(x * x))
-                        store(states[0], place, m, STATES[0], ALIGNED, FULL)
-                        store(states[1], place, v, STATES[1], ALIGNED, FULL)
-                        if BASE == "lamb":
-                            u = lamb_direction(
-                                x, m, v, bias_correction1, bias_correction2_sqrt, eps, weight_decay.to(ACC)
-                            )
-                            if not FULL:  # eps may be 0
-                                u = tl.where(place[1] < place[2], u, 0.0)
-                            tl.store(partials + 2 * programs, tl.sum(u * u))
-                        else:
-                            if BASE == "adamw":
-                                x = x * (1 - lr * weight_decay).to(ACC)
-                            new_w = x - lr.to(ACC) * adam_direction(m, v, bias_correction1, bias_correction2_sqrt, eps)
-
-                    if BASE != "lamb":
                         if c_post is not None:
                             new_w += combine(c_post, xs, row, rows, INPUTS, ACC, CHUNK)
                         store(w, place, new_w, W, ALIGNED, FULL)
                         if MASTER:
                             store(b, place, new_w, B, ALIGNED, FULL)
+
+
+@triton.jit
+def scale_decay(h, trust):
+    """The hyper-parameters with weight_decay times LARS's ratio."""
+    scaled = ()
+    for i in tl.static_range(len(h)):
+        scaled = scaled + (h[i] * trust if i == 1 else h[i],)  # noqa: RUF005
+    return scaled
 
 
 @kernel
@@ -601,7 +607,7 @@ def finish_step(
     programs,
     groups,
     NORM: tl.constexpr,
-    BASE: tl.constexpr,
+    TWO_PHASES: tl.constexpr,
 ):
     """||q_p||^2 to its column; LAMB's r = ||w_p|| / ||u_p||, 1 where either is 0 and where weight_decay = 0 unless
     always_adapt, at most 1 with trust_clip. One program for each of the bucket's rows."""
@@ -611,7 +617,7 @@ def finish_step(
         last = tl.load(first_chunk + tl.program_id(0) + 1)
         if NORM is not None:
             tl.store(tl.load(norms + row).to(tl.pointer_type(NORM)), add_up(partials, first, last).to(NORM))
-        if BASE == "lamb":
+        if TWO_PHASES:
             w_norm = tl.sqrt(add_up(partials + programs, first, last))
             u_norm = tl.sqrt(add_up(partials + 2 * programs, first, last))
             h = hyper + tl.load(group + row)
@@ -630,7 +636,7 @@ def apply_lamb(
     states,
     c_post,
     found_inf,
-    corrections,
+    factors,
     trust_ratio,
     hyper,
     group,
@@ -638,6 +644,8 @@ def apply_lamb(
     sizes,
     rows,
     groups,
+    HYPER: tl.constexpr,
+    FACTORS: tl.constexpr,
     W: tl.constexpr,
     B: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -652,20 +660,16 @@ def apply_lamb(
     if tl.load(found_inf) == 0:
         place, full = locate(chunks, sizes, CHUNK)
         row = place[0]
-        h = hyper + tl.load(group + row)
-        scale = (tl.load(h) * tl.load(trust_ratio + row)).to(ACC)
-        weight_decay = tl.load(h + groups).to(ACC)
-        eps = tl.load(h + 2 * groups).to(ACC)
-        bias_correction1 = tl.load(corrections + row).to(ACC)
-        bias_correction2_sqrt = tl.load(corrections + rows + row).to(ACC)
+        h = load_column(hyper + tl.load(group + row), groups, HYPER)
+        of_count = load_column(factors + row, rows, FACTORS)
+        scale = (h[0] * tl.load(trust_ratio + row)).to(ACC)
         for FULL in tl.static_range(2):
             if full == FULL:
                 origin = load(b, place, B, ALIGNED, FULL) if FROM_B else load(w, place, W, ALIGNED, FULL)
                 x = origin.to(ACC)
                 m = load(states[0], place, STATES[0], ALIGNED, FULL).to(ACC)
                 v = load(states[1], place, STATES[1], ALIGNED, FULL).to(ACC)
-                u = lamb_direction(x, m, v, bias_correction1, bias_correction2_sqrt, eps, weight_decay)
-                new_w = x - scale * u
+                new_w = x - scale * lamb_direction(x, m, v, h, of_count)
                 if c_post is not None:
                     xs = load_each(inputs, place, INPUTS, ACC, ALIGNED, FULL)
                     new_w += combine(c_post, xs, row, rows, INPUTS, ACC, CHUNK)

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from looksam.binding import Binding, State
 from looksam.hyper import Group
 from looksam.masters import needs_master
 from looksam_kernels import ops
 from looksam_kernels.formulas import Coefficients
+from looksam_kernels.updates import BASES, INITIAL
 
 NOT_FUSED = ("amsgrad",)
 """Options of torch's classes that the fused updates leave to the class itself."""
@@ -40,12 +41,12 @@ class Fused(NamedTuple):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return ("step", *ops.BASES[self.name])
+        return ("step", *BASES[self.name].states)
 
     @property
     def lars(self) -> bool:
         """Is the direction scaled by LARS's trust ratio?"""
-        return self.name == "lars"
+        return BASES[self.name].takes_trust_ratio
 
     def states(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ops.states(self.name, group)
@@ -83,8 +84,8 @@ class Fused(NamedTuple):
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
         for name in self.states(group):
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            if name == "sum":
-                state[name].fill_(ops.own(group, "initial_accumulator_value"))
+            if name in INITIAL:
+                state[name].fill_(ops.own(group, INITIAL[name]))
         if needs_master(p):
             state["master_param"] = p.detach().to(dtype)
         return state
@@ -216,7 +217,7 @@ def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[
 
 
 def _fused(name: str, kwargs: Group, reserved: set[str]) -> Fused:
-    max_grad_norm = kwargs.get("max_grad_norm", 1.0 if name == "lamb" else None)
+    max_grad_norm = kwargs.get("max_grad_norm", BASES[name].max_grad_norm)
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
     renamed = _renamed(_NAMED[name], reserved)
@@ -269,64 +270,11 @@ def _of_torch(cls: type[Optimizer]) -> Callable[..., Group]:
     return defaults
 
 
-def _lamb(
-    lr: float | Tensor = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
-    always_adapt: bool = False,
-    trust_clip: bool = False,
-    maximize: bool = False,
-) -> Group:
-    defaults = Adam([_probe()], lr, betas, eps, weight_decay, maximize=maximize).defaults
-    kept = {name: defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
-    return kept | {"always_adapt": always_adapt, "trust_clip": trust_clip}
-
-
-def _lars(
-    lr: float | Tensor = 1.0,
-    momentum: float = 0.9,
-    dampening: float = 0.0,
-    weight_decay: float = 1e-4,
-    nesterov: bool = False,
-    trust_coefficient: float = 0.001,
-    eps: float = 1e-8,
-    trust_clip: bool = False,
-    always_adapt: bool = False,
-    maximize: bool = False,
-) -> Group:
-    for name, value in (("trust_coefficient", trust_coefficient), ("eps", eps)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, not {value}")
-    defaults = SGD([_probe()], lr, momentum, dampening, weight_decay, nesterov, maximize=maximize).defaults
-    kept = {x: defaults[x] for x in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-    own = {"trust_coefficient": trust_coefficient, "eps": eps, "trust_clip": trust_clip, "always_adapt": always_adapt}
-    return kept | own
-
-
-def _lion(
-    lr: float | Tensor = 1e-4,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-) -> Group:
-    defaults = Adam([_probe()], lr, betas, weight_decay=weight_decay, maximize=maximize).defaults
-    return {name: defaults[name] for name in ("lr", "betas", "weight_decay", "maximize")}
-
-
-_FUSED_CLASSES: dict[type[Optimizer], str] = {
-    SGD: "sgd",
-    Adam: "adam",
-    AdamW: "adamw",
-    Adagrad: "adagrad",
-    RMSprop: "rmsprop",
-    Adadelta: "adadelta",
-}
+_FUSED_CLASSES = {row.options: name for name, row in BASES.items() if isinstance(row.options, type)}
 _NAMED: dict[str, Callable[..., Group]] = {
-    **{name: _of_torch(cls) for cls, name in _FUSED_CLASSES.items()},
-    "lamb": _lamb,
-    "lars": _lars,
-    "lion": _lion,
+    name: _of_torch(row.options) if isinstance(row.options, type) else row.options
+    for name, row in BASES.items()
+    if row.options is not None
 }
 FUSED = tuple(_NAMED)
 """The names of the fused bases."""

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from looksam_kernels import TensorTable, ops
 from looksam_kernels.formulas import DESCENTS, STORED, Coefficients, Groups, Sums
+from looksam_kernels.updates import BASES, lamb_apply, lamb_direction
 
 MaybeTensors = Sequence[Tensor | None]
 
@@ -115,16 +116,11 @@ class Shards(Whole):
         for row, origin in enumerate(origins):
             if origin is not None:
                 w = origin.to(table["exp_avg"][row].dtype)
-                u = _lamb_direction(table, row, first, w, groups[table.group[row]], keep)
-                updates[row] = w, u
-                squares[row] = torch.stack([x.square().sum(dtype=torch.float64) for x in (w, u)])
+                updates[row] = w, _lamb_direction(table, row, first, w, groups[table.group[row]], keep)
+                squares[row] = torch.stack([x.square().sum(dtype=torch.float64) for x in updates[row]])
         w_norm, u_norm = self._over_ranks(torch.stack(squares, dim=1)).sqrt()
-        trust = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
         for row, (w, u) in updates.items():
-            group = groups[table.group[row]]
-            r = trust[row] if group["weight_decay"] != 0 or group["always_adapt"] else torch.ones_like(trust[row])
-            r = r.clamp(max=1) if group["trust_clip"] else r
-            new = w - group["lr"] * r.to(w.dtype) * u
+            new = lamb_apply(w, u, w_norm[row], u_norm[row], groups[table.group[row]])
             if (post := added[row]) is not None:
                 new = new + post
             new = torch.where(keep, w, new)
@@ -139,16 +135,14 @@ class Shards(Whole):
 
 
 def _lamb_direction(table: TensorTable, row: int, first: str, w: Tensor, group: Any, keep: Tensor) -> Tensor:
-    """Moves m, v and the count of one tensor; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w."""
-    m, v, count = table["exp_avg"][row], table["exp_avg_sq"][row], table["step"][row]
-    beta1, beta2 = group["betas"]
-    d = table[first][row].to(m.dtype)
-    m.copy_(torch.where(keep, m, torch.lerp(m, d, 1 - beta1)))
-    v.copy_(torch.where(keep, v, beta2 * v + (1 - beta2) * d * d))
+    """LAMB's u of one tensor; moves its states and its count."""
+    state = {name: table[name][row] for name in BASES["lamb"].states}
+    count = table["step"][row]
+    u, new = lamb_direction(w, table[first][row].to(w.dtype), state, count.double() + 1, group)
+    for name, x in new.items():
+        state[name].copy_(torch.where(keep, state[name], x))
     count.copy_(torch.where(keep, count, count + 1))
-    t = count.double()
-    denominator = v.sqrt() / (1 - beta2**t).sqrt().to(v.dtype) + group["eps"]
-    return (m / (1 - beta1**t).to(m.dtype)) / denominator + group["weight_decay"] * w
+    return u
 
 
 def _is_master(b: Tensor | None, w: Tensor) -> bool:

@@ -73,6 +73,13 @@ def test_contract_36_per_tensor_scope(ranks: Ranks, variant: str, base: str) -> 
     check(ranks, variant, base, norm_scope="tensor")
 
 
+@pytest.mark.parametrize(
+    "options", [{"weight_decay": 0.0, "always_adapt": True}, {"weight_decay": 0.0}, {"trust_clip": True, "eps": 10.0}]
+)
+def test_contract_36_the_trust_ratio_of_lamb(ranks: Ranks, options: dict[str, Any]) -> None:
+    check(ranks, "sam", "lamb", **options)
+
+
 @pytest.mark.parametrize("layer_scale", ["trust", "trust_global", "unit"])
 def test_contract_36_layer_scales(ranks: Ranks, layer_scale: str) -> None:
     check(ranks, "layersam", "sgd", layer_scale=layer_scale)

@@ -91,7 +91,8 @@ def words_of_16_bytes(access: str) -> bool:
 def launch_everything() -> None:
     """Each op on float32 rows, and on bfloat16 rows with a master copy."""
     for dtype in (torch.float32, torch.bfloat16):
-        for base, states in BASES.items():
+        for base, row in BASES.items():
+            states = row.states
             names = ("w", "b", "g", "s", "q", *states)
             wide = ("b", "q", *states)
             columns: dict[str, Any] = {
@@ -101,8 +102,8 @@ def launch_everything() -> None:
             table = lk.TensorTable(backend="triton", **columns)
             c = torch.ones(2, 1, dtype=torch.float64)
             up = Coefficients(("g",), c[:1], None, torch.tensor(0.0))
-            down = Coefficients(("s", "g"), c, c, torch.tensor(0.0), None if base == "grad" else c)
-            down = down._replace(trust=c[0] if base == "lars" else None)
+            down = Coefficients(("s", "g"), c, c, torch.tensor(0.0), None if row.update is None else c)
+            down = down._replace(trust=c[0] if row.takes_trust_ratio else None)
             if base == "sgd":
                 lk.sums(table, (("g", "g"), ("g", "s"), ("q", "q")))
                 lk.sums(table, (("Tg", "Tg"),), [0.01])
@@ -111,10 +112,7 @@ def launch_everything() -> None:
                 lk.perturb(table, up, None, lk.Mask(keep=0.6))
                 lk.restore(table)
             lk.perturb(table, up)
-            hyper: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "momentum", "dampening", "nesterov"), 0.1)
-            hyper |= {"betas": (0.9, 0.99), "eps": 1e-8, "always_adapt": True, "trust_clip": False}
-            hyper |= {"alpha": 0.9, "rho": 0.9, "lr_decay": 0.1, "centered": True}
-            lk.step(table, base, down, [hyper])
+            lk.step(table, base, down, [{**dict.fromkeys(row.read, 0.1), "betas": (0.9, 0.9, 0.9)}])
 
 
 def main(name: str) -> None:
