@@ -10,6 +10,7 @@ a program stores its partial sum by the index of its chunk, and a second kernel 
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
+# ruff: noqa: RUF059 - a base names all of its hyper-parameters, in their order, where it takes them apart
 
 import inspect
 from typing import Any, NamedTuple

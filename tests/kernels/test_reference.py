@@ -34,7 +34,7 @@ def follow(base: str, options: dict[str, Any], gradients: list[list[Tensor]], st
     """The parameters after as many steps as there are gradients."""
     w = [x.clone() for x in start]
     first = {"sum": options.get("initial_accumulator_value", 0.0)}
-    states = {name: [torch.full_like(x, first.get(name, 0.0)) for x in w] for name in BASES[base]}
+    states = {name: [torch.full_like(x, first.get(name, 0.0)) for x in w] for name in BASES[base].states}
     made = table(w, **states, step=[torch.zeros(()) for _ in w])
     for g in gradients:
         made["g"] = g

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 import looksam
+from looksam.plans import PLAIN, Variant
+from looksam_kernels import updates
 
 from .config import TrainConfig
 
@@ -28,16 +30,24 @@ class Base:
     weight_decay: float
 
 
+def _by_itself(name: str) -> type[torch.optim.Optimizer]:
+    """A base that torch.optim does not have, as an optimizer that takes its options."""
+
+    class ByItself(looksam.SharpnessAware):
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, name, Variant(sharp=PLAIN, cheap=PLAIN), {}, base_kwargs=options)
+
+    params = inspect.signature(ByItself).parameters["params"]
+    clipping = inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=FUSED[name].max_grad_norm)
+    options = [x.replace(kind=x.KEYWORD_ONLY) for x in inspect.signature(FUSED[name].options or dict).parameters.values()]
+    ByItself.__signature__ = inspect.Signature([params, *options, clipping])  # type: ignore[attr-defined]
+    return ByItself
+
+
+FUSED = {name: row for name, row in updates.BASES.items() if row.options is not None}
 BASES: dict[str, Base] = {
-    "sgd": Base(torch.optim.SGD, lr=0.05, weight_decay=5e-4),
-    "adam": Base(torch.optim.Adam, lr=1e-3, weight_decay=0.0),
-    "adamw": Base(torch.optim.AdamW, lr=1e-3, weight_decay=0.05),
-    "adagrad": Base(torch.optim.Adagrad, lr=0.02, weight_decay=0.0),
-    "rmsprop": Base(torch.optim.RMSprop, lr=1e-3, weight_decay=0.0),
-    "adadelta": Base(torch.optim.Adadelta, lr=1.0, weight_decay=0.0),
-    "lamb": Base(looksam.LAMB, lr=5e-3, weight_decay=0.01),
-    "lars": Base(looksam.LARS, lr=5.0, weight_decay=1e-4),
-    "lion": Base(looksam.Lion, lr=2e-4, weight_decay=0.1),
+    name: Base(row.options if isinstance(row.options, type) else _by_itself(name), *row.usual)
+    for name, row in FUSED.items()
 }
 VARIANTS: dict[str, type[torch.optim.Optimizer]] = dict(looksam.VARIANTS)
 
