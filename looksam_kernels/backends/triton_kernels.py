@@ -565,10 +565,10 @@ def step(
                         store(w, place, origin, W, ALIGNED, FULL)
                 else:
                     x = origin.to(ACC)
+                    old = load_each(states, place, STATES, ACC, ALIGNED, FULL)
                     h = load_column(hyper + tl.load(group + row), groups, HYPER)
                     if trust is not None:
                         h = scale_decay(h, tl.load(trust + row))
-                    old = load_each(states, place, STATES, ACC, ALIGNED, FULL)
                     new_w, new = UPDATE(x, d, old, h, load_column(factors + row, rows, FACTORS))
                     for i in tl.static_range(len(STATES)):
                         if STATES[i] is not None:

@@ -166,7 +166,7 @@ def test_step(target: Target, case: str, base: str, combination: str) -> None:
     baseline = run("reference", cases.copy(start))
     truth = run("reference", cases.widened(start))
 
-    written = {"w", *BASES[name], *(["q", "q_norm_sq"] if c.q is not None else [])}
+    written = {"w", *BASES[name].states, *(["q", "q_norm_sq"] if c.q is not None else [])}
     written |= {c.inputs[0]} if name == "grad" else {"step"}
     for column in start:
         for row in range(len(rows)):

@@ -50,7 +50,7 @@ def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) ->
     def column() -> list[Tensor]:
         return [torch.randn(shape, generator=random).abs().to(DEVICE) for shape in shapes]
 
-    states = {state for names in BASES.values() for state in names}
+    states = {state for base in BASES.values() for state in base.states}
     columns = {c: column() for c in ("w", "b", "g", "s", "q", *sorted(states))}
     columns["step"] = [torch.zeros((), device=DEVICE) for _ in shapes]
     columns["q_norm_sq"] = [torch.ones((), dtype=torch.float64, device=DEVICE) for _ in shapes]
@@ -59,7 +59,7 @@ def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) ->
 
 def looksam(made: lk.TensorTable, base: str, **changes: Any) -> None:
     """A refresh and a reuse step."""
-    groups, lars = [{**RULES, **HYPER, **changes}], base == "lars"
+    groups, lars = [{**RULES, **HYPER, **changes}], BASES[base].takes_trust_ratio
     known, up = lk.measure(made, "sam", groups, lars=lars)
     lk.perturb(made, up)
     _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf, lars=lars)

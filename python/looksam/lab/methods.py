@@ -39,7 +39,9 @@ def _by_itself(name: str) -> type[torch.optim.Optimizer]:
 
     params = inspect.signature(ByItself).parameters["params"]
     clipping = inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=FUSED[name].max_grad_norm)
-    options = [x.replace(kind=x.KEYWORD_ONLY) for x in inspect.signature(FUSED[name].options or dict).parameters.values()]
+    options = [
+        x.replace(kind=x.KEYWORD_ONLY) for x in inspect.signature(FUSED[name].options or dict).parameters.values()
+    ]
     ByItself.__signature__ = inspect.Signature([params, *options, clipping])  # type: ignore[attr-defined]
     return ByItself
 
