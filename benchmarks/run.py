@@ -107,7 +107,7 @@ class Bench:
         self.args, self.console = args, console
         self.missing: list[Record] = []
         self.copy = peers.copy(args.device)
-        self.clock = timing.wall_clock if args.device == "cpu" else timing.device_clock
+        self.clock: timing.Clock = timing.wall_clock if args.device == "cpu" else timing.DeviceClock()
 
     def copy_bandwidth(self) -> dict[str, float]:
         """GB/s of a large copy by itself; on the CPU with one thread too."""
@@ -181,12 +181,13 @@ class Bench:
         return runs
 
     def extra(self, name: str, runs: dict[str, Run], times: dict[str, timing.Timing]) -> dict[str, Record]:
-        """Host time where there is little else; launches and synchronisations on a GPU."""
+        """Host time where there is little else; launches, synchronisations and exposed runs on a GPU."""
         extra: dict[str, Record] = {label: {} for label in runs}
         host = times
-        if self.args.device == "cuda":
+        if isinstance(self.clock, timing.DeviceClock):
             for label, run in runs.items():
                 extra[label] |= {"launches": timing.launches(run), "synchronises": timing.synchronises(run)}
+                extra[label] |= {"exposed_runs": self.clock.exposed[run.step]}
             if name == "tiny":
                 host = timing.measure(runs, timing.host_clock, self.args.seconds, self.args.repeat)
         if name == "tiny":
