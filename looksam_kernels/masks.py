@@ -50,7 +50,7 @@ class Mask(NamedTuple):
         index = torch.empty_like(w, dtype=torch.int64)  # in w's order if w is dense
         if index.stride() != w.stride():
             index = torch.empty(w.shape, dtype=torch.int64, device=w.device)
-        index.as_strided((w.numel(),), (1,)).copy_(torch.arange(w.numel()))
+        index.as_strided((w.numel(),), (1,)).copy_(torch.arange(w.numel(), device=w.device))
         key = mix(mix(self.key ^ row) ^ (index >> 32))
         return mix(mix(index & BITS ^ key) + key & BITS) < self.threshold
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import sys
 import warnings
@@ -140,52 +141,131 @@ class _Bucket(NamedTuple):
         return {"ACC": tl.float64 if wide else tl.float32, "ALIGNED": self.aligned, "CHUNK": CHUNK}
 
 
-class _Layout:
-    """Where the tensors of a table are, as far as the device must know. Made anew when a parameter moves."""
+class _Graphs:
+    """What captured CUDA graphs of a table read when they are replayed. They do not say when they end: it is kept as long as
+    the table. A graph that is captured again, from the same tensors, needs nothing more."""
 
-    def __init__(self, table: TensorTable, captured: bool) -> None:
-        self.table, self.device, self.captured = table, table.device, captured
+    COLUMNS = 64
+    """Columns of addresses that captures may lack before the next eager op; besides, the places of all chunks."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+        self._sources: dict[Any, Tensor] = {}
+        """Page-locked numbers that a copy within a graph reads."""
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, x: Tensor) -> None:
+        """Something that an eager op has put on the device, where it is never written again."""
+        self._held[x.data_ptr()] = x
+
+    def reserve(self, size: int, device: torch.device) -> None:
+        """At least half as many bytes of page-locked memory, which torch before 2.8 does not allocate in a capture."""
+        if len(self._room) < size // 2:
+            self._room = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """A copy on the device that is made anew in every replay."""
+        key = (x.dtype, x.shape, tuple(x.flatten().tolist()))
+        if key not in self._sources:
+            size = x.numel() * x.element_size()
+            if size > len(self._room):
+                raise RuntimeError(
+                    f"the graphs captured since the last eager step read {size} bytes more of addresses than the Triton "
+                    "backend has page-locked memory for; take an eager step between captures"
+                )
+            self._sources[key] = self._room[:size].view(x.dtype).view(x.shape).copy_(x)
+            self._room = self._room[-(-size // 8) * 8 :]
+        return self._sources[key].to(device, non_blocking=True, copy=True)
+
+
+class _Layout:
+    """Where the tensors of a table are, as far as the device must know. Made anew when a parameter moves.
+
+    What is on the device is not written again: new numbers get new memory, and a graph holds on to the old. What is first
+    seen in a capture is copied in the graph and forgotten after the op, since the next may be another graph's.
+    """
+
+    def __init__(self, table: TensorTable, graphs: _Graphs) -> None:
+        self.table, self.device, self.graphs = table, table.device, graphs
+        self.capturing = False
+        """Is the op under way being captured?"""
+        self.stream: Any = None
+        self.streams: set[Any] = set()
+        """On which ops ran: memory belongs to one, and may be given up while another still reads it."""
         self.w = [w.data_ptr() for w in table["w"]]
         self.columns: dict[str, _Column] = {}
-        self.kinds: dict[Any, int] = {}
+        self.seen_in_capture: dict[str, _Column] = {}
+        """By the op under way."""
+        self.kinds: OrderedDict[Any, int] = OrderedDict()
+        self.new_kind = itertools.count()
         self.buckets: OrderedDict[Any, tuple[list[_Bucket], list[int]]] = OrderedDict()
         self.copies: OrderedDict[Any, Tensor] = OrderedDict()
-        self.hosts: list[Tensor] = []
-        """What a captured copy reads when the graph is replayed."""
         self.numel = [w.numel() for w in table["w"]]
         self.sizes = self.on_device(self.numel, torch.int64)
         self.group = self.on_device(table.group, torch.int32)
 
+    def begin(self, capturing: bool) -> None:
+        """An op."""
+        self.capturing = capturing
+        self.seen_in_capture.clear()
+        self.stream = _stream(self.device)
+        self.streams.add(self.stream)
+        if not capturing:
+            chunks = sum(-(-n // CHUNK) for n in self.numel)
+            self.graphs.reserve(8 * (_Graphs.COLUMNS * len(self.numel) + chunks), self.device)
+        self.read(self.sizes, self.group)
+
+    def read(self, *kept: Tensor) -> None:
+        """The op under way reads memory that may be given up before it has run."""
+        for x in kept:
+            if self.capturing:
+                self.graphs.hold(x)
+            elif len(self.streams) > 1:
+                x.record_stream(self.stream)
+
     def on_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers on the device, sent when they change."""
         key = (dtype, tuple(values))
-        if key not in self.copies:
-            self.copies[key] = self.send(torch.tensor(values, dtype=dtype))
+        if key in self.copies:
+            self.read(self.copies[key])
+            return self.copies[key]
+        copy = self.send(torch.tensor(values, dtype=dtype))
+        if not self.capturing:
+            self.copies[key] = copy
             _forget_oldest(self.copies)
-        return self.copies[key]
+        return copy
 
     def send(self, x: Tensor) -> Tensor:
         """A copy on the device, without waiting for it."""
-        if self.device.type != "cuda":
-            return x
-        pinned = x.pin_memory()
-        if self.captured:
-            self.hosts.append(pinned)
-        return pinned.to(self.device, non_blocking=True)
+        if self.capturing:
+            return self.graphs.send(x, self.device)
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     def column(self, name: str) -> _Column:
+        if name in self.seen_in_capture:
+            return self.seen_in_capture[name]
         known = self.columns.get(name)
         if known is None or name in self.table.dirty:
             rows = self.table[name]
             seen = [None if x is None else (x.data_ptr(), x.dtype, x.stride()) for x in rows]
             if known is None or seen != known.seen:
                 traits = tuple(None if x is None else _trait(x, holds_scalars(name)) for x in rows)
-                kind = self.kinds.setdefault(traits, len(self.kinds))
                 addresses = self.on_device([0 if x is None else x[0] for x in seen], torch.int64)
-                known = self.columns[name] = _Column(seen, traits, kind, addresses)
-            if not self.captured:
+                found = _Column(seen, traits, self.kind(traits), addresses)
+                if self.capturing:
+                    self.seen_in_capture[name] = found
+                    return found
+                known = self.columns[name] = found
+            if not self.capturing:
                 self.table.dirty.discard(name)
+        self.read(known.addresses)
         return known
+
+    def kind(self, traits: tuple[_Trait | None, ...]) -> int:
+        if traits not in self.kinds:
+            self.kinds[traits] = next(self.new_kind)
+            _forget_oldest(self.kinds)
+        return self.kinds[traits]
 
     def addresses(self, *names: str) -> tuple[Tensor, ...]:
         return tuple(self.column(name).addresses for name in names)
@@ -199,7 +279,11 @@ class _Layout:
         """
         columns = {name: self.column(name) for name in dict.fromkeys(["w", "b", *names])}
         key = (tuple(names), tuple(column.kind for column in columns.values()), tuple(rows), tuple(from_b))
-        if key not in self.buckets:
+        if key in self.buckets:
+            buckets, odd = self.buckets[key]
+            for bucket in buckets:
+                self.read(bucket.members, bucket.chunks, bucket.first_chunk)
+        else:
             alike: dict[Any, list[int]] = {}
             odd = []
             for row in (row for row, chosen in enumerate(rows) if chosen):
@@ -211,9 +295,11 @@ class _Layout:
                     continue
                 dtypes = tuple((name, t.dtype if (t := traits.get(name)) else None) for name in columns)
                 alike.setdefault((dtypes, all(t.aligned for t in walked), from_b[row]), []).append(row)
-            self.buckets[key] = [self._bucket(members, *kind) for kind, members in alike.items()], odd
-            _forget_oldest(self.buckets)
-        return self.buckets[key]
+            buckets = [self._bucket(members, *kind) for kind, members in alike.items()]
+            if not self.capturing:
+                self.buckets[key] = buckets, odd
+                _forget_oldest(self.buckets)
+        return buckets, odd
 
     def _bucket(self, members: list[int], dtypes: Any, aligned: bool, from_b: bool) -> _Bucket:
         counts = torch.tensor([-(-self.numel[row] // CHUNK) for row in members])
@@ -252,35 +338,54 @@ def _memory_order(x: Tensor) -> tuple[int, ...] | None:
 
 
 class _Handle:
-    """What the backend keeps for a table: its layout, and those that captured CUDA graphs read."""
+    """What the backend keeps for a table."""
 
     def __init__(self) -> None:
         self.layout: _Layout | None = None
-        self.captured: list[_Layout] = []
+        self.graphs = _Graphs()
 
 
 def _layout(table: TensorTable) -> _Layout:
-    """Under capture always a new one, which is the graph's: a graph must not read device memory that is replaced later,
-    and what it writes only when replayed must not be taken for written."""
+    """To be called once an op, first."""
     if table.handle is None:
         table.handle = _Handle()
     handle: _Handle = table.handle
-    if table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        handle.captured.append(_Layout(table, captured=True))
-        return handle.captured[-1]
+    capturing = _capturing(table.device)
     if handle.layout is None or handle.layout.w != [w.data_ptr() for w in table["w"]]:
-        handle.layout = _Layout(table, captured=False)
+        if capturing:
+            raise RuntimeError(f"these parameters are new to the Triton backend where they are now: {WARM_UP}")
+        handle.layout = _Layout(table, handle.graphs)
+    handle.layout.begin(capturing)
     return handle.layout
+
+
+WARM_UP = "take a step of each kind, sharp and reuse, before torch.cuda.graph captures one"
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constexprs: Any) -> None:
     if 0 in grid:
         return
     if device.type == "cuda":
+        constexprs["num_warps"] = THREADS // (64 if torch.version.hip else 32)
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **constexprs, num_warps=THREADS // (64 if torch.version.hip else 32))
+            if _capturing(device) and not _is_loaded(kernel, *arguments, **constexprs):
+                raise RuntimeError(f"the Triton kernel {kernel.fn.__name__!r} would be loaded in a capture: {WARM_UP}")
+            kernel[grid](*arguments, **constexprs)
     else:
         kernel[grid](*arguments, **constexprs)
+
+
+def _is_loaded(kernel: Any, *arguments: Any, **constexprs: Any) -> bool:
+    """Is it on the current device? The driver loads a kernel at its first launch, and refuses to in a capture."""
+    return kernel.warmup(*arguments, grid=(1,), **constexprs).module is not None
 
 
 def _elsewhere(table: TensorTable, rows: list[int], op: Callable[[TensorTable, list[int]], None]) -> None:
@@ -293,8 +398,13 @@ def _elsewhere(table: TensorTable, rows: list[int], op: Callable[[TensorTable, l
 
 
 def _of_rows(c: Coefficients, rows: list[int]) -> Coefficients:
-    q, post = (None if x is None else x[:, rows] for x in (c.q, c.post))
-    return c._replace(d=c.d[:, rows], q=q, post=post, trust=None if c.trust is None else c.trust[rows])
+    """Row by row: a list of numbers as an index is copied to the device, and waits for it."""
+
+    def of_rows(x: Tensor) -> Tensor:
+        return torch.stack([x[..., row] for row in rows], -1)
+
+    q, post, trust = (None if x is None else of_rows(x) for x in (c.q, c.post, c.trust))
+    return c._replace(d=of_rows(c.d), q=q, post=post, trust=trust)
 
 
 # The ops --------------------------------------------------------------------------------------------------------------
@@ -354,7 +464,8 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
 
     def by_reference(part: TensorTable, rows: list[int]) -> None:
         eta_of_part = None if adaptive is None else [adaptive[row] for row in rows]
-        values[:, rows] = reference.sums(part, pairs, eta_of_part).values.to(values.device)
+        for row, of_row in zip(rows, reference.sums(part, pairs, eta_of_part).values.unbind(1), strict=True):
+            values[:, row] = of_row
 
     _elsewhere(table, odd, by_reference)
     return Sums(tuple(pairs), values)

@@ -433,9 +433,10 @@ def perturb(
                 at = load(w, place, W, ALIGNED, FULL) if FROM_B else origin
                 t = stretch(at.to(ACC), tl.load(eta + row).to(ACC))
                 e = t * t * e
-            if MASKED:
-                e = tl.where(keeps(place, chunks, key, threshold, CHUNK), e, -0.0)
-            moved = tl.where(moves, convert(origin.to(ACC) + e, W), convert(origin, W))
+            moves_here = moves
+            if MASKED:  # no e = -0.0 instead: Triton before 3.9 takes a scalar -0.0 for +0.0
+                moves_here = moves & keeps(place, chunks, key, threshold, CHUNK)
+            moved = tl.where(moves_here, convert(origin.to(ACC) + e, W), convert(origin, W))
             store(w, place, moved, W, ALIGNED, FULL)
 
 
