@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "cpu/ops.h"
+#include "snapshot.h"
 
 namespace looksam {
 namespace {
@@ -446,6 +447,7 @@ PYBIND11_MODULE(_C, module) {
       .def("step", &Table::step)
       .def("restore", &Table::restore);
   module.def("first_misfit", &looksam::first_misfit);
+  looksam::bind_snapshot(module);
   module.def("isas", [] {
     std::vector<std::string> names;
     for (const auto* kernels : looksam::cpu::available_isas()) names.emplace_back(kernels->name);

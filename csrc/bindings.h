@@ -56,9 +56,9 @@ inline py::object item(py::handle group, const char* name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
-// A hyper-parameter of the base: base_<name> in groups whose variant has one of the same name.
+// A hyper-parameter of the base: base.<name> in groups whose variant has one of the same name.
 inline py::object own(py::handle group, const char* name) {
-  const std::string renamed = std::string("base_") + name;
+  const std::string renamed = std::string("base.") + name;
   return item(group, PyMapping_HasKeyString(group.ptr(), renamed.c_str()) ? renamed.c_str() : name);
 }
 

@@ -146,7 +146,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     The states are torch.optim's; ``momentum_buffer`` is needed in groups with momentum, ``grad_avg`` in centered ones.
 
     Args:
-        groups: the base's hyper-parameters of each group by name, as in torch.optim; ``base_<name>`` where a variant has
+        groups: the base's hyper-parameters of each group by name, as in torch.optim; ``base.<name>`` where a variant has
             one of the same name.
 
     Raises:

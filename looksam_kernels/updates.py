@@ -21,8 +21,11 @@ Update = Callable[[Tensor, Tensor, State, Tensor, Scalars], tuple[Tensor, State]
 
 
 def own(group: Scalars, name: str) -> Any:
-    """A hyper-parameter of the base: ``base_<name>`` in groups whose variant has one of the same name."""
-    return group[renamed] if (renamed := f"base_{name}") in group else group[name]
+    """A hyper-parameter of the base: ``base.<name>`` in groups whose variant has one of the same name.
+
+    The dot keeps it apart from all that others write into groups: schedulers have a ``base_momentum`` of their own.
+    """
+    return group[renamed] if (renamed := f"base.{name}") in group else group[name]
 
 
 def sgd(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:

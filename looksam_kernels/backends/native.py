@@ -29,6 +29,9 @@ def reload() -> None:
 
 reload()
 
+extension: Any = _C
+"""The compiled module, for what is not of one device; ``None`` where there is none."""
+
 Adaptive = Sequence[float | None] | None
 
 

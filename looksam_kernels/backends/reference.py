@@ -129,7 +129,7 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
         return
 
     if coefficients.trust is not None:
-        group = {**group, "base_weight_decay": own(group, "weight_decay") * coefficients.trust[row].to(w.device)}
+        group = {**group, "base.weight_decay": own(group, "weight_decay") * coefficients.trust[row].to(w.device)}
     count = table["step"][row] + 1
     state = {name: table[name][row] for name in BASES[base].states}
     new_w, new_state = update(origin.to(d.dtype), d, state, count.double(), group)

@@ -36,7 +36,7 @@ OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 CUDA_CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-DLOOKSAM_MODULE=_cuda")
 NVCC_FLAGS = ("-O3",)
 
-SOURCES = {CPU: ("bindings.cpp", "cpu/*.cpp"), CUDA: ("cuda_bindings.cpp", "cuda/*.cu")}
+SOURCES = {CPU: ("bindings.cpp", "snapshot.cpp", "cpu/*.cpp"), CUDA: ("cuda_bindings.cpp", "cuda/*.cu")}
 HEADERS = {
     CPU: ("bindings.h", "core/*.h", "cpu/*.h"),
     CUDA: ("bindings.h", "core/*.h", "cuda/*.h", "cuda/*.cuh"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from looksam.binding import Binding, State
 from looksam.hyper import Group
 from looksam.masters import needs_master
+from looksam.names import BaseEntries, BaseStates, inner, outer
 from looksam_kernels import ops
 from looksam_kernels.formulas import Coefficients
 from looksam_kernels.updates import BASES, INITIAL
@@ -23,17 +24,23 @@ NOT_FUSED = ("amsgrad",)
 """Options of torch's classes that the fused updates leave to the class itself."""
 
 
+class Ours(NamedTuple):
+    """The names that are the variant's, not the base's."""
+
+    in_groups: frozenset[str]
+    in_state: frozenset[str]
+
+
 class Fused(NamedTuple):
     """A base update that runs inside :func:`looksam_kernels.step`."""
 
     name: str
     defaults: Group
-    renamed: dict[str, str]
-    """The base's name of an argument -> its name in our groups, where the variant has an argument of the same name."""
-
-    @property
-    def comes_first(self) -> bool:
-        return False
+    """The base's own hyper-parameters, by their names in our groups."""
+    ours: Ours
+    max_grad_norm: float | None
+    clips: bool = True
+    """Does ``max_grad_norm`` in the groups clip the direction? Not where the base has an argument of that name."""
 
     @property
     def inner(self) -> None:
@@ -60,12 +67,24 @@ class Fused(NamedTuple):
             if group.get(option):
                 raise ValueError(f"{option}=True in one group only is not supported; give it to the optimizer")
 
-    def share(self, groups: list[Group], state: dict[Tensor, State]) -> None:
+    def share(self, groups: list[Group], state: MutableMapping[Tensor, State]) -> None:
         """Nothing is kept of either."""
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         names = ("step", *self.states(group), *(("master_param",) if needs_master(p) else ()))
-        return self.state_for(p, group) if any(name not in state for name in names) else {}
+        lacking = {name for name in names if state.get(name) is None}
+        if not lacking:
+            return {}
+        fresh = self.state_for(p, group)
+        if self.columns == (
+            "step",
+            "momentum_buffer",
+        ):  # their step only says whether the buffer is new: it takes d undamped
+            if "momentum_buffer" in lacking:
+                lacking.add("step")
+            elif state.get("momentum_buffer") is not None:
+                fresh["step"].fill_(1)
+        return {name: fresh[name] for name in names if name in lacking}
 
     def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
         """Updates the parameters with the direction."""
@@ -94,35 +113,88 @@ class Fused(NamedTuple):
 class Wrapped:
     """Any optimizer class: the direction goes to ``.grad`` and the class's own ``step`` follows.
 
+    The instance works on views of our groups and state (:mod:`looksam.names`): it sees what it would see alone.
+
     Args:
-        renamed: as in :class:`Fused`.
+        kwargs: the class's arguments.
+        defaults, ours, max_grad_norm, clips: as of :class:`Fused`.
     """
 
     columns: tuple[str, ...] = ()
-    comes_first = True
     lars = False
 
-    def __init__(self, cls: type[Optimizer], kwargs: Group, defaults: Group, renamed: dict[str, str]) -> None:
-        self.cls, self.kwargs, self.defaults, self.renamed = cls, kwargs, defaults, renamed
+    def __init__(
+        self,
+        cls: type[Optimizer],
+        kwargs: Group,
+        defaults: Group,
+        ours: Ours,
+        max_grad_norm: float | None,
+        clips: bool,
+    ) -> None:
+        self.cls, self.kwargs, self.defaults, self.ours = cls, kwargs, defaults, ours
+        self.max_grad_norm, self.clips = max_grad_norm, clips
         self.inner: Optimizer | None = None
+        self._eager = False
+        """Does the class create its state in its constructor?"""
 
     def check(self, group: Group) -> None:
         """The class has its own checks."""
 
-    def share(self, groups: list[Group], state: dict[Tensor, State]) -> None:
-        """The inner optimizer, made at the first call, works on our own groups and state; its constructor's errors are
+    def share(self, groups: list[Group], state: MutableMapping[Tensor, State]) -> None:
+        """The inner optimizer, made at the first call, sees the groups and the state of now; its constructor's errors are
         raised as they are."""
         if self.inner is None:
-            self.inner = self.cls([{"params": list(g["params"])} for g in groups], **self.kwargs)
-            for p, eager in self.inner.state.items():
-                state[p].update(eager)
-        self.inner.param_groups, self.inner.state = groups, state  # type: ignore[assignment]
+            self.inner = self._made(groups, state)
+        shared: Any = self.inner
+        if not isinstance(shared.state, BaseStates):  # the class has put a new dict there
+            BaseStates(state, self.ours.in_state).replace(shared.state)
+        if getattr(shared.state, "of", None) is not state:
+            shared.state = BaseStates(state, self.ours.in_state)
+        views = shared.param_groups
+        for made, group in zip(views, groups, strict=False):
+            if not isinstance(made, BaseEntries):  # as the class's load_state_dict leaves them
+                self._own(group).update({name: value for name, value in made.items() if name != "params"})
+        if len(views) != len(groups) or any(
+            getattr(v, "of", None) is not g for v, g in zip(views, groups, strict=True)
+        ):
+            shared.param_groups = [self._own(g) for g in groups]
+
+    def _made(self, groups: list[Group], state: MutableMapping[Tensor, State]) -> Any:
+        """A new instance. What is in groups and state already holds; the constructor adds what is not."""
+        for name in ("param_groups", "state"):
+            if isinstance(getattr(self.cls, name, None), property):
+                raise TypeError(
+                    f"{self.cls.__name__} takes its {name} from another optimizer and cannot share ours; give the class of "
+                    "that optimizer"
+                )
+        new: Any = self.cls([dict(self._own(g)) for g in groups], **self.kwargs)
+        for made, group in zip(new.param_groups, groups, strict=True):
+            for name, value in made.items():
+                self._own(group).setdefault(name, value)
+        eager, new.state = new.state, BaseStates(state, self.ours.in_state)
+        self._eager = bool(eager)
+        for p, entries in eager.items():
+            for name, value in entries.items():
+                new.state[p].setdefault(name, value)
+        return new
+
+    def _own(self, group: Group) -> BaseEntries:
+        return BaseEntries(group, self.ours.in_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The instance is made anew by :meth:`share`: it shares its groups and state with whoever has this base."""
+        return {**self.__dict__, "inner": None}
 
     def states(self, group: Group) -> tuple[str, ...]:
         return ()
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
-        return {}
+        """What a class that creates its state in its constructor would not create any more."""
+        if not self._eager or BaseEntries(state, self.ours.in_state):
+            return {}
+        fresh = self.cls([{**self._own(group), "params": [p]}], **self.kwargs).state[p]
+        return {outer(name, self.ours.in_state): value for name, value in fresh.items()}
 
     def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
         """Updates the parameters with the direction. If the class's step raises, what was written is as before."""
@@ -134,7 +206,7 @@ class Wrapped:
             binding.shards.step(table, "grad", coefficients, groups)
             if not bool(coefficients.found_inf):  # the one read of the host: no wrapped optimizer can skip by itself
                 self.step(binding)
-                for w, x in zip(table["w"], added, strict=True):
+                for w, x in zip(binding.weights(), added, strict=True):  # where the class has left them
                     if x is not None:
                         w.add_(x)
         except BaseException:
@@ -155,45 +227,63 @@ class Wrapped:
 
     def step(self, binding: Binding) -> None:
         """The class's ``step`` without torch's wrapper around it: hooks and profiler ranges belong to the outer step."""
-        groups, inner = binding.groups, self.inner
-        assert inner is not None
+        groups = binding.groups
         self.share(groups, binding.state)
-        for p in [p for g in groups for p in g["params"] if p.numel() == 0]:
-            p.grad = None  # nothing to update, and some classes divide by the number of elements
+        shared: Any = self.inner
+        for p in binding.params:
+            if p.numel() == 0:
+                p.grad = None  # nothing to update, and some classes divide by the number of elements
         step = self.cls.step
         if getattr(step, "hooked", False):
             step = inspect.unwrap(step, stop=lambda f: not getattr(f, "hooked", False))
-        with self._own_names(groups):
-            step(inner)
-        inner._opt_called = True  # type: ignore[attr-defined]  # what a scheduler on the inner optimizer asks for
-        binding.hand_over()
-
-    @contextmanager
-    def _own_names(self, groups: list[Group]) -> Iterator[None]:
-        """Puts the base's arguments under the names it reads, for the time of its step. The direction is turned round
-        already where it is to be maximized."""
-        names = [*self.renamed, "maximize"]
-        ours = [{name: g[name] for name in names if name in g} for g in groups]
-        for g in groups:
-            g.update({name: g[renamed] for name, renamed in self.renamed.items()})
-            if "maximize" in g:
-                g["maximize"] = False
-        try:
-            yield
-        finally:
-            for g, values in zip(groups, ours, strict=True):
-                g.update(values)
+        with _not_maximized(groups):
+            step(shared)
+        shared._opt_called = True  # what a scheduler on the inner optimizer asks for
+        self.share(groups, binding.state)
 
 
-def take_over(base: Fused | Wrapped, group: Group) -> None:
-    """The group of a checkpoint of the base alone: its arguments, under our names."""
-    for name, outer in base.renamed.items():
-        if name in group:
-            group[outer] = group.pop(name)
+@contextmanager
+def _not_maximized(groups: list[Group]) -> Iterator[None]:
+    """For a step along a direction that is turned round already where it is to be maximized."""
+    turned = [g for g in groups if g.get("maximize")]
+    for g in turned:
+        g["maximize"] = False
+    try:
+        yield
+    finally:
+        for g in turned:
+            g["maximize"] = True
 
 
-def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[str]) -> Fused | Wrapped:
-    """The base for ``base_optimizer`` and its arguments; ``base_<name>`` gives an argument whose name is in ``reserved``.
+def under_our_names(base: Fused | Wrapped, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the base alone, as one of ours; one that is ours as it is."""
+    ours = base.ours.in_groups
+    marks = ours & {"phase", "perturb_eps"}
+    if all(marks <= group.keys() for group in state_dict["param_groups"]):
+        return state_dict
+    groups = [{outer(name, ours): value for name, value in group.items()} for group in state_dict["param_groups"]]
+    states = {
+        key: {outer(name, base.ours.in_state): value for name, value in state.items()}
+        for key, state in state_dict["state"].items()
+    }
+    return {**state_dict, "param_groups": groups, "state": states}
+
+
+def rename_given(base: Fused | Wrapped, group: Group) -> None:
+    """``base_<name>``, as users give it and older checkpoints hold it, -> ``base.<name>``."""
+    for name in base.ours.in_groups:
+        if f"base_{name}" in group and outer(name, (name,)) in base.defaults:
+            value = group.pop(f"base_{name}")
+            group.setdefault(outer(name, (name,)), value)
+
+
+def resolve(
+    base_optimizer: str | type[Optimizer], kwargs: Group, ours: Ours, example: Mapping[str, Any] | None = None
+) -> Fused | Wrapped:
+    """The base for ``base_optimizer`` and its arguments; ``base_<name>`` gives an argument whose name is one of ``ours``.
+
+    Args:
+        example: options of a group, which some classes need to tell their defaults.
 
     Raises:
         ValueError: unknown name, ``differentiable=True``, or what the base's own constructor refuses.
@@ -204,7 +294,7 @@ def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[
     if isinstance(base_optimizer, str):
         if base_optimizer not in _NAMED:
             raise ValueError(f"unknown base_optimizer {base_optimizer!r}; choose one of {', '.join(map(repr, _NAMED))}")
-        return _fused(base_optimizer, kwargs, reserved)
+        return _fused(base_optimizer, kwargs, ours)
     if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise TypeError(
             f"base_optimizer must be a name or a subclass of torch.optim.Optimizer, not {base_optimizer!r}; "
@@ -212,43 +302,56 @@ def resolve(base_optimizer: str | type[Optimizer], kwargs: Group, reserved: set[
         )
     name = getattr(base_optimizer, "fused_base", None) or _FUSED_CLASSES.get(base_optimizer)
     if name is not None and not any(kwargs.get(option) for option in NOT_FUSED):
-        return _fused(name, kwargs, reserved)
-    return _wrapped(base_optimizer, kwargs, reserved)
+        return _fused(name, kwargs, ours)
+    return _wrapped(base_optimizer, kwargs, ours, example or {})
 
 
-def _fused(name: str, kwargs: Group, reserved: set[str]) -> Fused:
-    max_grad_norm = kwargs.get("max_grad_norm", BASES[name].max_grad_norm)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive or None, not {max_grad_norm}")
-    renamed = _renamed(_NAMED[name], reserved)
-    kwargs = _own_names({k: v for k, v in kwargs.items() if k != "max_grad_norm"}, renamed)
-    defaults = _our_names(_NAMED[name](**kwargs), renamed)
+def _fused(name: str, kwargs: Group, ours: Ours) -> Fused:
+    kwargs = dict(kwargs)
+    max_grad_norm = kwargs.pop("max_grad_norm", BASES[name].max_grad_norm)
+    ours = Ours(ours.in_groups | {"max_grad_norm"}, ours.in_state)
+    defaults = _NAMED[name](**_own_arguments(_NAMED[name], kwargs, ours))
     if name == "adam" and defaults.get("decoupled_weight_decay"):
         name = "adamw"
-    return Fused(name, defaults | {"max_grad_norm": max_grad_norm}, renamed)
+    return Fused(name, _our_names(defaults, ours), ours, max_grad_norm)
 
 
-def _wrapped(cls: type[Optimizer], kwargs: Group, reserved: set[str]) -> Wrapped:
-    own = inspect.signature(cls).parameters
+def _wrapped(cls: type[Optimizer], kwargs: Group, ours: Ours, example: Mapping[str, Any]) -> Wrapped:
     kwargs = dict(kwargs)
-    max_grad_norm = None if "max_grad_norm" in own else kwargs.pop("max_grad_norm", None)
-    renamed = _renamed(cls, reserved)
-    kwargs = _own_names(kwargs, renamed)
-    defaults = _our_names(cls([_probe()], **kwargs).defaults, renamed)
-    return Wrapped(cls, kwargs, {"max_grad_norm": max_grad_norm} | defaults, renamed)
+    clips, max_grad_norm = "max_grad_norm" not in inspect.signature(cls).parameters, None
+    if clips:
+        max_grad_norm = kwargs.pop("max_grad_norm", None)
+        ours = Ours(ours.in_groups | {"max_grad_norm"}, ours.in_state)
+    kwargs = _own_arguments(cls, kwargs, ours)
+    group = {inner(name): value for name, value in example.items() if name not in ours.in_groups}
+    defaults = cls([{**group, "params": [_probe()]}], **kwargs).defaults
+    if kwargs.get("maximize") and "maximize" not in defaults:
+        raise ValueError(
+            f"maximize=True is not supported over {cls.__name__}, which does not keep it in its groups: the perturbation "
+            "would go the wrong way; negate the loss"
+        )
+    return Wrapped(cls, kwargs, _our_names(defaults, ours), ours, max_grad_norm, clips)
 
 
-def _renamed(constructor: Callable[..., Any], reserved: set[str]) -> dict[str, str]:
-    return {name: f"base_{name}" for name in inspect.signature(constructor).parameters if name in reserved}
+ARGUMENTS = ("model", "same_rng", "m_sharpness", "backend", "process_group")
+"""Of our constructors, beside the hyper-parameters."""
 
 
-def _own_names(kwargs: Group, renamed: dict[str, str]) -> Group:
-    ours = {outer: name for name, outer in renamed.items()}
-    return {ours.get(name, name): value for name, value in kwargs.items()}
+def _own_arguments(constructor: Callable[..., Any], kwargs: Group, ours: Ours) -> Group:
+    """``base_<name>`` -> name, where name is an argument of both."""
+    own = inspect.signature(constructor).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in own.values())
+
+    def name_of(given: str) -> str:
+        name = given.removeprefix("base_")
+        both = (name in own or takes_all) and (name in ours.in_groups or name in ARGUMENTS)
+        return name if given not in own and both else given
+
+    return {name_of(given): value for given, value in kwargs.items()}
 
 
-def _our_names(defaults: Group, renamed: dict[str, str]) -> Group:
-    return {renamed.get(name, name): value for name, value in defaults.items()}
+def _our_names(entries: Mapping[str, Any], ours: Ours) -> Group:
+    return {outer(name, ours.in_groups): value for name, value in entries.items()}
 
 
 def _probe() -> torch.nn.Parameter:

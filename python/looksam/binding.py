@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from looksam import hyper
-from looksam.distributed import Whole, shards_of
+from looksam.distributed import Shards, Whole, shards_of
 from looksam.hyper import Group
 from looksam.masters import Masters
-from looksam_kernels import TensorTable, ops
+from looksam_kernels import TensorTable, ops, snapshot
 from looksam_kernels.formulas import KEEP_NORM
+from looksam_kernels.snapshot import PARAMS, PLACES, Snapshot
+from looksam_kernels.table import holds_scalars
 
-State = dict[str, Any]
+State = MutableMapping[str, Any]
 """Of one parameter."""
+TRAINABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class StateOfBase(Protocol):
@@ -26,10 +29,6 @@ class StateOfBase(Protocol):
     def columns(self) -> tuple[str, ...]:
         """Those that the ops read and write."""
 
-    @property
-    def comes_first(self) -> bool:
-        """Does the base create its state by itself, and must find none of ours until it has?"""
-
     def states(self, group: Group) -> tuple[str, ...]:
         """The columns that the parameters of a group need."""
 
@@ -37,84 +36,114 @@ class StateOfBase(Protocol):
         """What is to be created and ``state`` lacks."""
 
 
-class Binding:
-    """One table for all parameters, in the order of the groups, that follows what changes between the steps.
+class Source(Protocol):
+    """The optimizer, or a weak proxy of it."""
 
-    It can be made anew at any time: all that must last is in ``state``.
+    param_groups: list[Group]
+    state: MutableMapping[Tensor, State]
+
+    def settle(self) -> None:
+        """Completes groups that somebody has put together by hand."""
+
+
+class Binding:
+    """One table for all parameters, in the order of the groups.
+
+    The truth is what the optimizer's groups and state hold, and where the parameters are, at this moment: whatever runs
+    between two ops (a forward pass, a hook, the user) may change them, so :meth:`follow` looks each time. Only gradients
+    and saved weights are the binding's own, for the length of a step.
 
     Args:
-        groups, state: of the optimizer.
+        source: whose ``param_groups`` and ``state`` are followed.
         base: whose state stands in the table beside the variant's.
         written: the columns of state that the variant writes.
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
     """
 
-    def __init__(
-        self,
-        groups: list[Group],
-        state: dict[Tensor, State],
-        base: StateOfBase,
-        written: Sequence[str],
-        backend: str | None,
-    ) -> None:
-        self.groups, self.state = groups, state
-        self._base, self._written, self._backend = base, written, backend
+    def __init__(self, source: Source, base: StateOfBase, written: Sequence[str], backend: str | None) -> None:
+        self._source, self._base, self._written, self._backend = source, base, written, backend
+        self._entries = (*base.columns, *own_entries(written), "master_param")
+        self.params: list[Tensor] = []
+        """Those that take part, one a row of the table: each once, and none that cannot train as it is."""
+        self._others: list[tuple[int, Tensor]] = []
+        """Those that cannot: integers, float8, meta, sparse, complex. They are not looked at, unless they get a gradient."""
+        self._group: list[int] = []
+        """The index of each row's group."""
+        self.number: list[int] = []
+        """The number of each row's parameter among all, as in a checkpoint."""
+        self._filters: list[Any] = []
         self._table: TensorTable | None = None
-        self._pointers: list[int] = []
-        """Where the parameters of the table were: a model that moves its parameters gets a new table."""
-        self._shards, self.masters = Whole(), Masters([])
-        self._backup: dict[Tensor, Tensor] = {}
-        self._aside: dict[Tensor, dict[str, Tensor]] = {}
-        """State of ours that waits until the base has created its own."""
+        self._snapshot: Snapshot | None = None
+        self.shards, self.masters = Whole(), Masters([])
+        self._saved: dict[Tensor, Tensor] = {}
+        """Where the weights of a parameter are saved while they are perturbed."""
         self._prepared: list[Any] = []
         """What :meth:`take` has already prepared for: it looks at single parameters only when something is new."""
 
     @property
-    def params(self) -> list[Tensor]:
-        return [p for group in self.groups for p in group["params"]]
+    def groups(self) -> list[Group]:
+        return self._source.param_groups
+
+    @property
+    def state(self) -> MutableMapping[Tensor, State]:
+        return self._source.state
 
     @property
     def table(self) -> TensorTable:
         if self._table is None:
-            weights = self.shards.local([p.detach() for p in self.params])
-            self._pointers = _pointers(weights)
-            rows = hyper.row_groups(self.groups)
-            self._table = TensorTable([w for w in weights if w is not None], rows, backend=self._backend)
-            self._prepared = []
-            self._set_columns(self._table)
-            self.masters.follow()
+            self.follow()
+        assert self._table is not None
         return self._table
 
-    @property
-    def shards(self) -> Whole:
-        if self._table is None:
-            self._shards = shards_of(self.params)
-        return self._shards
+    def follow(self) -> list[int | None] | None:
+        """Takes up what has been changed outside since the last call. To be called when gradients are there, and before
+        the weights move.
+
+        Returns:
+            Where there are other rows than before: the row that each had (``None``: it is new).
+        """
+        before: list[int | None] | None = None
+        changes = self._changes()
+        if changes & PARAMS or (changes & PLACES and not self._only_moved()):
+            before = self._rebuild()
+        elif changes & PLACES:
+            self.table["w"] = self.weights()
+        if changes:
+            self._prepared = []
+            self._set_state()
+        if not any(self.table.perturbed):
+            self.masters.follow()
+        return before
 
     def gradients(self) -> Sequence[Tensor | None]:
-        """Those of now, what this rank holds of them."""
+        """Those of now, what this rank holds of them.
+
+        Raises:
+            TypeError: a gradient of a parameter of a kind that is not supported.
+        """
+        for number, p in self._others:
+            if p.grad is not None:
+                raise TypeError(f"parameter {number} has a gradient, but is {kind(p)}: {UNSUPPORTED}")
         return self.shards.local([p.grad for p in self.params])
 
-    def follow(self) -> None:
-        """To be called before the weights move: what has been changed outside since the last step."""
-        if self._table is not None and self._pointers != _pointers(self._shards.local(self.params)):
-            self._table, self._backup = None, {}
-        self.masters.follow()
-
-    def take(self, column: str, writes: str | None = None) -> None:
+    def take(self, column: str, writes: str | None = None) -> list[int | None] | None:
         """Puts the gradients of now into ``column``, and creates all the state, ``writes`` included, that the
-        parameters which have one still lack."""
-        table = self.table
-        table[column] = grads = self.gradients()
+        parameters which have one still lack. Returns as :meth:`follow`."""
+        before = self.follow()
+        self.table[column] = grads = self.gradients()
         states = [self._base.states(g) for g in self.groups]
         asked = (writes, states, [g is not None for g in grads])
         if asked not in self._prepared:
-            for group in self.groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._prepare(p, group, writes)
-            self._set_columns(table)
+            created = [self._prepare(row, writes) for row, p in enumerate(self.params) if p.grad is not None]
+            if any(created):
+                self._set_state()
             self._prepared = [*self._prepared[-7:], asked]
+        return before
+
+    def etas(self) -> list[float | None] | None:
+        """ASAM's eta of each row; see :func:`looksam.hyper.etas`."""
+        etas = hyper.etas(self.groups)
+        return etas and [etas[number] for number in self.number]
 
     def make_room(self, column: str) -> None:
         """Somewhere to save the weights that a perturbation along ``column`` moves."""
@@ -124,12 +153,13 @@ class Binding:
         rows = zip(self.params, table.present(column), table.present("b"), strict=True)
         new = {p: torch.empty_like(p) for p, moves, has_room in rows if moves and not has_room}
         if new:
-            self._backup.update(new)
-            self._set_columns(table)
+            self._saved.update(new)
+            self._set_saved([self.state.get(p, {}) for p in self.params])
 
     def restore(self) -> None:
-        """The weights are where they were saved, where a step has moved them."""
-        if self._table is not None:
+        """The parameters hold, wherever they are now, what was saved when a step moved them."""
+        if self._table is not None and any(self._table.perturbed):
+            self._table["w"] = self.weights()
             ops.restore(self._table)
 
     def drop(self, columns: Iterable[str]) -> None:
@@ -138,32 +168,163 @@ class Binding:
             for column in columns:
                 self._table.drop(column)
 
-    def hand_over(self) -> None:
-        """The base has created its state: ours may stand beside it."""
-        for p in [p for p in self._aside if p.grad is not None]:
-            self.state[p].update(self._aside.pop(p))
+    def _changes(self) -> int:
+        if self._snapshot is None:
+            return PARAMS
+        changes = self._snapshot.changes(self.groups, self.state, None if self._whole else self.weights())
+        return changes | (0 if self._filters == _filters(self.groups) else PARAMS)
 
-    def _prepare(self, p: Tensor, group: Group, writes: str | None) -> None:
+    def _only_moved(self) -> bool:
+        """Are all weights of the dtype, device and shape that they had?"""
+        return all(_alike(x, w) and trains(x) for x, w in zip(self.weights(), self.table["w"], strict=True))
+
+    @property
+    def _whole(self) -> bool:
+        return type(self.shards) is Whole
+
+    def _followed(self) -> Sequence[Tensor]:
+        """Whose places the snapshot follows: the parameters themselves, or the shards that they hold."""
+        return self.params if self._whole else self.weights()
+
+    def weights(self) -> list[Tensor]:
+        """The rows' parameters as they are now, what this rank holds of them."""
+        return [w for w in self.shards.local([p.detach() for p in self.params]) if w is not None]
+
+    def _rebuild(self) -> list[int | None] | None:
+        """A new table for the parameters of now. Of a step under way it takes over what the rows that stay have got;
+        those that go are restored first."""
+        old, old_params, groups = self._table, self.params, self.groups
+        self._source.settle()
+        rows = _distinct(groups)
+        scaled = hyper.row_groups(groups)
+        self._filters = _filters(groups)
+        self._others = [(n, p) for p, _, n in rows if not trains(p)]
+        rows = [row for row in rows if trains(row[0])]
+        self.params, self._group = [p for p, _, _ in rows], [i for _, i, _ in rows]
+        self.number = [n for _, _, n in rows]
+        self.shards = shards_of(self.params)
+        self._table = table = TensorTable(self.weights(), [scaled[n] for n in self.number], backend=self._backend)
+        stay = set(self.params)
+        self._saved = {p: b for p, b in self._saved.items() if p in stay and _alike(b, p)}
+        if old is None:
+            return None
+        place = {p: row for row, p in enumerate(old_params)}
+        before = [place.get(p) for p in self.params]
+        for p, row in place.items():
+            if old.perturbed[row] and p not in stay:
+                _local(p.detach()).copy_(old["b"][row])
+        for column in set(old) - {"w", *self._entries}:
+            x = old[column]
+            table[column] = [
+                None if row is None else x[row].to(w.device) for row, w in zip(before, table["w"], strict=True)
+            ]
+        table.perturbed = [row is not None and old.perturbed[row] for row in before]
+        return before
+
+    def _prepare(self, row: int, writes: str | None) -> bool:
+        """Creates what the state of a parameter lacks. Was there anything?"""
+        p, group = self.params[row], self.groups[self._group[row]]
         state = self.state.get(p, {})
-        missing = self._base.missing(p, group, state)
-        if missing:
-            self.state[p] = state = {**missing, **state}
-        if writes is not None and writes not in state:
-            mine = self._aside.setdefault(p, {}) if self._base.comes_first else state
-            mine[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        missing = dict(self._base.missing(p, group, state))
+        if "master_param" in missing and self.table.perturbed[row]:
+            _local(missing["master_param"]).copy_(self.table["b"][row])
+        if writes is not None and any(state.get(name) is None for name in own_entries([writes])):
+            missing[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             if writes in KEEP_NORM:
-                mine[f"{writes}_norm_sq"] = torch.zeros((), dtype=torch.float64, device=p.device)
+                missing[f"{writes}_norm_sq"] = torch.zeros((), dtype=torch.float64, device=p.device)
+        if missing:
+            self.state.setdefault(p, {}).update(missing)
+        return bool(missing)
 
-    def _set_columns(self, table: TensorTable) -> None:
-        params = self.params
-        rows = [{**self.state.get(p, {}), **self._aside.get(p, {})} for p in params]
-        for name in (*self._base.columns, *(f"{x}{suffix}" for x in self._written for suffix in ("", "_norm_sq"))):
-            table[name] = self._shards.local([row.get(name) for row in rows])
-        backups = [row.get("master_param", self._backup.get(p)) for p, row in zip(params, rows, strict=True)]
-        table["b"] = self._shards.local(backups)
-        own = zip(params, table["w"], table["b"], rows, strict=True)
-        self.masters = Masters((p, w, b) for p, w, b, row in own if "master_param" in row)
+    def _set_state(self) -> None:
+        """The columns of state are what the state holds now."""
+        states = [self.state.get(p, {}) for p in self.params]
+        for name in self._entries[:-1]:
+            self.table[name] = self.shards.local([self._entry(row, s, name) for row, s in enumerate(states)])
+        self._set_saved(states)
+        self._snapshot = snapshot.take(self.groups, self.state, self._followed(), self._entries)
+
+    def _set_saved(self, states: list[State]) -> None:
+        """Column b: the master; else, of a row that is perturbed, what holds its weight; else where it will be saved."""
+        table = self.table
+        masters = [self._entry(row, s, "master_param") for row, s in enumerate(states)]
+        rows = zip(self.params, self.shards.local(masters), table["b"], table.perturbed, strict=True)
+        table["b"] = [
+            m if m is not None else b if perturbed else _local(self._saved.get(p)) for p, m, b, perturbed in rows
+        ]
+        own = zip(self.params, table["w"], table["b"], masters, strict=True)
+        self.masters = Masters((p, w, b) for p, w, b, master in own if master is not None)
+
+    def _entry(self, row: int, state: State, name: str) -> Tensor | None:
+        """
+        Raises:
+            TypeError, ValueError: it cannot belong to its parameter.
+        """
+        x, p = state.get(name), self.params[row]
+        if name.endswith("_norm_sq"):  # counts only beside what it is the norm of, and can be made from that
+            of = state.get(name.removesuffix("_norm_sq"))
+            if x is None and isinstance(of, Tensor) and of.is_floating_point():
+                x = of.square().sum(dtype=torch.float64)
+                state[name] = x = x.full_tensor() if isinstance(self.shards, Shards) else x
+            x = None if of is None else x
+        if x is None:
+            return None
+        if holds_scalars(name) and (not isinstance(x, Tensor) or x.device != p.device or not x.is_floating_point()):
+            state[name] = x = (
+                torch.as_tensor(x).to(p.device, torch.float32).reshape(())
+            )  # counts stay on the host in torch
+        where = f"the state of parameter {self.number[row]}: {name!r}"
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout is not torch.strided:
+            raise TypeError(f"{where} is {kind(x)}; it must be a dense tensor of real floating point numbers. {ANEW}")
+        if x.device != p.device:
+            raise ValueError(f"{where} is on {x.device}, the parameter on {p.device}; move it there. {ANEW}")
+        if x.shape != (() if holds_scalars(name) else p.shape):
+            raise ValueError(f"{where} has the shape {tuple(x.shape)}, the parameter {tuple(p.shape)}. {ANEW}")
+        return x
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [x.data_ptr() for x in tensors if x is not None]
+ANEW = "An entry that is deleted begins anew."
+UNSUPPORTED = "only dense parameters of a real floating point dtype of 16 to 64 bits can be trained"
+
+
+def kind(x: Any) -> str:
+    """What a message says of a value that is not as it should be."""
+    return (
+        f"a {x.dtype} tensor of layout {x.layout} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    )
+
+
+def trains(p: Tensor) -> bool:
+    """Can the ops update it? Others may be there as long as they are frozen."""
+    return p.dtype in TRAINABLE and p.layout is torch.strided and p.device.type != "meta"
+
+
+def own_entries(written: Iterable[str]) -> tuple[str, ...]:
+    """The entries of a parameter's state that the columns a variant writes need."""
+    return tuple(name for x in written for name in ((x, f"{x}_norm_sq") if x in KEEP_NORM else (x,)))
+
+
+def _distinct(groups: list[Group]) -> list[tuple[Tensor, int, int]]:
+    """Every parameter once, with its group's index and its number."""
+    rows: dict[Tensor, tuple[Tensor, int, int]] = {}
+    number = 0
+    for i, group in enumerate(groups):
+        for p in group["params"]:
+            rows.setdefault(p, (p, i, number))
+            number += 1
+    return list(rows.values())
+
+
+def _filters(groups: list[Group]) -> list[Any]:
+    """The layer filters, which decide on the rows' hyper-parameters: copies, to be compared."""
+    filters = [g.get("layer_filter") for g in groups]
+    return [list(f) if isinstance(f, list) else f for f in filters]
+
+
+def _alike(x: Tensor, p: Tensor) -> bool:
+    return x.dtype == p.dtype and x.device == p.device and x.shape == p.shape
+
+
+def _local(x: Any) -> Any:
+    """What this rank holds of a tensor."""
+    return getattr(x, "_local_tensor", x)

@@ -12,19 +12,27 @@ from torch.optim import Optimizer
 StateDict = dict[str, Any]
 
 
-def load_exactly(optimizer: Optimizer, load: Callable[[StateDict], None], state_dict: StateDict, moves: bool) -> None:
+def load_exactly(
+    optimizer: Optimizer,
+    load: Callable[[StateDict], None],
+    state_dict: StateDict,
+    moves: bool,
+    translate: Callable[[StateDict], StateDict],
+) -> None:
     """``load(state_dict)``, after which every tensor has the dtype that it was saved with.
 
     Torch casts state to the parameter's dtype, which would round the float32 state of low-precision parameters.
 
     Args:
         load: torch's own ``load_state_dict``.
+        translate: of what the user's hooks leave of the given one, what is loaded.
         moves: bring all tensors to the parameter's device; torch leaves ``step`` where it was saved.
     """
     final: StateDict = {}
 
-    def capture(_: Optimizer, given: StateDict) -> None:
-        final.update(given)
+    def capture(_: Optimizer, given: StateDict) -> StateDict:
+        final.update(translate(given))
+        return final
 
     handle = optimizer.register_load_state_dict_pre_hook(capture)
     try:

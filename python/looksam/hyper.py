@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "total_steps": whole_at_least(1),
     "lambda1": Range(lambda x, _: isfinite(x), "finite"),
     "lambda2": Range(lambda x, _: isfinite(x), "finite"),
+    "max_grad_norm": Range(lambda x, _: x is None or x > 0, "positive or None"),
 }
 """Of every hyper-parameter of a variant. A class narrows one where its method asks for it."""
 
@@ -89,13 +90,6 @@ def check(group: Group, names: Iterable[str], first: Group, ranges: Mapping[str,
     for name in shared:
         if name in group and group[name] != first[name]:
             raise ValueError(f"{name} must be the same in all groups: {first[name]!r} and {group[name]!r}")
-
-
-def settle_layer_filter(group: Group) -> None:
-    """The function of the constructor -> what it says of each parameter, which a checkpoint can hold."""
-    accepts = group.get("layer_filter", [])
-    if not isinstance(accepts, list):
-        group["layer_filter"] = [accepts is None or bool(accepts(p)) for p in group["params"]]
 
 
 def for_ops(groups: list[Group], radius: Radius | None = None) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -12,9 +13,10 @@ from torch.optim import Optimizer
 
 from looksam import bases
 from looksam.amp import ScaledGradients
-from looksam.binding import Binding
+from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import load_exactly
-from looksam.hyper import COMMON, RANGES, Group, Range, check, settle_layer_filter
+from looksam.filters import LayerFilters
+from looksam.hyper import COMMON, RANGES, Group, Range, check
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
 from looksam.steps import Step
@@ -82,9 +84,14 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._requested = backend
         base_kwargs = dict(base_kwargs)
         self._passes = Passes(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
-        self._base = bases.resolve(base_optimizer, base_kwargs, reserved=set(hyper) | {"k", "phase"})
+        params = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params
+        example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
+        ours = bases.Ours(frozenset({"phase", *hyper}), frozenset(own_entries(self._written)))
+        self._base = bases.resolve(base_optimizer, base_kwargs, ours, example)
         self._forget()
-        super().__init__(params, {"phase": 0, **hyper, **self._base.defaults})
+        own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
+        self._layer_filters = LayerFilters(own.get("layer_filter"))
+        super().__init__(params, own | self._base.defaults)
         self._base.share(self.param_groups, self.state)
         notice.first_optimizer((p.device for g in self.param_groups for p in g["params"]), backend)
 
@@ -178,7 +185,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
     @property
     def base_optimizer(self) -> Optimizer:
         """What to hand to a scheduler that wants the base: the wrapped optimizer, or this one where the base is fused.
-        Both share their groups."""
+
+        Both share groups and state. Other methods of a wrapped class are called here: ``opt.base_optimizer.eval()``.
+        """
+        self._base.share(self.param_groups, self.state)
         return self._base.inner or self
 
     @property
@@ -189,28 +199,38 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """As torch's; fills in every default, the base's included, and checks the values."""
         if isinstance(param_group, dict):
+            bases.rename_given(self._base, param_group)
             given = {**self.defaults, **param_group}
-            own = [name for name in self.defaults if name not in self._base.defaults]
-            check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges, self.shared)
+            own = [name for name in self.defaults if name in self._base.ours.in_groups]
+            shared = [name for name in self.shared if name in own]
+            check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges, shared)
             self._base.check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        settle_layer_filter(group)
         for p in group["params"]:
-            if p.is_complex() or p.layout is not torch.strided:
+            if p.requires_grad and (p.is_complex() or p.layout is not torch.strided):
                 self.param_groups.pop()
-                raise TypeError(
-                    f"{p.dtype} parameters of layout {p.layout} are not supported; only dense real ones are"
-                )
+                raise TypeError(f"{kind(p)} is among the parameters: {UNSUPPORTED}")
         group.update({name: self.param_groups[0][name] for name in self.counted})
-        self._binding = None
+        self._layer_filters.settle(self.param_groups)
+
+    def settle(self) -> None:
+        """Completes groups that somebody has put together by hand: defaults, the place in the cycle, layer filters."""
+        for group in self.param_groups:
+            if not group.keys() >= self.defaults.keys():
+                bases.rename_given(self._base, group)
+                for name in self.counted:
+                    group.setdefault(name, next((g[name] for g in self.param_groups if name in g), self.defaults[name]))
+                for name, default in self.defaults.items():
+                    group.setdefault(name, default)
+        self._layer_filters.settle(self.param_groups)
 
     # The parts of a step --------------------------------------------------------------------------------------------
 
     @property
     def _plan(self) -> Plan:
         group = self.param_groups[0]
-        return self.variant.sharp if group["phase"] % group.get("k", 1) == 0 else self.variant.cheap
+        return self.variant.sharp if group.get("phase", 0) % group.get("k", 1) == 0 else self.variant.cheap
 
     @property
     def _moved(self) -> bool:
@@ -247,9 +267,13 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def _bound(self) -> Binding:
         if self._binding is None:
-            written = [x for x in dict.fromkeys(plan.writes for plan in self.variant[:2]) if x is not None]
-            self._binding = Binding(self.param_groups, self.state, self._base, written, self._requested)
+            self._binding = Binding(weakref.proxy(self), self._base, self._written, self._requested)
         return self._binding
+
+    @property
+    def _written(self) -> list[str]:
+        """The columns of state that the variant's plans write."""
+        return [x for x in dict.fromkeys(plan.writes for plan in self.variant[:2]) if x is not None]
 
     def _step_on_gradients(self) -> None:
         """step() without a closure: ends a two-call step, does a cheap one, or only creates the state."""
@@ -259,7 +283,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 self._passes.close()
                 step.collect(looks[-1])
                 self._finish(step, self._grad_scale(new_gradients=False))
-            elif all(g is None or not g.any() for g in self._bound().gradients()):
+            elif self._no_gradient():
                 step.create_state()
                 self._step = None
             else:
@@ -269,6 +293,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
                     "step(closure) with a closure that zeroes the gradients, computes the loss, calls backward and "
                     f"returns the loss{by_hand if step.plan.in_two_calls else ''}"
                 )
+
+    def _no_gradient(self) -> bool:
+        """Are all gradients zero, or not there?"""
+        binding = self._bound()
+        binding.follow()
+        return all(g is None or not g.any() for g in binding.gradients())
 
     def _finish(self, step: Step, grad_scale: Tensor | None) -> None:
         self._report(step.descend(grad_scale))
@@ -280,6 +310,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """The step under way, or a new one. Whatever is raised inside leaves every weight as before the step."""
         try:
             if self._step is None:
+                if not all(group.keys() >= self.defaults.keys() for group in self.param_groups):
+                    self.settle()
                 self._step = Step(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
             yield self._step
         except BaseException:
@@ -297,18 +329,13 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._moved:
             raise RuntimeError("cannot copy or pickle between first_step and second_step: the weights are perturbed")
-        own = {name: getattr(self, name) for name in ("variant", "_requested", "_passes", "_base")}
+        own = {name: getattr(self, name) for name in ("variant", "_requested", "_passes", "_base", "_layer_filters")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         super().__setstate__(state)
-        for group in self.param_groups:
-            if "phase" not in group:
-                bases.take_over(self._base, group)  # a checkpoint of the base alone can be loaded
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-            settle_layer_filter(group)
+        self.settle()
         self._base.share(self.param_groups, self.state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,11 +346,18 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """
         if self._moved:
             raise RuntimeError("state_dict() between first_step and second_step: the weights are perturbed")
+        self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved with."""
-        load_exactly(self, super().load_state_dict, state_dict, moves=isinstance(self._base, bases.Fused))
+        load_exactly(
+            self,
+            super().load_state_dict,
+            state_dict,
+            moves=isinstance(self._base, bases.Fused),
+            translate=lambda given: bases.under_our_names(self._base, given),
+        )
 
 
 PASSES = ("model", "same_rng", "m_sharpness")

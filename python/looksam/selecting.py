@@ -88,7 +88,8 @@ class ESAM(SharpnessAware):
             torch.clear_autocast_cache()  # in older torch it holds casts of the weights without a graph
             assert self._losses is not None
             kept = samples.sharpest(self._losses, after, gamma)
-        losses = super()._pass(samples.with_backward(closure, kept, self._bound().params), number, of)
+        params = [p for group in self.param_groups for p in group["params"]]
+        losses = super()._pass(samples.with_backward(closure, kept, params), number, of)
         self._losses = losses if number + 1 < of else None
         return losses.mean()
 

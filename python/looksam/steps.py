@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from looksam.distributed import Pair, Replicas
 from looksam.hyper import Group
 from looksam.passes import Passes
 from looksam.plans import Look, Plan, spent
-from looksam_kernels import ops
+from looksam_kernels import ops, snapshot
 from looksam_kernels.formulas import ASCENTS, Coefficients, Sums
 
 
@@ -43,10 +41,10 @@ class Step:
         """Takes the gradients of now into the table: the tensors themselves, or copies where they must also stay."""
         plan, binding = self.plan, self._binding
         last = look is plan.looks[-1]
-        self._begin()
-        binding.take(look.column, plan.writes if last else None)
+        self._follow(binding.take(look.column, plan.writes if last else None))
         table = binding.table
-        if keep_grad or (not last and _are_views(table[look.column])):
+        if keep_grad or (not last and snapshot.any_shared(table[look.column])):
+            # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
             table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
         if not (keep_grad or last):
             for p in binding.params:
@@ -55,6 +53,7 @@ class Step:
     def collect_both(self, pair: Pair) -> None:
         """In place of two :meth:`collect`: this rank has made one gradient of the plan's two, its partner the other."""
         binding, (first, last) = self._binding, self.plan.looks
+        self._follow(binding.follow())
         mine = [p.grad for p in binding.params]
         theirs = pair.exchange(mine)
         if pair.rank == 0:
@@ -67,10 +66,11 @@ class Step:
         """Measures the gradients collected so far and moves the weights to where ``look`` is taken."""
         assert look.ascent is not None
         binding, rule = self._binding, look.ascent
-        self._begin()
+        if not self._begun:
+            self._follow(binding.follow())
         if not self.moved:
             binding.make_room(ASCENTS[rule].inputs[0])
-        etas = hyper.etas(binding.groups)
+        etas = binding.etas()
         if etas is not None and rule == "sam":
             rule = "asam"
         coefficients = self._measure(rule, self._groups(), grad_scale, etas)
@@ -98,7 +98,7 @@ class Step:
             self._found_inf = replicas.agree(binding.table, plan.descent, plan.looks[-1].column, self._found_inf)
             self._sums = self._sums and self._sums.stored()
         groups = self._groups()
-        clip = binding.groups[0]["max_grad_norm"]
+        clip = groups[0]["max_grad_norm"] if self._base.clips else None
         coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
         self._base.update(binding, coefficients, groups)
         self._weights_changed()
@@ -110,8 +110,7 @@ class Step:
 
         torch.distributed.checkpoint asks for this, by a step with zero gradients on a fresh optimizer.
         """
-        self._begin()
-        self._binding.take(self.plan.looks[-1].column, writes=self.plan.writes)
+        self._follow(self._binding.take(self.plan.looks[-1].column, writes=self.plan.writes))
         self._base.create_state(self._binding)
         self._end()
 
@@ -122,11 +121,15 @@ class Step:
             self._weights_changed()
         self._end()
 
-    def _begin(self) -> None:
-        """Once, when the first gradients are there or the weights are about to move."""
-        if not self._begun:
-            self._binding.follow()
-            self._begun = True
+    def _follow(self, before: list[int | None] | None) -> None:
+        """The sums of this step belong to the rows of now, which may have been others ``before``."""
+        self._begun = True
+        if before is not None and self._sums is not None:
+            values = self._sums.values.new_zeros(len(self._sums.pairs), len(before))
+            for row, old in enumerate(before):
+                if old is not None:
+                    values[:, row] = self._sums.values[:, old]
+            self._sums = Sums(self._sums.pairs, values)
 
     def _groups(self) -> list[Group]:
         return hyper.for_ops(self._binding.groups, self._radius)
@@ -165,12 +168,3 @@ class Step:
         self.moved = False
         self._passes.close()
         self._binding.drop([look.column for look in self.plan.looks])
-
-
-def _are_views(gradients: Sequence[Tensor | None]) -> bool:
-    """Do gradients live in a larger buffer, which the next backward overwrites (DDP's ``gradient_as_bucket_view``)?
-
-    Buckets take all parameters of a model, so the first and the last gradient tell.
-    """
-    there = [g for g in gradients if g is not None]
-    return any(g.untyped_storage().nbytes() > g.numel() * g.element_size() for g in (*there[:1], *there[-1:]))

@@ -224,9 +224,9 @@ BASE_CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "lion": ("lion", _three(betas=(0.9, 0.99))),
     "adagrad": ("adagrad", _three(lr_decay=0.1, eps=1e-10)),
     "rmsprop": ("rmsprop", _three(alpha=0.9, eps=1e-8, momentum=0.0, centered=False)),
-    "rmsprop-momentum": ("rmsprop", _three(base_alpha=0.9, alpha=0.3, eps=1e-8, momentum=0.9, centered=False)),
+    "rmsprop-momentum": ("rmsprop", _three(**{"base.alpha": 0.9}, alpha=0.3, eps=1e-8, momentum=0.9, centered=False)),
     "rmsprop-centered": ("rmsprop", _three(alpha=0.9, eps=1e-8, momentum=0.9, centered=True)),
-    "adadelta": ("adadelta", _three(base_rho=0.9, rho=0.05, eps=1e-6)),
+    "adadelta": ("adadelta", _three(**{"base.rho": 0.9}, rho=0.05, eps=1e-6)),
     "grad": ("grad", [{}, {}, {}]),
 }
 

@@ -721,8 +721,8 @@ def test_a_group_that_joins_later_equals_one_without_gradients_until_then(varian
     third = [p for p, name in zip(late.params, late.problem.names, strict=True) if name in GROUPS[2]]
     last = late.optimizer.param_groups[-1]
     given = {**METHODS[variant].hyper[2], **BASES[base].hyper[2]}
-    given = {("base_" + n if n == "alpha" and "base_alpha" in last else n): x for n, x in given.items()}
-    if "base_alpha" in last:
+    given = {("base.alpha" if n == "alpha" and "base.alpha" in last else n): x for n, x in given.items()}
+    if "base.alpha" in last:
         given["alpha"] = last["alpha"]
     groups = late.optimizer.param_groups[:2]
     kept = [{name: x for name, x in group.items() if name not in ("phase", "layer_filter")} for group in groups]

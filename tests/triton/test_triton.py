@@ -38,8 +38,8 @@ HYPER: dict[str, Any] = {
     "trust_clip": False,
     "trust_coefficient": 0.02,
     "lr_decay": 0.1,
-    "base_alpha": 0.9,
-    "base_rho": 0.9,
+    "base.alpha": 0.9,
+    "base.rho": 0.9,
     "centered": True,
 }
 

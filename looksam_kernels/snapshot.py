@@ -1,0 +1,80 @@
+"""What an optimizer's groups and state held at one moment, and whether they still do (the twin of csrc/snapshot.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from looksam_kernels.backends import native
+
+PARAMS, PLACES, STATE = 1, 2, 4
+"""What can change: which parameters there are; where their elements lie; what the state holds of them."""
+
+Groups = Sequence[Mapping[str, Any]]
+States = Mapping[Any, MutableMapping[str, Any]]
+
+
+class Snapshot(Protocol):
+    """Compares by identity, so that a question costs no more than looking. Keeps alive what it compares."""
+
+    def changes(self, groups: Groups, state: States, weights: Sequence[Tensor] | None) -> int:
+        """Which of ``PARAMS``, ``PLACES`` and ``STATE`` have changed, added up.
+
+        Args:
+            weights: those of now, where they are not the tensors themselves that the snapshot was given.
+        """
+
+
+def take(groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequence[str]) -> Snapshot:
+    """
+    Args:
+        groups, state: of a ``torch.optim.Optimizer``.
+        weights: whose places are followed: dense tensors.
+        entries: the names in a parameter's state that are followed; other entries may change unseen.
+    """
+    if native.extension is not None and isinstance(state, dict) and all(isinstance(s, dict) for s in state.values()):
+        return native.extension.Snapshot(groups, state, weights, entries)
+    return PlainSnapshot(groups, state, weights, entries)
+
+
+class PlainSnapshot:
+    """The one without the extension, and for a state that is not made of dicts."""
+
+    def __init__(self, groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequence[str]) -> None:
+        self._weights, self._entries = weights, entries
+        self._params = [list(g["params"]) for g in groups]
+        self._places = [_place(w) for w in weights]
+        self._state = self._read(state)
+
+    def changes(self, groups: Groups, state: States, weights: Sequence[Tensor] | None) -> int:
+        params = [g["params"] for g in groups]
+        places = [_place(w) for w in (self._weights if weights is None else weights)]
+        found = 0 if len(params) == len(self._params) and all(map(_same, params, self._params)) else PARAMS
+        found |= 0 if places == self._places else PLACES
+        return found | (0 if _same(self._read(state), self._state) else STATE)
+
+    def _read(self, state: States) -> list[Any]:
+        return [x for p, s in state.items() for x in (p, s, *(s.get(name) for name in self._entries))]
+
+
+def any_shared(tensors: Sequence[Tensor | None]) -> bool:
+    """Does anybody else hold the memory of one of these tensors, as a buffer does whose parts are gradients?"""
+    if native.extension is not None:
+        return bool(native.extension.any_shared(tensors))
+    return any(x is not None and x.layout is torch.strided and _is_shared(x) for x in tensors)
+
+
+def _is_shared(x: Tensor) -> bool:
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # its tensor's, and that of the question
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.dtype, x.device, x.shape, x.stride()
+
+
+def _same(a: Iterable[Any], b: Sequence[Any]) -> bool:
+    a = list(a)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
