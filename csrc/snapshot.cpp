@@ -156,6 +156,17 @@ bool any_shared(py::handle tensors) {
   return false;
 }
 
+// The first row whose two tensors begin at the same address, or -1.
+int first_same_place(py::handle tensors, py::handle others) {
+  const Items a(tensors), b(others);
+  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    if (a[i].is_none() || b[i].is_none()) continue;
+    const void* place = Place::address(unpack(a[i]));
+    if (place != nullptr && place == Place::address(unpack(b[i]))) return static_cast<int>(i);
+  }
+  return -1;
+}
+
 }  // namespace
 
 void bind_snapshot(py::module_& module) {
@@ -163,6 +174,7 @@ void bind_snapshot(py::module_& module) {
       .def(py::init<py::handle, py::handle, py::handle, const std::vector<std::string>&>())
       .def("changes", &Snapshot::changes);
   module.def("any_shared", &any_shared);
+  module.def("first_same_place", &first_same_place);
 }
 
 }  // namespace looksam

@@ -35,8 +35,9 @@ def take(groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequ
         weights: whose places are followed: dense tensors.
         entries: the names in a parameter's state that are followed; other entries may change unseen.
     """
-    if native.extension is not None and isinstance(state, dict) and all(isinstance(s, dict) for s in state.values()):
-        return native.extension.Snapshot(groups, state, weights, entries)
+    compiled = native.compiled()
+    if compiled is not None and isinstance(state, dict) and all(isinstance(s, dict) for s in state.values()):
+        return compiled.Snapshot(groups, state, weights, entries)
     return PlainSnapshot(groups, state, weights, entries)
 
 
@@ -62,9 +63,19 @@ class PlainSnapshot:
 
 def any_shared(tensors: Sequence[Tensor | None]) -> bool:
     """Does anybody else hold the memory of one of these tensors, as a buffer does whose parts are gradients?"""
-    if native.extension is not None:
-        return bool(native.extension.any_shared(tensors))
+    compiled = native.compiled()
+    if compiled is not None:
+        return bool(compiled.any_shared(tensors))
     return any(x is not None and x.layout is torch.strided and _is_shared(x) for x in tensors)
+
+
+def first_same_place(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> int:
+    """The first row whose two tensors begin at the same address, or -1."""
+    compiled = native.compiled()
+    if compiled is not None:
+        return int(compiled.first_same_place(tensors, others))
+    pairs = enumerate(zip(tensors, others, strict=True))
+    return next((i for i, (x, y) in pairs if x is not None and y is not None and x.data_ptr() == y.data_ptr() != 0), -1)
 
 
 def _is_shared(x: Tensor) -> bool:

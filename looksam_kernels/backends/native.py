@@ -29,9 +29,6 @@ def reload() -> None:
 
 reload()
 
-extension: Any = _C
-"""The compiled module, for what is not of one device; ``None`` where there is none."""
-
 Adaptive = Sequence[float | None] | None
 
 
@@ -41,6 +38,11 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if _cuda is not None else _why_not_cuda
     return None if device.type == "cpu" else f"there is no code for {device.type} tensors"
+
+
+def compiled() -> Any:
+    """The compiled module, for what is not of one device; ``None`` where there is none."""
+    return _C
 
 
 def first_misfit(tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:

@@ -131,7 +131,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     if coefficients.trust is not None:
         group = {**group, "base.weight_decay": own(group, "weight_decay") * coefficients.trust[row].to(w.device)}
     count = table["step"][row] + 1
-    state = {name: table[name][row] for name in BASES[base].states}
+    states = ((name, table[name][row]) for name in BASES[base].states)
+    state: dict[str, Any] = {name: x if x is None else x.to(d.dtype) for name, x in states}
     new_w, new_state = update(origin.to(d.dtype), d, state, count.double(), group)
     if coefficients.post is not None:
         new_w = new_w + _combine(table, row, coefficients.inputs, coefficients.post)
@@ -139,7 +140,7 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     if has_master(table, row):
         commit(origin, new_w)
     for name, new in new_state.items():
-        commit(state[name], new)
+        commit(table[name][row], new)
     commit(table["step"][row], count)
 
 

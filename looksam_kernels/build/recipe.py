@@ -38,7 +38,7 @@ NVCC_FLAGS = ("-O3",)
 
 SOURCES = {CPU: ("bindings.cpp", "snapshot.cpp", "cpu/*.cpp"), CUDA: ("cuda_bindings.cpp", "cuda/*.cu")}
 HEADERS = {
-    CPU: ("bindings.h", "core/*.h", "cpu/*.h"),
+    CPU: ("bindings.h", "snapshot.h", "core/*.h", "cpu/*.h"),
     CUDA: ("bindings.h", "core/*.h", "cuda/*.h", "cuda/*.cuh"),
 }
 

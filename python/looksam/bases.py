@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -197,11 +197,15 @@ class Wrapped:
         return {outer(name, self.ours.in_state): value for name, value in fresh.items()}
 
     def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
-        """Updates the parameters with the direction. If the class's step raises, what was written is as before."""
-        table = binding.table
+        """Updates the parameters with the direction. If the class's step raises, what was written is as before, and so are
+        the weights after a sharp step; after another step they are as the class leaves them."""
+        table, first = binding.table, coefficients.inputs[0]
         names = () if coefficients.q is None else (coefficients.writes, f"{coefficients.writes}_norm_sq")
         written = [(x, x.clone()) for name in names for x in table[name] if x is not None]
+        saved = [b for b, perturbed in zip(table["b"], table.perturbed, strict=True) if perturbed]
+        moved = [row for row, perturbed in enumerate(table.perturbed) if perturbed]
         added = ops.addition(table, coefficients)
+        table[first] = _writable(binding.params, table[first])
         try:
             binding.shards.step(table, "grad", coefficients, groups)
             if not bool(coefficients.found_inf):  # the one read of the host: no wrapped optimizer can skip by itself
@@ -210,7 +214,8 @@ class Wrapped:
                     if x is not None:
                         w.add_(x)
         except BaseException:
-            for x, before in written:
+            weights = binding.weights()
+            for x, before in (*written, *((weights[row], b) for row, b in zip(moved, saved, strict=True))):
                 x.copy_(before)
             raise
 
@@ -240,6 +245,19 @@ class Wrapped:
             step(shared)
         shared._opt_called = True  # what a scheduler on the inner optimizer asks for
         self.share(groups, binding.state)
+
+
+def _writable(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, which the direction is written over: those whose memory holds several elements get one of their own."""
+    seen: set[int] = set()
+    new: list[Tensor | None] = list(gradients)
+    for row, (p, x) in enumerate(zip(params, gradients, strict=True)):
+        if x is None or x.numel() == 0:
+            continue
+        if x.data_ptr() in seen or any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+            p.grad = new[row] = x.clone(memory_format=torch.contiguous_format)
+        seen.add(x.data_ptr())
+    return new
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from looksam import hyper
-from looksam.distributed import Shards, Whole, shards_of
+from looksam.distributed import Whole, shards_of
 from looksam.hyper import Group
 from looksam.masters import Masters
 from looksam_kernels import TensorTable, ops, snapshot
@@ -214,10 +214,8 @@ class Binding:
             if old.perturbed[row] and p not in stay:
                 _local(p.detach()).copy_(old["b"][row])
         for column in set(old) - {"w", *self._entries}:
-            x = old[column]
-            table[column] = [
-                None if row is None else x[row].to(w.device) for row, w in zip(before, table["w"], strict=True)
-            ]
+            kept = [None if row is None else old[column][row] for row in before]
+            table[column] = [x if x is None else x.to(w.device) for x, w in zip(kept, table["w"], strict=True)]
         table.perturbed = [row is not None and old.perturbed[row] for row in before]
         return before
 
@@ -265,7 +263,7 @@ class Binding:
             of = state.get(name.removesuffix("_norm_sq"))
             if x is None and isinstance(of, Tensor) and of.is_floating_point():
                 x = of.square().sum(dtype=torch.float64)
-                state[name] = x = x.full_tensor() if isinstance(self.shards, Shards) else x
+                state[name] = x = getattr(x, "full_tensor", lambda x=x: x)()
             x = None if of is None else x
         if x is None:
             return None

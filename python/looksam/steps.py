@@ -43,12 +43,27 @@ class Step:
         last = look is plan.looks[-1]
         self._follow(binding.take(look.column, plan.writes if last else None))
         table = binding.table
+        self._check_kept(look)
         if keep_grad or (not last and snapshot.any_shared(table[look.column])):
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
             table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
         if not (keep_grad or last):
             for p in binding.params:
                 p.grad = None
+
+    def _check_kept(self, look: Look) -> None:
+        """
+        Raises:
+            RuntimeError: a gradient that is kept was overwritten by this pass.
+        """
+        table = self._binding.table
+        for kept in self.plan.looks[: self.plan.looks.index(look)]:
+            row = snapshot.first_same_place(table[kept.column], table[look.column]) if kept.column in table else -1
+            if row >= 0:
+                raise RuntimeError(
+                    f"the gradient of parameter {self._binding.number[row]} was written to the same memory as in the pass "
+                    "before, which is still needed; let every pass make its own: p.grad = new_gradient.clone()"
+                )
 
     def collect_both(self, pair: Pair) -> None:
         """In place of two :meth:`collect`: this rank has made one gradient of the plan's two, its partner the other."""
