@@ -5,18 +5,18 @@ DEMO := looksam compare sgd sam sam-5 looksam-5 --data digits --label-noise 0.4 
         --warmup 5 --rho 0.1 --alpha 0.5 --out runs/demo --overwrite
 
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h looksam_kernels/build/*.py)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench docs lint format clean
+.PHONY: help demo test bench docs lint format dist-check release-check clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-packages
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/installed ## train a small network with SGD, SAM, SAM-5 and LookSAM-5 on noisy labels and compare them
+demo: .venv/lab ## train a small network with SGD, SAM, SAM-5 and LookSAM-5 on noisy labels and compare them
 	@echo '== $(DEMO)'
 	@$(BIN)/$(DEMO)
 
@@ -38,6 +38,12 @@ lint: .venv/installed ## check style (ruff), types (mypy) and import arrows (imp
 	@$(BIN)/mypy
 	@echo '== import-linter'
 	@$(BIN)/lint-imports --no-logo
+
+dist-check: .venv/installed ## build sdist and wheel without a network, and look into them
+	@$(BIN)/python -m pytest -q tests/packaging/test_artefacts.py
+
+release-check: .venv/installed ## install the artefacts into fresh environments and use them there; CHECK_ARGS='--torch 2.13.0' picks one
+	@$(BIN)/python -m tests.packaging.release $(CHECK_ARGS)
 
 format: .venv/installed ## rewrite the Python files in the project's style
 	@$(BIN)/ruff check --fix .
@@ -78,7 +84,7 @@ gpu-packages: ## fetch what the GPU tests and benchmarks import and such a machi
 	@$(PYTHON) -m pip -qq install --target build/gpu-packages --upgrade hypothesis rich pytest
 
 clean: ## remove the environment, builds and caches; results under runs/ stay
-	rm -rf .venv .venv-docs site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
+	rm -rf .venv .venv-docs .editable site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
 	rm -f looksam_kernels/*.so looksam_kernels/native_build.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find looksam_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -95,12 +101,16 @@ clean: ## remove the environment, builds and caches; results under runs/ stay
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # The project is built against the torch in .venv: build isolation would fetch a second one and ignores the constraints.
-.venv/installed: pyproject.toml constraints.txt setup.py $(NATIVE) | .venv/bin/pip
+.venv/lab: pyproject.toml constraints.txt setup.py $(NATIVE) | .venv/bin/pip
 	@echo '== torch and build tools into .venv (torch is a large download)'
-	@$(PIP) torch 'setuptools>=77' wheel ninja pybind11
-	@echo '== looksam-kernels, compiled where a C++ compiler is there, with what its lab, tests and lint need'
-	@$(PIP) --no-build-isolation --editable '.[test,dev]'
-	@echo '== timm, a peer in the tests, without its torchvision'
+	@$(PIP) torch 'setuptools>=77' setuptools-scm wheel ninja
+	@echo '== looksam-kernels, compiled where a C++ compiler is there, with what its lab needs'
+	@$(PIP) --no-build-isolation --editable '.[lab]'
+	@touch $@
+
+.venv/installed: .venv/lab
+	@echo '== what tests and lint need; timm, a peer in the tests, without its torchvision'
+	@LOOKSAM_NATIVE=0 $(PIP) --no-build-isolation --editable '.[test,dev]'
 	@$(PIP) --no-deps timm
 	@touch $@
 
