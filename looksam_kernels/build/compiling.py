@@ -97,9 +97,10 @@ def _run(
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have ended already; its output says why
             process.stdin.write(given)
-        for line in process.stdout:
-            output.append(line)
-            progress(line.rstrip())
+        with process.stdout:
+            for line in process.stdout:
+                output.append(line)
+                progress(line.rstrip())
         code = process.wait()
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)

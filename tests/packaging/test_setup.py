@@ -1,0 +1,79 @@
+"""setup.py where something is missing or does not fit: what can be built is built, and the reason for the rest is said."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from looksam_kernels.build import recipe
+from tests.packaging.support import QuickCompiler, copy_tree, run
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'Cuda compilation tools, release {release}, V{release}.88' ;;
+  *) echo 'host_config.h:1:2: error: #error -- unsupported GNU version!' >&2; exit 1 ;;
+esac
+"""
+PRETENDS = """
+import os
+import torch
+from torch.utils import cpp_extension
+torch.version.cuda = "13.0"
+cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+"""
+
+
+def toolkit(folder: Path, release: str) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC.format(release=release))
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+def test_what_stands_in_the_way_of_cuda_does_not_cost_the_cpu(tmp_path: Path) -> None:
+    """A g++ that nvcc does not take, on a torch that says it is for CUDA."""
+    tree = copy_tree(tmp_path / "tree")
+    (tmp_path / "sitecustomize.py").write_text(PRETENDS)
+    env = {
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "CUDA_HOME": str(toolkit(tmp_path / "cuda", "13.0")),
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+        "CXX": str(QuickCompiler(tmp_path / "compiler").path),
+    }
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    done = run(*build, cwd=tree, env=env)
+    assert "native backend built for the CPU" in done.stderr
+    assert "no CUDA kernels: the compiler failed (" in done.stderr
+    assert "unsupported GNU version" in done.stderr
+    assert len(list(tree.glob("looksam_kernels/_C.*.so"))) == 1
+    assert list(tree.glob("looksam_kernels/_cuda*.so")) == []
+    assert "no CUDA kernels" in run(*build, cwd=tree, env=env | {"LOOKSAM_CUDA": "1"}, code=1).stderr
+
+
+def test_nvcc_of_another_major_version_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "12", "12.4")))
+    assert f"is of CUDA 12, torch {torch.__version__} of CUDA 13.0" in str(recipe.why_no_cuda())
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "13", "13.1")))
+    assert recipe.why_no_cuda() is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "nvcc was not found" in str(recipe.why_no_cuda())
+
+
+@pytest.mark.parametrize("variable", ["LOOKSAM_CUDA", "LOOKSAM_NATIVE"])
+def test_other_values_than_0_1_auto_are_refused(variable: str, tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    done = run(sys.executable, "setup.py", "--name", cwd=tree, env={variable: "yes"}, code=1)
+    assert f"{variable}='yes' means nothing; set it to 0 (leave out), 1 (required) or auto" in done.stderr
+
+
+def test_asked_for_and_not_possible_is_an_error(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    env = {"CXX": "/no/compiler", "LOOKSAM_NATIVE": "1"}
+    assert "there is no C++ compiler" in run(sys.executable, "setup.py", "--name", cwd=tree, env=env, code=1).stderr
