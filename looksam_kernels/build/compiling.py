@@ -71,6 +71,7 @@ def compile_module(
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if stamp.arch:
         environment["TORCH_CUDA_ARCH_LIST"] = stamp.arch
+        environment["CUDA_HOME"] = str(recipe.cuda_home(recipe.nvcc()))
     # The worker runs in another folder than this process.
     if paths := environment.get("PYTHONPATH"):
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))

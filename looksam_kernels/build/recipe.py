@@ -35,6 +35,7 @@ CPU_FLAGS = (*MATH_FLAGS, "-g0", "-fno-wrapv", "-fvisibility=hidden")
 OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 CUDA_CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-DLOOKSAM_MODULE=_cuda")
 NVCC_FLAGS = ("-O3",)
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 SOURCES = {CPU: ("bindings.cpp", "snapshot.cpp", "cpu/*.cpp"), CUDA: ("cuda_bindings.cpp", "cuda/*.cu")}
 HEADERS = {
@@ -132,6 +133,16 @@ def nvcc() -> Path | None:
     return path if path.exists() else None
 
 
+def cuda_home(compiler: Path) -> Path:
+    """The toolkit's folder, with the headers. nvcc itself knows it; torch takes the folder above nvcc's, which is another
+    one where nvcc on the search path is a link or a script that calls the real one."""
+    if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(named)
+    dry = [str(compiler), "--dryrun", "-x", "cu", "-c", os.devnull]
+    top = re.search(r"^#\$ TOP=(.*)$", subprocess.run(dry, capture_output=True, text=True, check=False).stderr, re.M)
+    return Path(top[1].strip() if top else compiler.parent / "..").resolve()
+
+
 def wanted_stamp(csrc: Path, module: str, arch: str = "") -> Stamp:
     """What a module compiled here and now would carry. Asks torch, and the compilers for their versions."""
     import torch
@@ -202,7 +213,8 @@ def why_no_cuda() -> str | None:
 
 
 def cuda_arch_list() -> str:
-    """TORCH_CUDA_ARCH_LIST where it is set; else the GPUs of this machine, else 8.0 and 9.0, and newer ones through PTX."""
+    """TORCH_CUDA_ARCH_LIST where it is set; else the GPUs of this machine; else what nvcc knows of :data:`ARCHITECTURES`,
+    and newer ones through the last one's PTX."""
     if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return given
     import torch
@@ -210,7 +222,9 @@ def cuda_arch_list() -> str:
     if torch.cuda.is_available():
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(here))
-    return "8.0;9.0+PTX"
+    done = subprocess.run([str(nvcc()), "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in done.stdout.split()]
+    return ";".join(known or ["8.0", "9.0"]) + "+PTX"
 
 
 def main() -> None:

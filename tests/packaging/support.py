@@ -66,7 +66,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]
 """
 """Only the package in ``site``, whatever else of us this Python has installed."""
 
-QUICK = """#!{python}
+QUICK = """#!{python} -IS
 # The compiler, but of our sources only what a module must have: they take a minute.
 import os, subprocess, sys
 given = sys.argv[1:]

@@ -81,7 +81,7 @@ def test_twine_and_check_wheel_contents_have_no_objection(wheel: Path, tmp_path:
     pytest.importorskip("twine", reason="twine is not installed")
     pytest.importorskip("check_wheel_contents", reason="check-wheel-contents is not installed")
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, cwd=tmp_path)
-    run(sys.executable, "-m", "check_wheel_contents", wheel, cwd=tmp_path)
+    run(sys.executable, "-m", "check_wheel_contents", "--config", ROOT / "pyproject.toml", wheel, cwd=tmp_path)
 
 
 def test_the_metadata(wheel: Path) -> None:
@@ -107,7 +107,7 @@ def test_the_version_comes_from_git(tmp_path: Path) -> None:
         run(*git, "add", "-A", cwd=tree)
         run(*git, "commit", "-q", "--allow-empty", "-m", message, cwd=tree)
         versions.append(run(sys.executable, "-m", "setuptools_scm", cwd=tree).stdout.strip())
-    assert [version.split("+")[0] for version in versions] == ["0.1.dev1", "0.1.dev2"]
+    assert [version.split("+")[0] for version in versions] == ["0.1.0.dev1", "0.1.0.dev2"]
     run("rm", "-rf", ".git", cwd=tree)
     assert run(sys.executable, "-m", "setuptools_scm", cwd=tree).stdout.strip() == "0.1.0.dev0"
 
