@@ -9,21 +9,37 @@
 namespace looksam {
 namespace {
 
-double* doubles(const at::Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
+const at::Device kHost(at::kCPU);
 
-// A number in a 0-dim tensor of any dtype.
-double read_scalar(const at::Tensor& x) {
-  if (x.scalar_type() == at::kFloat) return *static_cast<const float*>(x.const_data_ptr());
-  if (x.scalar_type() == at::kDouble) return *static_cast<const double*>(x.const_data_ptr());
+// New tensors of this file's own. While FakeTensorMode is on, torch makes fake ones.
+double* doubles(const at::Tensor& x) {
+  require_memory(x, "a new tensor");
+  return static_cast<double*>(x.mutable_data_ptr());
+}
+
+// One number, which the host can reach.
+void check_scalar(const at::Tensor& x, const std::string& what) {
+  if (!x.is_cpu())
+    throw py::type_error(what + " is on " + x.device().str() +
+                         ", but the table is on the CPU; TensorTable(device=...) says where an empty table is");
+  require_memory(x, what);
+  if (x.numel() != 1) throw py::value_error(what + " has " + std::to_string(x.numel()) + " elements, not one");
+}
+
+double read_scalar(const at::Tensor& x, const std::string& what) {
+  check_scalar(x, what);
+  if (x.scalar_type() == at::kFloat && !x.is_neg()) return *static_cast<const float*>(x.const_data_ptr());
+  if (x.scalar_type() == at::kDouble && !x.is_neg()) return *static_cast<const double*>(x.const_data_ptr());
   return x.item().toDouble();
 }
 
-bool holds_true(const at::Tensor& x) { return read_scalar(x) > 0; }
+bool holds_true(py::handle found_inf) { return read_scalar(unpack(found_inf), "found_inf") > 0; }
 
+// x has been checked.
 void write_scalar(const at::Tensor& x, double value) {
-  if (x.scalar_type() == at::kFloat) {
+  if (x.scalar_type() == at::kFloat && !x.is_neg()) {
     *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
-  } else if (x.scalar_type() == at::kDouble) {
+  } else if (x.scalar_type() == at::kDouble && !x.is_neg()) {
     *static_cast<double*>(x.mutable_data_ptr()) = value;
   } else {
     x.fill_(value);
@@ -45,19 +61,16 @@ class Lease {
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
 
-  void take(const Tensors& tensors, const Tensors& w, Access access, const RowFlags* rows) {
+  void take(const std::string& name, const Tensors& tensors, const Tensors& w, Access access, const RowFlags* rows) {
     data_.assign(w.size(), nullptr);
     dtype_.assign(w.size(), Dtype::f32);
     for (std::size_t row = 0; row < tensors.size(); ++row) {
       const at::Tensor& x = tensors[row];
       if (!x.defined()) continue;
-      if (!x.is_cpu()) throw py::type_error("row " + std::to_string(row) + " is on " + x.device().str() + ", not on the CPU");
-      const auto dtype = dtype_of(x);
-      if (!dtype) throw py::type_error("row " + std::to_string(row) + ": " + toString(x.scalar_type()) + " is not supported");
-      dtype_[row] = *dtype;
-      if (rows != nullptr && !(*rows)[row]) continue;
-      if (x.sizes() != w[row].sizes())
-        throw py::value_error("row " + std::to_string(row) + ": the shape has changed since the column was set");
+      const bool used = rows == nullptr || (*rows)[row];
+      check_tensor(x, used ? w[row] : x, kHost, name, row);
+      dtype_[row] = *dtype_of(x);
+      if (!used) continue;
       at::Tensor copy;
       if (!in_row_order(x, w[row])) {
         copy = empty_in_row_order(w[row], x.options());
@@ -65,6 +78,7 @@ class Lease {
         copies_.emplace_back(x, copy);
       }
       const at::Tensor& source = copy.defined() ? copy : x;
+      require_memory(source, at_row(name, row));
       data_[row] = access == Access::read ? const_cast<void*>(source.const_data_ptr()) : source.mutable_data_ptr();
       if (access != Access::read && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
     }
@@ -89,19 +103,15 @@ class Lease {
 // `p.data = ...` moves them unseen.
 class Table {
  public:
-  explicit Table(std::vector<int> group) : group_(std::move(group)) {}
+  Table(std::vector<int> group, const std::string& device) : group_(std::move(group)) {
+    check_group_of_row(group_);
+    if (!at::Device(device).is_cpu()) throw py::type_error("there is no code here for a table on " + device);
+  }
 
-  // tensors: a list of tensors and None; None forgets the column.
-  void set(const std::string& name, py::handle tensors) {
-    if (tensors.is_none()) {
-      columns_.erase(name);
-      return;
-    }
-    Tensors& column = columns_[name];
-    column.clear();
-    for (const py::handle x : py::reinterpret_borrow<py::list>(tensors))
-      column.push_back(x.is_none() ? at::Tensor() : unpack(x));
-    if (column.size() != rows()) throw py::value_error("column '" + name + "' does not fit the table");
+  // tensors: None forgets the column.
+  void set(const std::string& name, const std::optional<py::list>& tensors) {
+    columns_.erase(name);
+    if (tensors) columns_[name] = column_of(name, *tensors, rows());
   }
 
   py::object sums(const std::vector<Pair>& pairs, py::handle adaptive) {
@@ -115,7 +125,7 @@ class Table {
   py::tuple coefficients(const std::string& rule, const std::vector<Pair>& pairs, py::handle values, py::handle groups,
                          py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     const at::NoGradGuard no_grad;
-    const at::Tensor exact = unpack(values).to(at::kDouble).contiguous();
+    const at::Tensor exact = to_numbers(values, "sums.values", pairs.size() * rows(), kHost);
     return to_scalars(rule_named(rule), pairs, doubles(exact), groups, grad_scale, found_inf, max_grad_norm, lars);
   }
 
@@ -127,7 +137,7 @@ class Table {
     at::Tensor before;
     if (!known.is_none()) {
       all = known.attr("pairs").cast<std::vector<Pair>>();
-      before = unpack(known.attr("values")).to(at::kDouble).contiguous();
+      before = to_numbers(known.attr("values"), "known.values", all.size() * rows(), kHost);
     }
     const std::size_t have = all.size() * rows();
     all.insert(all.end(), pairs.begin(), pairs.end());
@@ -158,7 +168,7 @@ class Table {
       args.input[i] = input[i].column();
     }
     const std::vector<double> eta = to_eta(adaptive);
-    const at::Tensor c = to_coefficients(d, inputs.size());
+    const at::Tensor c = to_numbers(d, "coefficients.d", inputs.size() * rows(), kHost);
     args.map = chunks();
     args.w = w.column();
     args.b = b.column();
@@ -183,16 +193,18 @@ class Table {
     const at::NoGradGuard no_grad;
     const Base base = base_named(base_name);
     check_inputs(inputs);
-    const bool keep = holds_true(unpack(found_inf));
+    const bool keep = holds_true(found_inf);
     const bool writes_q = !q.is_none() && !keep;
     const Tensors &weights = column("w"), &backups = column("b"), &firsts = column(inputs[0]), &counts = column("step");
+    const Tensors& norms_sq = column(writes + "_norm_sq");
 
+    check_groups(group_, groups);
     std::vector<BaseHyper> hyper;
     for (const py::handle group : groups) {
       hyper.push_back(base_hyper(base, group));
-      if (base != Base::grad) hyper.back().lr = number(item(group, "lr"));
+      if (base != Base::grad) hyper.back().lr = number_in(group, "lr");
     }
-    const at::Tensor trust_ratio = trust.is_none() ? at::Tensor() : to_coefficients(trust, 1);
+    const at::Tensor trust_ratio = trust.is_none() ? at::Tensor() : to_numbers(trust, "coefficients.trust", rows(), kHost);
     const std::vector<State> states = states_of_base(base);
     std::vector<const BaseHyper*> hyper_of_row;
     std::vector<cpu::StepRow> plan(rows());
@@ -208,8 +220,9 @@ class Table {
       for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
       plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
       plan[row].from_b = is_moved || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
+      if (updated[row] && writes_q && norms_sq[row].defined()) check_scalar(norms_sq[row], at_row(writes + "_norm_sq", row));
       if (!updated[row] || base == Base::grad) continue;
-      count[row] = read_scalar(counts[row]) + 1;
+      count[row] = read_scalar(counts[row], at_row("step", row)) + 1;
       const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] && count[row] == count[row - 1] &&
                              !trust_ratio.defined();
       const double r = trust_ratio.defined() ? doubles(trust_ratio)[row] : 1;
@@ -223,9 +236,10 @@ class Table {
       lend(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i], /*optional=*/true);
     for (std::size_t k = 0; k < states.size(); ++k) lend(states[k].name, Access::update, &with_state[k], state[k]);
     if (writes_q) lend(writes, Access::overwrite, &updated, q_out);
-    const at::Tensor d_coefficient = to_coefficients(d, inputs.size());
-    const at::Tensor q_coefficient = writes_q ? to_coefficients(q, inputs.size()) : at::Tensor();
-    const at::Tensor post_coefficient = !post.is_none() ? to_coefficients(post, inputs.size()) : at::Tensor();
+    const std::size_t terms = inputs.size() * rows();
+    const at::Tensor d_coefficient = to_numbers(d, "coefficients.d", terms, kHost);
+    const at::Tensor q_coefficient = writes_q ? to_numbers(q, "coefficients.q", terms, kHost) : at::Tensor();
+    const at::Tensor post_coefficient = !post.is_none() ? to_numbers(post, "coefficients.post", terms, kHost) : at::Tensor();
     std::vector<double> q_sq(writes_q ? rows() : 0);
 
     cpu::StepArgs args = {};
@@ -246,11 +260,10 @@ class Table {
     }
     for (Lease* lease : {&w, &b, &q_out, &input[0]}) lease->give_back();
     for (Lease& lease : state) lease.give_back();
-    const Tensors& q_norm_sq = column(writes + "_norm_sq");
     for (std::size_t row = 0; row < rows(); ++row) {
       if (!updated[row]) continue;
       if (base != Base::grad) write_scalar(counts[row], count[row]);
-      if (writes_q && q_norm_sq[row].defined()) write_scalar(q_norm_sq[row], q_sq[row]);
+      if (writes_q && norms_sq[row].defined()) write_scalar(norms_sq[row], q_sq[row]);
     }
   }
 
@@ -297,7 +310,7 @@ class Table {
     for (std::size_t row = 0; row < rows() && mask != nullptr && !optional; ++row)
       if ((*mask)[row] && !tensors[row].defined())
         throw py::value_error("row " + std::to_string(row) + " takes part, but column '" + name + "' has no tensor for it");
-    lease.take(tensors, column("w"), access, mask);
+    lease.take(name, tensors, column("w"), access, mask);
   }
 
   ChunkMap chunks() {
@@ -311,18 +324,11 @@ class Table {
     return at::empty({static_cast<std::int64_t>(count), static_cast<std::int64_t>(rows())}, at::kDouble);
   }
 
-  at::Tensor to_coefficients(py::handle object, std::size_t inputs) const {
-    const at::Tensor exact = unpack(object).to(at::kDouble).contiguous();
-    if (exact.numel() != static_cast<std::int64_t>(inputs * rows()))
-      throw py::value_error("the coefficients do not fit the inputs and rows of this table");
-    return exact;
-  }
-
   // NaN in rows where T = 1; empty where it is 1 in all.
   std::vector<double> to_eta(py::handle adaptive) const {
     std::vector<double> eta;
     if (adaptive.is_none()) return eta;
-    for (const py::handle value : adaptive) eta.push_back(value.is_none() ? std::nan("") : number(value));
+    for (const py::handle value : adaptive) eta.push_back(value.is_none() ? std::nan("") : number(value, "adaptive"));
     if (eta.size() != rows()) throw py::value_error("adaptive does not have one entry a row");
     return eta;
   }
@@ -371,13 +377,14 @@ class Table {
   void cached_q_sq(double* values) const {
     const Tensors &q_sq = column("q_norm_sq"), &g = column("g");
     for (std::size_t row = 0; row < rows(); ++row)
-      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row]) : 0;
+      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row], at_row("q_norm_sq", row)) : 0;
   }
 
   py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
                        py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) const {
     std::vector<Sums> sums(rows());
-    bool bad = !found_inf.is_none() && holds_true(unpack(found_inf));
+    bool bad = !found_inf.is_none() && holds_true(found_inf);
+    check_groups(group_, groups);
     for (std::size_t p = 0; p < pairs.size(); ++p) {
       const auto x = column_named(pairs[p].first), y = column_named(pairs[p].second);
       for (std::size_t row = 0; row < rows(); ++row) {
@@ -393,7 +400,7 @@ class Table {
       if (lars) lars_groups.push_back(lars_hyper(group));
     }
     CommonHyper common = common_hyper(groups, max_grad_norm);
-    if (!grad_scale.is_none()) common.inv_scale = 1 / number(grad_scale);
+    if (!grad_scale.is_none()) common.inv_scale = 1 / read_scalar(unpack(grad_scale), "grad_scale");
     std::vector<const RowHyper*> hyper_of_row;
     std::vector<const LarsHyper*> lars_of_row;
     for (const int group : group_) {
@@ -409,6 +416,7 @@ class Table {
                       rule.writes ? doubles(q) : nullptr, rule.posts ? doubles(post) : nullptr,
                       lars ? lars_of_row.data() : nullptr, lars ? doubles(trust) : nullptr);
     const at::Tensor not_finite = at::empty({}, at::kFloat);
+    require_memory(not_finite, "a new tensor");
     *static_cast<float*>(not_finite.mutable_data_ptr()) = bad ? 1.0f : 0.0f;
     return py::make_tuple(wrap(d), wrap(q), wrap(not_finite), wrap(post), wrap(trust));
   }
@@ -438,7 +446,7 @@ int first_misfit(const py::list& tensors, const py::list& weights, bool scalar) 
 PYBIND11_MODULE(_C, module) {
   using looksam::Table;
   py::class_<Table>(module, "Table")
-      .def(py::init<std::vector<int>>())
+      .def(py::init<std::vector<int>, const std::string&>())
       .def("set", &Table::set)
       .def("sums", &Table::sums)
       .def("coefficients", &Table::coefficients)

@@ -1,6 +1,7 @@
 // What both bindings read from Python: tensors, numbers, names and hyper-parameters. No arithmetic in here.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
@@ -31,14 +32,41 @@ inline const at::Tensor& unpack(py::handle object) {
 // None for an undefined tensor.
 inline py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
+// Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other tensors
+// does not, and a storage may have been resized to nothing.
+inline bool has_memory(const at::Tensor& x) {
+  if (!x.has_storage()) return false;
+  const c10::Storage& storage = x.unsafeGetTensorImpl()->unsafe_storage();
+  if (storage.device_type() != x.device().type() || x._is_zerotensor()) return false;
+  const auto offset = static_cast<std::size_t>(x.storage_offset()), count = static_cast<std::size_t>(x.numel());
+  if (count == 0) return true;
+  return storage.nbytes() >= (x.is_contiguous() ? (offset + count) * x.itemsize()
+                                                : at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), offset));
+}
+
+// The elements of x, which C++ is about to read or write there. what: which tensor it is, for the message.
+inline void require_memory(const at::Tensor& x, const std::string& what) {
+  if (!has_memory(x))
+    throw py::type_error(what + " has no memory on " + x.device().str() +
+                         ": it is a FakeTensor or wraps another tensor, or its storage was freed; backend=\"reference\" takes all "
+                         "tensors that PyTorch can compute with");
+}
+
+inline std::string at_row(const std::string& column, std::size_t row) {
+  return "column '" + column + "', row " + std::to_string(row);
+}
+
 // A tensor on the device, whose value the host must not read.
 inline bool is_remote(py::handle object) {
   return THPVariable_Check(object.ptr()) && !THPVariable_Unpack(object.ptr()).is_cpu();
 }
 
 // Numbers, and tensors on the host that hold one.
-inline double number(py::handle object) {
-  if (is_remote(object)) throw py::type_error("of the hyper-parameters only lr may be a tensor that is not on the CPU, and only for CUDA parameters");
+inline double number(py::handle object, const char* name) {
+  if (is_remote(object))
+    throw py::type_error(std::string(name) + " is a tensor on " + unpack(object).device().str() +
+                         ", which the host would have to wait for: give a number or a CPU tensor. Only lr may be on the device of "
+                         "the parameters, and only of CUDA parameters");
   const double value = PyFloat_AsDouble(object.ptr());
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
@@ -55,6 +83,8 @@ inline py::object item(py::handle group, const char* name) {
   if (value == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }
+
+inline double number_in(py::handle group, const char* name) { return number(item(group, name), name); }
 
 // A hyper-parameter of the base: base.<name> in groups whose variant has one of the same name.
 inline py::object own(py::handle group, const char* name) {
@@ -94,18 +124,18 @@ inline std::optional<Col> column_named(const std::string& name) {
 inline RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
   RowHyper h = {};
   for (const ParameterField& parameter : kParameters)
-    if (rule.reads & parameter.bit) h.*parameter.field = number(item(group, parameter.name));
+    if (rule.reads & parameter.bit) h.*parameter.field = number_in(group, parameter.name);
   h.sign = is_true(group.attr("get")("maximize", false)) ? -1 : 1;
   return h;
 }
 
 inline LarsHyper lars_hyper(py::handle group) {
   LarsHyper h = {};
-  h.trust_coefficient = number(own(group, "trust_coefficient"));
-  h.weight_decay = number(own(group, "weight_decay"));
-  h.eps = number(own(group, "eps"));
+  h.trust_coefficient = number(own(group, "trust_coefficient"), "trust_coefficient");
+  h.weight_decay = number(own(group, "weight_decay"), "weight_decay");
+  h.eps = number(own(group, "eps"), "eps");
   h.trust_clip = is_true(own(group, "trust_clip"));
-  if (h.trust_clip) h.lr = number(item(group, "lr"));
+  if (h.trust_clip) h.lr = number_in(group, "lr");
   h.adapts = h.weight_decay != 0 || is_true(own(group, "always_adapt"));
   return h;
 }
@@ -118,7 +148,7 @@ inline BaseHyper base_hyper(Base base, py::handle group) {
     for (const Option& option : decltype(update)::reads) {
       py::object value = own(group, option.name);
       if (option.index >= 0) value = py::tuple(value)[option.index];
-      if (option.number != nullptr) h.*option.number = number(value);
+      if (option.number != nullptr) h.*option.number = number(value, option.name);
       if (option.flag != nullptr) h.*option.flag = is_true(value);
     }
   });
@@ -130,10 +160,10 @@ inline CommonHyper common_hyper(py::handle groups, py::handle max_grad_norm) {
   CommonHyper common = {1, 0, -1, false};
   if (py::len(groups) > 0) {
     const py::object first = groups[py::int_(0)];
-    common.perturb_eps = number(first.attr("get")("perturb_eps", 0.0));
+    common.perturb_eps = number(first.attr("get")("perturb_eps", 0.0), "perturb_eps");
     common.tensor_scope = py::str("tensor").equal(first.attr("get")("norm_scope", "global"));
   }
-  if (!max_grad_norm.is_none()) common.max_grad_norm = number(max_grad_norm);
+  if (!max_grad_norm.is_none()) common.max_grad_norm = number(max_grad_norm, "max_grad_norm");
   return common;
 }
 
@@ -147,8 +177,10 @@ inline std::optional<Dtype> dtype_of(const at::Tensor& x) {
   }
 }
 
-// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one?
+// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one? Not those of a view
+// whose minus sign has still to be applied, nor zeros that are nowhere.
 inline bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
+  if (x.is_neg() || x._is_zerotensor()) return false;
   if (x.is_contiguous() && w.is_contiguous()) return true;
   if (!w.is_non_overlapping_and_dense()) return x.is_contiguous();
   for (std::int64_t i = 0; i < w.dim(); ++i)
@@ -163,6 +195,54 @@ inline at::Tensor empty_in_row_order(const at::Tensor& w, const at::TensorOption
 
 inline void check_inputs(const std::vector<std::string>& inputs) {
   if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("one to three inputs are combined");
+}
+
+inline void check_group_of_row(const std::vector<int>& group) {
+  for (std::size_t row = 0; row < group.size(); ++row)
+    if (group[row] < 0) throw py::value_error("row " + std::to_string(row) + " is in group " + std::to_string(group[row]));
+}
+
+// Kernels index the groups by what stands in `group`.
+inline void check_groups(const std::vector<int>& group, py::handle groups) {
+  const auto count = static_cast<int>(py::len(groups));
+  for (std::size_t row = 0; row < group.size(); ++row)
+    if (group[row] >= count)
+      throw py::value_error("row " + std::to_string(row) + " is in group " + std::to_string(group[row]) + ", but there are only " +
+                            std::to_string(count) + " groups");
+}
+
+// A tensor on the table's device whose type the kernels know, at the shape that it had when the column was set.
+inline void check_tensor(const at::Tensor& x, const at::Tensor& w, const at::Device& device, const std::string& column,
+                         std::size_t row) {
+  if (x.device() != device) throw py::type_error(at_row(column, row) + ": on " + x.device().str() + ", not on " + device.str());
+  if (!dtype_of(x)) throw py::type_error(at_row(column, row) + ": " + toString(x.scalar_type()) + " is not supported");
+  if (x.sizes() != w.sizes())
+    throw py::value_error(at_row(column, row) + ": the shape has changed since the column was set");
+}
+
+// tensors: a list of tensors and None, one a row.
+inline Tensors column_of(const std::string& name, const py::list& tensors, std::size_t rows) {
+  Tensors column;
+  for (const py::handle x : tensors) column.push_back(x.is_none() ? at::Tensor() : unpack(x));
+  if (column.size() != rows) throw py::value_error("column '" + name + "' does not fit the table");
+  for (std::size_t row = 0; name == "w" && row < rows; ++row)
+    if (!column[row].defined()) throw py::type_error(at_row(name, row) + ": a parameter is a tensor, not None");
+  return column;
+}
+
+// Numbers that an op is given, float64 on the table's device, [count]. Of a table on the CPU they are read at once, so they must
+// be there.
+inline at::Tensor to_numbers(py::handle object, const char* name, std::size_t count, const at::Device& device) {
+  const at::Tensor& given = unpack(object);
+  if (device.is_cpu() && !given.is_cpu())
+    throw py::type_error(std::string(name) + " is on " + given.device().str() +
+                         ", but the table is on the CPU; TensorTable(device=...) says where an empty table is");
+  const at::Tensor exact = given.to(device, at::kDouble).contiguous();
+  if (exact.numel() != static_cast<std::int64_t>(count))
+    throw py::value_error(std::string(name) + " has " + std::to_string(exact.numel()) + " numbers, not the " +
+                          std::to_string(count) + " of this table's rows");
+  require_memory(exact, name);
+  return exact;
 }
 
 }  // namespace looksam

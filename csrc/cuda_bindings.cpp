@@ -9,12 +9,17 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
+#include <list>
 
 #include "bindings.h"
 #include "cuda/launch.h"
 
 namespace looksam::cuda {
+
+#if defined(LOOKSAM_HARNESS)
+void fail_after(std::int64_t launches);  // csrc/harness/execute.h
+#endif
+
 namespace {
 
 using Kinds = std::vector<Kind>;  // one a row
@@ -23,11 +28,18 @@ using Kinds = std::vector<Kind>;  // one a row
 
 #if defined(LOOKSAM_HARNESS)
 
-// CPU tensors, on which the harness runs the kernels.
+// CPU tensors, on which the harness runs the kernels. Tests say which stream and which capture it is.
+Stream harness_stream = nullptr;
+unsigned long long harness_capture = 0;
+std::vector<std::pair<std::uintptr_t, std::uintptr_t>> harness_recorded;  // address, stream
+
 struct Session {
   explicit Session(const at::Device&) {}
-  Stream stream = nullptr;
-  unsigned long long capture = 0;
+  void record(const at::Tensor& x) const {
+    harness_recorded.emplace_back(reinterpret_cast<std::uintptr_t>(x.const_data_ptr()), reinterpret_cast<std::uintptr_t>(stream));
+  }
+  Stream stream = harness_stream;
+  unsigned long long capture = harness_capture;
 };
 constexpr at::DeviceType kDeviceType = at::kCPU;
 
@@ -35,15 +47,21 @@ constexpr at::DeviceType kDeviceType = at::kCPU;
 
 // One op: its device, torch's current stream there, and the graph capture under way on it (0: none).
 struct Session {
-  explicit Session(const at::Device& device) : guard(device) {
-    const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream(device.index());
+  explicit Session(const at::Device& device) : guard(device), current(c10::cuda::getCurrentCUDAStream(device.index())) {
     stream = current.stream();
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const cudaError_t error = cudaStreamGetCaptureInfo(current.stream(), &status, &capture);
-    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or torch's next call reports it
+      throw std::runtime_error(cudaGetErrorString(error));
+    }
     if (status == cudaStreamCaptureStatusNone) capture = 0;
   }
+  // The memory of x is not given to anybody else before this stream has done what it was asked so far.
+  void record(const at::Tensor& x) const { x.record_stream(current.unwrap()); }
+
   c10::cuda::CUDAGuard guard;
+  c10::cuda::CUDAStream current;
   Stream stream = nullptr;
   unsigned long long capture = 0;
 };
@@ -53,19 +71,21 @@ constexpr at::DeviceType kDeviceType = at::kCUDA;
 
 // Python objects ----------------------------------------------------------------------------------------------------------
 
-// lr: where it is a tensor on the device, kept for the length of the op.
-StepGroup step_group(Base base, py::handle group, Tensors& kept) {
+// lr: where it is a tensor on a device, kept for the length of the op.
+StepGroup step_group(Base base, py::handle group, const at::Device& device, Tensors& kept) {
   StepGroup result = {base_hyper(base, group), {}};
   if (base == Base::grad) return result;
   const py::object lr = item(group, "lr");
   if (is_remote(lr) || (kDeviceType == at::kCPU && THPVariable_Check(lr.ptr()))) {
-    at::Tensor on_device = unpack(lr);
-    const bool known = on_device.scalar_type() == at::kFloat || on_device.scalar_type() == at::kDouble;
-    kept.push_back(known ? on_device : on_device.to(at::kDouble));
+    const at::Tensor& given = unpack(lr);
+    const bool known = given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble;
+    kept.push_back(given.to(device, known ? given.scalar_type() : at::kDouble));
+    require_memory(kept.back(), "lr");
+    if (kept.back().numel() != 1) throw py::value_error("lr has " + std::to_string(given.numel()) + " elements, not one");
     const auto address = reinterpret_cast<std::uint64_t>(kept.back().const_data_ptr());
     result.lr = {address | static_cast<std::uint64_t>(kept.back().scalar_type() == at::kFloat)};
   } else {
-    result.hyper.lr = number(lr);
+    result.hyper.lr = number(lr, "lr");
   }
   return result;
 }
@@ -89,7 +109,7 @@ constexpr std::uint64_t kNowhere = 16;
 // The table ---------------------------------------------------------------------------------------------------------------
 
 // Something that a kernel was given to write down, and the graph capture in which that happened: what a capture files is there
-// only when the graph runs.
+// only when the graph runs. Not filed from before the launch that writes it until that has succeeded.
 struct Filed {
   bool done = false;
   unsigned long long capture = 0;
@@ -97,6 +117,7 @@ struct Filed {
   bool holds(const Session& session, bool for_good) const {
     return done && (capture == session.capture || (capture == 0 && for_good));
   }
+  void begin() { done = false; }
   void now(const Session& session) { done = true, capture = session.capture; }
 };
 
@@ -126,11 +147,22 @@ struct Layout {
 
 // The rows by their kinds.
 struct Plan {
+  Kinds kinds;
   std::vector<std::int64_t> numel;
   std::vector<Layout> layouts;
   at::Tensor numel_on_device, group, counters, trust_ratio;
   Filed filed;
+  bool captured = false;  // a graph reads it whenever it is replayed
+
+  Tensors arrays() const {
+    Tensors all = {numel_on_device, group, counters, trust_ratio};
+    for (const Layout& layout : layouts) all.insert(all.end(), {layout.first_on_device, layout.row_of, layout.partial});
+    return all;
+  }
 };
+
+// How many a table keeps of those that no graph reads. An op has one or two: more come up where dtypes change from step to step.
+constexpr std::size_t kPlans = 8;
 
 class Table {
   // Runs an op on the table's device and torch's current stream there; says which table it was if that fails.
@@ -138,10 +170,12 @@ class Table {
   auto guarded(const Op& op) {
     const at::NoGradGuard no_grad;
     const Tensors& weights = column("w");
-    const auto first = std::find_if(weights.begin(), weights.end(), [](const at::Tensor& w) { return w.defined(); });
-    device_ = first != weights.end() ? first->device() : at::Device(kDeviceType, kDeviceType == at::kCPU ? -1 : 0);
+    if (!weights.empty() && weights[0].defined()) device_ = weights[0].device();
+    if (device_.type() != kDeviceType) throw py::type_error("the table is on " + device_.str() + ", for which there is no code here");
     try {
-      return op(Session(device_));
+      const Session session(device_);
+      follow_streams(session);
+      return op(session);
     } catch (const py::builtin_exception&) {  // of the caller's doing, and says so
       throw;
     } catch (const std::runtime_error& error) {
@@ -151,20 +185,18 @@ class Table {
   }
 
  public:
-  explicit Table(std::vector<int> group) : group_(std::move(group)) {}
+  // device: of a table without rows; of any other it is that of its first parameter.
+  Table(std::vector<int> group, const at::Device& device) : group_(std::move(group)), device_(device) {
+    check_group_of_row(group_);
+    if (device_.is_cuda() && !device_.has_index()) device_.set_index(0);
+  }
 
-  // tensors: a list of tensors and None; None forgets the column.
-  void set(const std::string& name, py::handle tensors) {
+  // tensors: None forgets the column.
+  void set(const std::string& name, const std::optional<py::list>& tensors) {
     Column& column = columns_[name];
-    column.filed.done = false;
-    if (tensors.is_none()) {
-      column.tensors = absent_;
-      return;
-    }
-    column.tensors.clear();
-    for (const py::handle x : py::reinterpret_borrow<py::list>(tensors))
-      column.tensors.push_back(x.is_none() ? at::Tensor() : unpack(x));
-    if (column.tensors.size() != rows()) throw py::value_error("column '" + name + "' does not fit the table");
+    column.filed.begin();
+    column.tensors = absent_;
+    if (tensors) column.tensors = column_of(name, *tensors, rows());
   }
 
   py::object sums(const std::vector<Pair>& pairs, py::handle adaptive) {
@@ -190,8 +222,8 @@ class Table {
   py::tuple coefficients(const std::string& rule, const std::vector<Pair>& pairs, py::handle values, py::handle groups,
                          py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     return guarded([&](const Session& session) {
-      const at::Tensor exact = unpack(values).to(at::kDouble).contiguous();
-      Evaluation evaluation(*this, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
+      const at::Tensor exact = numbers(session, values, "sums.values", pairs.size());
+      Evaluation evaluation(*this, session, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
       for (std::size_t p = 0; p < pairs.size(); ++p) evaluation.reads(pairs[p], data<double>(exact) + p * rows(), nullptr);
       add_up(session, {}, py::none(), nullptr, &evaluation.args, evaluation.groups);
       evaluation.adapt(session);
@@ -207,11 +239,11 @@ class Table {
       at::Tensor exact;
       if (!known.is_none()) {
         before = known.attr("pairs").cast<std::vector<Pair>>();
-        exact = unpack(known.attr("values")).to(at::kDouble).contiguous();
+        exact = numbers(session, known.attr("values"), "known.values", before.size());
       }
       const at::Tensor values = new_doubles(before.size() + pairs.size());
       double* const all = data<double>(values);
-      Evaluation evaluation(*this, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
+      Evaluation evaluation(*this, session, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
       for (std::size_t p = 0; p < before.size(); ++p)
         evaluation.reads(before[p], data<double>(exact) + p * rows(), all + p * rows());
       for (std::size_t p = 0; p < pairs.size(); ++p) evaluation.reads(pairs[p], all + (before.size() + p) * rows(), nullptr);
@@ -233,7 +265,7 @@ class Table {
       lease.take("b", Access::write, moves);
       for (const std::string& name : inputs) lease.take(name, Access::read, moves, /*optional=*/true);
       const Plan& plan = lease.plan();
-      const at::Tensor c = to_coefficients(d, inputs.size());
+      const at::Tensor c = numbers(session, d, "coefficients.d", inputs.size());
 
       PerturbArgs args = {};
       args.inputs = static_cast<std::int32_t>(inputs.size());
@@ -264,9 +296,10 @@ class Table {
       check_inputs(inputs);
       const Base base = base_named(base_name);
       const bool writes_q = !q.is_none();
+      check_groups(group_, groups);
       Tensors kept;
       std::vector<StepGroup> hyper;
-      for (const py::handle group : groups) hyper.push_back(step_group(base, group, kept));
+      for (const py::handle group : groups) hyper.push_back(step_group(base, group, device_, kept));
       const RowFlags updated = present(inputs[0]);
       const std::vector<State> states = states_of_base(base);
       RowFlags written = updated;
@@ -285,11 +318,11 @@ class Table {
       for (std::size_t k = 0; k < states.size(); ++k) lease.take(states[k].name, Access::write, with_state[k]);
       if (writes_q) lease.take(writes, Access::write, updated);
       const Plan& plan = lease.plan();
-      const at::Tensor d_exact = to_coefficients(d, inputs.size());
-      const at::Tensor q_exact = writes_q ? to_coefficients(q, inputs.size()) : at::Tensor();
-      const at::Tensor post_exact = post.is_none() ? at::Tensor() : to_coefficients(post, inputs.size());
-      const at::Tensor trust_exact = trust.is_none() ? at::Tensor() : to_coefficients(trust, 1);
-      const at::Tensor inf = to_flag(found_inf);
+      const at::Tensor d_exact = numbers(session, d, "coefficients.d", inputs.size());
+      const at::Tensor q_exact = numbers(session, q, "coefficients.q", inputs.size());
+      const at::Tensor post_exact = numbers(session, post, "coefficients.post", inputs.size());
+      const at::Tensor trust_exact = numbers(session, trust, "coefficients.trust", 1);
+      const at::Tensor inf = flag(session, found_inf, "found_inf");
 
       StepArgs args = {};
       args.base = base;
@@ -303,10 +336,10 @@ class Table {
       args.b = lease.column("b");
       args.trust = data<double>(trust_exact);
       for (std::size_t k = 0; k < states.size(); ++k) args.state[k] = lease.column(states[k].name);
-      if (base != Base::grad) args.count = scalars(session, "step", at::kFloat, updated);
+      if (base != Base::grad) args.count = scalars(session, "step", at::kFloat, Access::write, updated);
       if (writes_q) {
         args.written = lease.column(writes);
-        args.written_norm_sq = scalars(session, writes + "_norm_sq", at::kDouble, RowFlags(rows()));
+        args.written_norm_sq = scalars(session, writes + "_norm_sq", at::kDouble, Access::write, RowFlags(rows()));
       }
       launch_step(session, plan, args, hyper, moved);
       lease.give_back();
@@ -315,8 +348,8 @@ class Table {
 
   void restore(py::list moved) {
     guarded([&](const Session& session) {
-      RowFlags written;
-      for (const py::handle is_moved : moved) written.push_back(is_true(is_moved));
+      RowFlags written(rows());
+      for (std::size_t row = 0; row < rows(); ++row) written[row] = is_true(moved[row]);
       Lease lease(*this, session);
       lease.take("w", Access::write, written);
       lease.take("b", Access::read, written);
@@ -328,6 +361,19 @@ class Table {
       launch_step(session, plan, args, {}, moved);
       lease.give_back();
     });
+  }
+
+  // The device memory that outlives an op.
+  py::list arrays() const {
+    py::list all;
+    const auto append = [&](const at::Tensor& x) {
+      if (x.defined()) all.append(wrap(x));
+    };
+    for (const auto& [name, column] : columns_) append(column.on_device);
+    for (const Plan& plan : plans_)
+      for (const at::Tensor& array : plan.arrays()) append(array);
+    append(eta_on_device_);
+    return all;
   }
 
  private:
@@ -359,27 +405,46 @@ class Table {
     cuda::file(to.mutable_data_ptr(), from.data(), from.size() * sizeof(T), session.stream);
   }
 
-  // A column's addresses on the device. carry: where it must be filed first, the coming launch does it, and *carry is set.
-  Ref* on_device(const Session& session, const std::string& name, const std::vector<std::uint64_t>& refs, bool* carry = nullptr) {
+  // Once a second stream has come up, all device memory that an op uses is recorded with the stream that it runs on: torch's
+  // allocator knows only the stream for which the memory was made. Sums and coefficients, too, pass from op to op.
+  void follow_streams(const Session& session) {
+    if (!first_stream_) first_stream_ = session.stream;
+    several_streams_ = several_streams_ || *first_stream_ != session.stream;
+  }
+
+  void use(const Session& session, const at::Tensor& x) const {
+    if (several_streams_ && x.defined()) session.record(x);
+  }
+
+  // A column's addresses on the device.
+  Ref* on_device(const Session& session, const std::string& name, const std::vector<std::uint64_t>& refs) {
     Column& column = columns_[name];
-    if (column.tensors.empty()) column.tensors = absent_;
-    if (!column.on_device.defined()) column.on_device = new_array<std::uint64_t>(rows());
-    const auto col = column_named(name);
-    const bool outlives_the_step = !col || !is_scaled(*col);
-    if (!column.filed.holds(session, outlives_the_step) || column.refs != refs) {
-      if (carry != nullptr) {
-        *carry = true;
-      } else {
-        file(session, column.on_device, refs);
-      }
+    Ref* const array = room_for(session, column);
+    if (!is_filed(session, name, refs)) {
+      column.filed.begin();
+      file(session, column.on_device, refs);
       column.refs = refs;
       column.filed.now(session);
     }
+    return array;
+  }
+
+  bool is_filed(const Session& session, const std::string& name, const std::vector<std::uint64_t>& refs) {
+    const Column& column = columns_[name];
+    const auto col = column_named(name);
+    const bool outlives_the_step = !col || !is_scaled(*col);
+    return column.filed.holds(session, outlives_the_step) && column.refs == refs;
+  }
+
+  Ref* room_for(const Session& session, Column& column) {
+    if (column.tensors.empty()) column.tensors = absent_;
+    if (!column.on_device.defined()) column.on_device = new_array<std::uint64_t>(rows());
+    use(session, column.on_device);
     return data<Ref>(column.on_device);
   }
 
-  // A column of scalars. rows: those that must have one.
-  const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, const RowFlags& needed) {
+  // A column of scalars. needed: the rows that must have one.
+  const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, Access access, const RowFlags& needed) {
     std::vector<std::uint64_t> refs(rows());
     const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows(); ++row) {
@@ -388,13 +453,20 @@ class Table {
         if (needed[row]) throw py::value_error("row " + std::to_string(row) + " takes part, but has no '" + name + "'");
         continue;
       }
+      if (x.device() != device_) throw py::type_error(at_row(name, row) + ": on " + x.device().str() + ", not on " + device_.str());
       if (x.scalar_type() != dtype)
-        throw py::type_error("column '" + name + "', row " + std::to_string(row) + ": " + toString(x.scalar_type()) +
-                             " is not supported; it must be " + toString(dtype));
-      refs[row] = reinterpret_cast<std::uint64_t>(x.mutable_data_ptr());
-      if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+        throw py::type_error(at_row(name, row) + ": " + toString(x.scalar_type()) + " is not supported; it must be " + toString(dtype));
+      if (x.numel() != 1) throw py::value_error(at_row(name, row) + ": " + std::to_string(x.numel()) + " elements, not one");
+      refs[row] = address_of(x, access, name, row);
     }
     return on_device(session, name, refs);
+  }
+
+  // Written elements must be this tensor's own: another may share them until then (copy on write).
+  static std::uint64_t address_of(const at::Tensor& x, Access access, const std::string& name, std::size_t row) {
+    require_memory(x, at_row(name, row));
+    if (access == Access::write && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+    return reinterpret_cast<std::uint64_t>(access == Access::write ? x.mutable_data_ptr() : x.const_data_ptr());
   }
 
   // The columns of one op. Tensors in another order than their row's, or of a type that the row's kernel does not know, are
@@ -408,15 +480,11 @@ class Table {
     void take(const std::string& name, Access access, const RowFlags& rows, bool optional = false) {
       const Tensors &tensors = table_.column(name), &weights = table_.column("w");
       for (std::size_t row = 0; row < rows.size(); ++row) {
-        const at::Tensor& x = tensors[row];
-        const auto at_row = [&] { return "column '" + name + "', row " + std::to_string(row) + ": "; };
-        if (!x.defined()) {
-          if (rows[row] && !optional) throw py::value_error(at_row() + "takes part, but has no tensor");
-          continue;
+        if (tensors[row].defined()) {
+          check_tensor(tensors[row], weights[row], table_.device_, name, row);
+        } else if (rows[row] && !optional) {
+          throw py::value_error(at_row(name, row) + ": takes part, but has no tensor");
         }
-        if (x.device() != table_.device_) throw py::type_error(at_row() + "on " + x.device().str() + ", not on " + table_.device_.str());
-        if (!dtype_of(x)) throw py::type_error(at_row() + toString(x.scalar_type()) + " is not supported");
-        if (x.sizes() != weights[row].sizes()) throw py::value_error(at_row() + "the shape has changed since the column was set");
       }
       Taken* const before = of(name);
       if (before == nullptr) {
@@ -491,12 +559,11 @@ class Table {
           (taken.access == Access::write ? copies_ : alive_).emplace_back(x, copy);
         }
         const at::Tensor& used = copy.defined() ? copy : x;
-        const auto address = reinterpret_cast<std::uint64_t>(used.const_data_ptr());
+        const Access access = taken.rows[row] ? taken.access : Access::read;
+        const std::uint64_t address = address_of(used, access, taken.name, row);
         if (address >> 48 != 0) throw std::runtime_error("an address of more than 48 bits");
         const bool is_narrow = used.scalar_type() != scalar_type(wide(kinds[row]));
         taken.refs[row] = (x.numel() == 0 ? kNowhere : address) | static_cast<std::uint64_t>(is_narrow);
-        if (taken.access == Access::write && taken.rows[row] && !x.is_inference())
-          x.unsafeGetTensorImpl()->bump_version();
       }
     }
 
@@ -511,8 +578,9 @@ class Table {
     RuleArgs args = {};
     std::vector<RowHyper> groups;
 
-    Evaluation(const Table& table, const std::string& name, py::handle group_list, py::handle grad_scale, py::handle found_inf,
-               py::handle max_grad_norm, bool lars) {
+    Evaluation(const Table& table, const Session& session, const std::string& name, py::handle group_list, py::handle grad_scale,
+               py::handle found_inf, py::handle max_grad_norm, bool lars) {
+      check_groups(table.group_, group_list);
       args.evaluate = true;
       args.rule = rule_named(name);
       args.common = common_hyper(group_list, max_grad_norm);
@@ -521,8 +589,8 @@ class Table {
         lars_.emplace();
         for (std::size_t i = 0; i < groups.size(); ++i) lars_->group[i] = lars_hyper(group_list[py::int_(i)]);
       }
-      if (!grad_scale.is_none()) scale_ = table.to_flag(grad_scale);
-      if (!found_inf.is_none()) earlier_ = table.to_flag(found_inf);
+      scale_ = table.flag(session, grad_scale, "grad_scale");
+      earlier_ = table.flag(session, found_inf, "found_inf");
       args.grad_scale = data<float>(scale_);
       args.earlier_inf = data<float>(earlier_);
       d_ = table.new_doubles(args.rule.inputs);
@@ -557,13 +625,21 @@ class Table {
     at::Tensor d_, q_, post_, trust_, found_inf_, scale_, earlier_;
   };
 
-  // A float on the device.
-  at::Tensor to_flag(py::handle object) const { return unpack(object).to(device_, at::kFloat); }
+  // A float on the device; undefined for None.
+  at::Tensor flag(const Session& session, py::handle object, const char* name) const {
+    if (object.is_none()) return {};
+    const at::Tensor x = unpack(object).to(device_, at::kFloat);
+    require_memory(x, name);
+    if (x.numel() != 1) throw py::value_error(std::string(name) + " has " + std::to_string(x.numel()) + " elements, not one");
+    use(session, x);
+    return x;
+  }
 
-  at::Tensor to_coefficients(py::handle object, std::size_t inputs) const {
-    const at::Tensor exact = unpack(object).to(device_, at::kDouble).contiguous();
-    if (exact.numel() != static_cast<std::int64_t>(inputs * rows()))
-      throw py::value_error("the coefficients do not fit the inputs and rows of this table");
+  // [lists, rows]; undefined for None.
+  at::Tensor numbers(const Session& session, py::handle object, const char* name, std::size_t lists) const {
+    if (object.is_none()) return {};
+    const at::Tensor exact = to_numbers(object, name, lists * rows(), device_);
+    use(session, exact);
     return exact;
   }
 
@@ -571,15 +647,17 @@ class Table {
   const double* to_eta(const Session& session, py::handle adaptive) {
     if (adaptive.is_none()) return nullptr;
     std::vector<double> eta;
-    for (const py::handle value : adaptive) eta.push_back(value.is_none() ? std::nan("") : number(value));
+    for (const py::handle value : adaptive) eta.push_back(value.is_none() ? std::nan("") : number(value, "adaptive"));
     if (eta.size() != rows()) throw py::value_error("adaptive does not have one entry a row");
     const auto same = [](double x, double y) { return x == y || (x != x && y != y); };
     if (!eta_filed_.holds(session, true) || !std::equal(eta.begin(), eta.end(), eta_.begin(), eta_.end(), same)) {
       if (!eta_on_device_.defined()) eta_on_device_ = new_array<double>(rows());
+      eta_filed_.begin();
       file(session, eta_on_device_, eta);
       eta_ = std::move(eta);
       eta_filed_.now(session);
     }
+    use(session, eta_on_device_);
     return data<double>(eta_on_device_);
   }
 
@@ -594,9 +672,15 @@ class Table {
   Plan& plan_for(const Session& session, const Kinds& kinds) {
     std::vector<std::int64_t> numel;
     for (const at::Tensor& w : column("w")) numel.push_back(w.numel());
-    Plan& plan = plans_[kinds];
-    if (plan.numel != numel || !plan.numel_on_device.defined()) plan = new_plan(kinds, std::move(numel));
+    auto known = std::find_if(plans_.begin(), plans_.end(), [&](const Plan& x) { return x.kinds == kinds && x.numel == numel; });
+    if (known == plans_.end()) known = plans_.insert(plans_.begin(), new_plan(kinds, std::move(numel)));
+    plans_.splice(plans_.begin(), plans_, known);
+    forget_old_plans();
+    Plan& plan = plans_.front();
+    plan.captured = plan.captured || session.capture != 0;
+    for (const at::Tensor& array : plan.arrays()) use(session, array);
     if (!plan.filed.holds(session, true)) {
+      plan.filed.begin();
       file(session, plan.numel_on_device, plan.numel);
       file(session, plan.group, group_);
       auto* const counters = data<std::uint32_t>(plan.counters);
@@ -609,8 +693,14 @@ class Table {
     return plan;
   }
 
+  void forget_old_plans() {
+    std::size_t eager = 0;
+    plans_.remove_if([&](const Plan& plan) { return !plan.captured && ++eager > kPlans; });
+  }
+
   Plan new_plan(const Kinds& kinds, std::vector<std::int64_t> numel) const {
     Plan plan;
+    plan.kinds = kinds;
     plan.numel = std::move(numel);
     plan.numel_on_device = new_array<std::int64_t>(rows());
     plan.group = new_array<std::int32_t>(rows());
@@ -723,22 +813,29 @@ class Table {
 
     args.operands = static_cast<std::int32_t>(operands.size());
     args.adaptive = -1;
-    for (std::size_t k = 0; k < operands.size(); ++k) {
+    // The first operand that is not filed travels with this launch, which files it.
+    std::string carried;
+    for (std::size_t k = 0; k < operands.size() && args.filed == nullptr; ++k) {
       const std::string name = column_of(operands[k]);
-      bool carry = false;
-      Ref* const column = on_device(session, name, lease.refs(name), args.filed == nullptr ? &carry : nullptr);
-      args.operand[k] = column;
-      if (carry) args.filed = column, args.carried = static_cast<std::int32_t>(k);
+      if (is_filed(session, name, lease.refs(name))) continue;
+      carried = name;
+      columns_[name].filed.begin();
+      args.filed = room_for(session, columns_[name]);
+      args.carried = static_cast<std::int32_t>(k);
+    }
+    const auto place = [&](const std::string& name) -> const Ref* { return name == carried ? args.filed : lease.column(name); };
+    for (std::size_t k = 0; k < operands.size(); ++k) {
+      args.operand[k] = place(column_of(operands[k]));
       if (operands[k] == "Tg") {
         args.adaptive = static_cast<std::int32_t>(k);
         args.eta = to_eta(session, adaptive);
         if (args.eta == nullptr) args.adaptive = -1;
-        args.w = lease.column("w");
+        args.w = place("w");
       }
     }
     if (args.cached_value != nullptr) {
-      args.cached = scalars(session, "q_norm_sq", at::kDouble, RowFlags(rows()));
-      args.cached_if = lease.column("g");  // filed above if it is an operand too
+      args.cached = scalars(session, "q_norm_sq", at::kDouble, Access::read, RowFlags(rows()));
+      args.cached_if = place("g");
     }
     auto* const counters = data<std::uint32_t>(plan.counters);
     args.row_arrivals = counters;
@@ -768,7 +865,7 @@ class Table {
         std::copy(groups.begin(), groups.end(), launch.group);
       }
       if (args.filed != nullptr) {
-        const auto& refs = lease.refs(column_of(operands[args.carried]));
+        const auto& refs = lease.refs(carried);
         for (std::int32_t row = 0; row < window.rows.count; ++row) {
           launch.column.low[row] = static_cast<std::uint32_t>(refs[window.rows.first + row]);
           launch.column.high[row] = static_cast<std::uint16_t>(refs[window.rows.first + row] >> 32);
@@ -776,17 +873,34 @@ class Table {
       }
       cuda::sums(window.kind, window.chunks, launch, rule != nullptr ? static_cast<int>(groups.size()) : 0, session.stream);
     }
+    if (args.filed != nullptr) {
+      columns_[carried].refs = lease.refs(carried);
+      columns_[carried].filed.now(session);
+    }
   }
 
   std::vector<int> group_;
   Tensors absent_ = Tensors(group_.size());
-  at::Device device_ = at::Device(kDeviceType, kDeviceType == at::kCPU ? -1 : 0);
+  at::Device device_;
   std::unordered_map<std::string, Column> columns_;
-  std::map<Kinds, Plan> plans_;
+  std::list<Plan> plans_;  // the last used first
   std::vector<double> eta_;
   at::Tensor eta_on_device_;
   Filed eta_filed_;
+  std::optional<Stream> first_stream_;
+  bool several_streams_ = false;
 };
+
+// A GPU on which these kernels do not run has a reason, which the driver knows best: the code in this build is for others, the
+// driver is too old for its PTX.
+std::optional<std::string> refusal(int device) {
+  try {
+    const Session session(at::Device(kDeviceType, static_cast<at::DeviceIndex>(device)));
+    return why_not_here();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+}
 
 }  // namespace
 }  // namespace looksam::cuda
@@ -794,7 +908,7 @@ class Table {
 PYBIND11_MODULE(LOOKSAM_MODULE, module) {
   using looksam::cuda::Table;
   py::class_<Table>(module, "Table")
-      .def(py::init<std::vector<int>>())
+      .def(py::init([](std::vector<int> group, const std::string& device) { return Table(std::move(group), at::Device(device)); }))
       .def("set", &Table::set)
       .def("sums", &Table::sums)
       .def("evaluates", &Table::evaluates)
@@ -802,6 +916,14 @@ PYBIND11_MODULE(LOOKSAM_MODULE, module) {
       .def("measure", &Table::measure)
       .def("perturb", &Table::perturb)
       .def("step", &Table::step)
-      .def("restore", &Table::restore);
+      .def("restore", &Table::restore)
+      .def("arrays", &Table::arrays);
   module.def("launches", &looksam::cuda::launches);
+  module.def("refusal", &looksam::cuda::refusal);
+#if defined(LOOKSAM_HARNESS)
+  module.def("fail_after", &looksam::cuda::fail_after);
+  module.def("use_stream", [](std::uintptr_t stream) { looksam::cuda::harness_stream = reinterpret_cast<looksam::cuda::Stream>(stream); });
+  module.def("use_capture", [](unsigned long long capture) { looksam::cuda::harness_capture = capture; });
+  module.def("recorded", [] { return looksam::cuda::harness_recorded; });
+#endif
 }

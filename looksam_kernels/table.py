@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,9 +35,12 @@ class TensorTable:
     =================  ==================================================================================
 
     Args:
-        w: parameters: floating point, dense, any mix of devices and of float64, float32, float16, bfloat16.
+        w: parameters: floating point, dense, any mix of devices and of float64, float32, float16, bfloat16. Sums, norms and
+            coefficients are those of all rows together, on the device of the first.
         group: index of each row's hyper-parameter group; default: all 0.
-        backend: ``"native"``, ``"triton"``, ``"reference"`` or ``None`` for the first that runs on w's device.
+        device: where an empty table is: on the CPU if this is not said. Of any other it is the device of its first parameter.
+        backend: ``"native"``, ``"triton"``, ``"reference"`` or ``None`` for the first that runs on w's device, chosen
+            for each where there are several.
         columns: further columns.
 
     Raises:
@@ -52,6 +54,7 @@ class TensorTable:
         w: Iterable[Tensor],
         group: Sequence[int] | None = None,
         *,
+        device: torch.device | str | None = None,
         backend: str | None = None,
         **columns: Sequence[Tensor | None],
     ) -> None:
@@ -63,8 +66,9 @@ class TensorTable:
             raise ValueError(f"group has {len(self.group)} entries for {len(weights)} parameters")
         self.perturbed = [False] * len(weights)
         """Rows whose w is away from its backup: set by perturb, cleared by step and restore."""
-        self.device = weights[0].device if weights else torch.device("cpu")
-        self.backend: ModuleType = backends.select(backend, self.device)
+        devices = list(dict.fromkeys(device_of(x) for x in weights)) or [_complete(torch.device(device or "cpu"))]
+        self.device = devices[0]
+        self.backend: backends.Backend = backends.select(backend, *devices)
         self.dirty: set[str] = set()
         """Columns set since the backend last looked at them."""
         self.handle: Any = None
@@ -109,7 +113,7 @@ class TensorTable:
 
     @property
     def backend_name(self) -> str:
-        """``"native"``, ``"triton"`` or ``"reference"``."""
+        """``"native"``, ``"triton"`` or ``"reference"``; of rows on several devices all that run, as in ``"native and triton"``."""
         return backends.name_of(self.backend)
 
     def drop(self, name: str) -> None:
@@ -124,6 +128,16 @@ class TensorTable:
     def present(self, name: str) -> list[bool]:
         """Which rows have a tensor in this column."""
         return self._present.get(name) or [False] * len(self)
+
+
+def device_of(w: Tensor) -> torch.device:
+    """Rows of different devices are parts of a table with several (:mod:`looksam_kernels.backends.split`)."""
+    return w.device
+
+
+def _complete(device: torch.device) -> torch.device:
+    """A tensor's device has an index."""
+    return torch.empty(0, device=device).device
 
 
 def _check(name: str, row: int, x: Tensor, w: Tensor) -> None:

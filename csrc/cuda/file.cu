@@ -42,4 +42,7 @@ void count_launch() { ++launch_count; }
 
 std::int64_t launches() { return launch_count; }
 
+// Any kernel: all are compiled for the same architectures. This one is the smallest to compile from PTX, should that be needed.
+std::optional<std::string> why_not_here() { return why_not_executable<FileBody<SmallFile>, SmallFile>(); }
+
 }  // namespace looksam::cuda

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
+#include <string>
 
 #include "perturb.cuh"
 #include "step.cuh"
@@ -42,5 +44,8 @@ void index_chunks(const ChunkMap& map, std::int32_t* row_of, std::uint32_t* row_
 
 // How many launches there have been.
 std::int64_t launches();
+
+// Why the current device runs none of these kernels; nothing where it does.
+std::optional<std::string> why_not_here();
 
 }  // namespace looksam::cuda

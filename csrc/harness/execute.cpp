@@ -19,6 +19,8 @@ namespace {
 
 constexpr std::size_t kStack = 256 * 1024;
 
+std::int64_t launches_until_failure = -1;
+
 struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
   ucontext_t context;
@@ -106,6 +108,12 @@ void run_block(const char* op) {
 }
 
 }  // namespace
+
+void fail_after(std::int64_t launches) { launches_until_failure = launches; }
+
+void fail_if_due(const char* op) {
+  if (launches_until_failure >= 0 && launches_until_failure-- == 0) throw std::runtime_error(std::string(op) + ": a launch that was to fail");
+}
 
 void wait_for_block() {
   Scheduler& s = scheduler();

@@ -51,9 +51,19 @@ void run_grid(const char* op, std::int64_t blocks, const std::function<void()>& 
 
 void count_launch();
 
+// Lets this many launches succeed, then one fail as on a device that cannot run it. Negative: none fails.
+void fail_after(std::int64_t launches);
+void fail_if_due(const char* op);
+
+template <class Body, class Args>
+std::optional<std::string> why_not_executable() {
+  return std::nullopt;
+}
+
 template <class Body, class Args>
 void execute(const char* op, std::int64_t blocks, const Args& args, Stream) {
   if (blocks == 0) return;
+  fail_if_due(op);
   static_assert(sizeof(Args) <= 32764, "more than a launch takes");
   using Shared = typename Body::Shared;
   const auto shared = std::make_unique<Shared>();

@@ -11,11 +11,14 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 ORDER = ("native", "triton", "reference")
+
+Backend = Any
+"""One of the modules, or :class:`looksam_kernels.backends.split.Split` over several devices."""
 
 _forced: str | None = None
 
@@ -54,15 +57,21 @@ class use_backend:
         return False
 
 
-def select(requested: str | None, device: torch.device) -> ModuleType:
-    """The backend for tensors on ``device``: ``requested``, else the forced one, else ``LOOKSAM_BACKEND``, else the first.
+def select(requested: str | None, *devices: torch.device) -> Backend:
+    """The backend for tensors on these devices: ``requested``, else the forced one, else ``LOOKSAM_BACKEND``, else the
+    first that runs there.
 
     Raises:
-        ValueError: unknown name. RuntimeError: a backend that was asked for cannot run on this device.
+        ValueError: unknown name. RuntimeError: a backend that was asked for cannot run on one of the devices.
     """
     name = requested or forced()
-    if name is not None:
-        return _require(name, device)
+    chosen = {device: _first(device) if name is None else _require(name, device) for device in devices}
+    if len(devices) == 1 or all(name_of(module) == "reference" for module in chosen.values()):
+        return chosen[devices[0]]
+    return _load("split").Split(chosen)
+
+
+def _first(device: torch.device) -> ModuleType:
     return next(_load(n) for n in ORDER if _reason(n, device) is None and _only_on_request(n, device) is None)
 
 
@@ -84,9 +93,10 @@ def backend_info(device: torch.device | str | None = None) -> dict[str, BackendI
     }
 
 
-def name_of(backend: ModuleType) -> str:
+def name_of(backend: Backend) -> str:
     """``native``, ``triton`` or ``reference``."""
-    return backend.__name__.rpartition(".")[2]
+    name: str = backend.__name__
+    return name.rpartition(".")[2]
 
 
 def _require(name: str, device: torch.device | None) -> ModuleType:

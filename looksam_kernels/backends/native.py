@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,13 +37,27 @@ def unavailable(device: torch.device) -> str | None:
     if _C is None:
         return _why_not
     if device.type == "cuda":
-        return None if _cuda is not None else _why_not_cuda
+        return _why_not_cuda if _cuda is None else _refusal(device)
     return None if device.type == "cpu" else f"there is no code for {device.type} tensors"
 
 
 def compiled() -> Any:
     """The compiled module, for what is not of one device; ``None`` where there is none."""
     return _C
+
+
+def _refusal(device: torch.device) -> str | None:
+    """Why this GPU runs none of the kernels: the driver's word on the code that was built, and on the driver itself."""
+    try:
+        return _refusal_of(_cuda, torch.cuda.current_device() if device.index is None else device.index)
+    except RuntimeError as error:
+        return str(error)
+
+
+@functools.cache
+def _refusal_of(module: Any, index: int) -> str | None:
+    why: str | None = module.refusal(index)
+    return why
 
 
 def first_misfit(tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:
@@ -131,7 +146,7 @@ def _evaluates(native: Any, rule: str, groups: Groups, lars: bool) -> bool:
 def _synced(table: TensorTable) -> Any:
     """The C++ table, with the columns that were set since the last op."""
     if table.handle is None:
-        table.handle = (_cuda if table.device.type == "cuda" else _C).Table(table.group)
+        table.handle = (_cuda if table.device.type == "cuda" else _C).Table(table.group, str(table.device))
     for name in table.dirty:
         table.handle.set(name, table[name] if name in table else None)
     table.dirty.clear()

@@ -19,13 +19,14 @@ def main(device: str = "cuda") -> None:
         for base, groups in BASE_CASES.values():
             columns = cases.columns(rows, device)
             table = cases.table(rows, columns, "native")
-            known, up = lk.measure(table, "sam", RULE_GROUPS)
+            lars = base == "lars"
+            known, up = lk.measure(table, "sam", RULE_GROUPS, lars=lars)
             lk.perturb(table, up)
             lk.restore(table)
             lk.perturb(table, up, cases.eta(rows))
-            lk.measure(table, "looksam_refresh", RULE_GROUPS, known=known, max_grad_norm=1.0)
+            lk.measure(table, "looksam_refresh", RULE_GROUPS, known=known, max_grad_norm=1.0, lars=lars)
             for combination in ("s, q = s - c g", "g, then w += c (g - s)"):
-                c = COMBINATIONS[combination].coefficients(rows, device)
+                c = cases.for_base(COMBINATIONS[combination].coefficients(rows, device), base)
                 if c.q is None or all(q is not None for q in columns["q"]):
                     lk.step(table, base, c, groups)
         if device == "cuda":

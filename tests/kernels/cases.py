@@ -156,8 +156,11 @@ def widened(cols: Columns) -> Columns:
     return wide
 
 
-def table(rows: Sequence[Row], cols: Columns, backend: str, perturbed: Sequence[bool] | None = None) -> TensorTable:
-    made = TensorTable(group=[row.group for row in rows], backend=backend, **cols)
+def table(
+    rows: Sequence[Row], cols: Columns, backend: str, perturbed: Sequence[bool] | None = None, device: str = "cpu"
+) -> TensorTable:
+    """device: where it is if it has no rows."""
+    made = TensorTable(group=[row.group for row in rows], backend=backend, device=device, **cols)
     if perturbed is not None:
         made.perturbed = list(perturbed)
     return made

@@ -51,11 +51,11 @@ def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> 
     rows = CASES[case]
     cols = cases.columns(rows, target.device)
     eta = cases.eta(rows) if ("Tg", "Tg") in pairs else None
-    found = lk.sums(cases.table(rows, cols, target.backend), pairs, eta)
-    again = lk.sums(cases.table(rows, cases.copy(cols), target.backend), pairs, eta)
+    found = lk.sums(cases.table(rows, cols, target.backend, device=target.device), pairs, eta)
+    again = lk.sums(cases.table(rows, cases.copy(cols), target.backend, device=target.device), pairs, eta)
 
     wide = {name: [None if x is None else x.to(F64) for x in column] for name, column in cols.items()}
-    truth = lk.sums(cases.table(rows, wide, "reference"), pairs, eta)
+    truth = lk.sums(cases.table(rows, wide, "reference", device=target.device), pairs, eta)
 
     assert found.pairs == pairs
     assert found.values.shape == (len(pairs), len(rows))
@@ -88,7 +88,7 @@ def test_perturb(target: Target, case: str, inputs: str) -> None:
     again = inputs == "c g from b"
 
     def run(backend: str, cols: Columns) -> Columns:
-        made = cases.table(rows, cols, backend, moved if again else None)
+        made = cases.table(rows, cols, backend, moved if again else None, target.device)
         storage = [w.data_ptr() for w in cols["w"]]
         lk.perturb(made, c, eta, mask)
         assert made.perturbed == moved
@@ -156,7 +156,7 @@ def test_step(target: Target, case: str, base: str, combination: str) -> None:
             if moved:
                 b.copy_(w if b.dtype == w.dtype else b)
                 w.add_(0.25)
-        made = cases.table(rows, cols, backend, away)
+        made = cases.table(rows, cols, backend, away, target.device)
         lk.step(made, name, c, groups)
         assert not any(made.perturbed)
         return cols
@@ -241,8 +241,10 @@ def test_coefficients(target: Target, rule: tuple[str, str], options: str) -> No
         if values == "not finite":
             sums.values[-1, -1] = math.inf
         cols = cases.columns(rows, target.device)
-        found = lk.coefficients(cases.table(rows, cols, target.backend), name, sums, groups, **chosen)
-        truth = lk.coefficients(cases.table(rows, cols, "reference"), name, sums, groups, **chosen)
+        found, truth = (
+            lk.coefficients(cases.table(rows, cols, backend, device=target.device), name, sums, groups, **chosen)
+            for backend in (target.backend, "reference")
+        )
         assert (found.inputs, found.writes) == (truth.inputs, truth.writes)
         assert found.found_inf.dtype == F32
         assert found.found_inf.shape == ()
