@@ -40,6 +40,11 @@ inline bool has_memory(const at::Tensor& x) {
   if (storage.device_type() != x.device().type() || x._is_zerotensor()) return false;
   const auto offset = static_cast<std::size_t>(x.storage_offset()), count = static_cast<std::size_t>(x.numel());
   if (count == 0) return true;
+  try {
+    if (storage.data() == nullptr) return false;
+  } catch (const c10::Error&) {  // a storage that lets nobody at its data
+    return false;
+  }
   return storage.nbytes() >= (x.is_contiguous() ? (offset + count) * x.itemsize()
                                                 : at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), offset));
 }
