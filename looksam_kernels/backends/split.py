@@ -28,15 +28,15 @@ class _Part(NamedTuple):
     """The rows of one device."""
 
     rows: list[int]
-    index: Tensor
+    places: Tensor
     """The same numbers, on the device of the whole table's first row."""
     table: TensorTable
 
     def of(self, c: Coefficients) -> Coefficients:
         def of_rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.index_select(-1, self.index).to(self.table.device)
+            return None if x is None else x.index_select(-1, self.places).to(self.table.device)
 
-        d = c.d.index_select(-1, self.index).to(self.table.device)
+        d = c.d.index_select(-1, self.places).to(self.table.device)
         found_inf = c.found_inf.to(self.table.device)
         return c._replace(d=d, q=of_rows(c.q), found_inf=found_inf, post=of_rows(c.post), trust=of_rows(c.trust))
 

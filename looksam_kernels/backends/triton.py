@@ -391,7 +391,7 @@ def _is_loaded(kernel: Any, *arguments: Any, **constexprs: Any) -> bool:
 def _elsewhere(table: TensorTable, rows: list[int], op: Callable[[TensorTable, list[int]], None]) -> None:
     """Does an op on rows that no kernel walks through: by the reference, in a table of their own."""
     if rows:
-        columns = {name: [table[name][row] for row in rows] for name in table}
+        columns: dict[str, Any] = {name: [table[name][row] for row in rows] for name in table}
         part = TensorTable(group=[table.group[row] for row in rows], backend="reference", **columns)
         part.perturbed = [table.perturbed[row] for row in rows]
         op(part, rows)

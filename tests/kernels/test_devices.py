@@ -6,7 +6,7 @@ another: everything but the copy between real devices then happens as it would (
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -172,8 +172,9 @@ def test_each_device_has_the_backend_that_runs_there() -> None:
 
 def gpu_build(monkeypatch: pytest.MonkeyPatch, refusal: Any) -> None:
     """As if there were a build with CUDA, whose driver answers so."""
-    native._refusal_of.cache_clear()
-    monkeypatch.setattr(native, "_cuda", SimpleNamespace(refusal=refusal))
+    module = ModuleType("_cuda")
+    module.refusal = refusal  # type: ignore[attr-defined]
+    monkeypatch.setattr(native, "_cuda", module)
 
 
 @pytest.mark.skipif(native._C is None, reason="there is no compiled extension")
@@ -186,7 +187,6 @@ def test_native_runs_where_the_driver_has_code_for_it(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match=reason):
         lk.backends.select("native", torch.device("cuda:0"))
     assert lk.backends.name_of(lk.backends.select(None, torch.device("cuda:0"))) != "native"
-    native._refusal_of.cache_clear()
 
 
 @pytest.mark.skipif(native._C is None, reason="there is no compiled extension")
@@ -196,4 +196,3 @@ def test_a_driver_that_is_not_there_is_a_reason_not_a_failure(monkeypatch: pytes
 
     gpu_build(monkeypatch, refusal)
     assert backend_info("cuda:0")["native"].reason == "the driver on your system is too old"
-    native._refusal_of.cache_clear()
