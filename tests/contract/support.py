@@ -56,6 +56,9 @@ WRAPPED = tuple(name for name, (base, _) in BASES.items() if not isinstance(base
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 on_variants = pytest.mark.parametrize("variant", VARIANTS)
+HOST_FREE = [name for name in VARIANTS if name not in ("esam", *DECIDING)]
+"""AE-SAM and AE-LookSAM read one number a step, to decide whether it is sharp; ESAM's closure is another."""
+on_variants_without_host_reads = pytest.mark.parametrize("variant", HOST_FREE)
 on_periodic_variants = pytest.mark.parametrize("variant", PERIODIC)
 on_variants_in_two_calls = pytest.mark.parametrize("variant", IN_TWO_CALLS)
 on_bases = pytest.mark.parametrize("base", BASES)

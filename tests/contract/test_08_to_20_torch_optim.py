@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import looksam
 from tests.contract.support import (
@@ -32,6 +33,7 @@ from tests.contract.support import (
     on_bases,
     on_pairs,
     on_variants,
+    on_variants_without_host_reads,
     states,
     train,
     weights,
@@ -521,9 +523,37 @@ def test_contract_20_tensor_lr_follows_a_scheduler_and_a_checkpoint(backend: str
     train(model, optimizer, 2)
 
 
+class NoHostReads(TorchDispatchMode):
+    """What a GPU would be waited for: ``.item()``, ``float(x)``, ``if x``."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read by the host"
+        return function(*args, **(kwargs or {}))
+
+
+@on_variants_without_host_reads
+@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+def test_contract_20_no_value_is_read_by_the_host(variant: str, base: str) -> None:
+    """The steps that the tests on a GPU run without synchronisation and capture in graphs, where every operation is torch's."""
+    model = network()
+    optimizer = build(model.parameters(), variant, base, backend="reference")
+    train(model, optimizer, 2)
+    x, y = torch.randn(8, 5), torch.randn(8, 3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with NoHostReads():
+        for _ in range(4):
+            optimizer.step(closure)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@on_variants
+@on_variants_without_host_reads
 @pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
 def test_contract_20_no_host_sync(variant: str, base: str) -> None:
     model = network().cuda()

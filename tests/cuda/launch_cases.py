@@ -11,8 +11,9 @@ from torch import Tensor
 import looksam
 import looksam_kernels as lk
 from looksam_kernels.backends import native
+from tests.cuda import sanitize
 from tests.kernels import cases
-from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, Row
+from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, RULE_GROUPS, Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -129,7 +130,11 @@ def test_messages_name_column_and_row() -> None:
 
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adamw", "lamb"])
 @pytest.mark.parametrize("variant", ["SAM", "LookSAM", "LookLayerSAM"])
-def test_twelve_steps_follow_the_reference(variant: str, base: str) -> None:
+def test_six_steps_follow_the_reference(variant: str, base: str) -> None:
+    """Six: two sharp and four reuse steps. nvcc contracts products and sums, so each step has other roundings than the
+    baseline's, and training multiplies what is there by 1 + lr times the curvature: after twelve steps the distance says more
+    about the function that is trained than about the kernels.
+    """
     name, (hyper, *_) = BASE_CASES[base]
     options = {key: value for key, value in hyper.items() if key not in ("always_adapt", "trust_clip")}
     ends = []
@@ -144,10 +149,99 @@ def test_twelve_steps_follow_the_reference(variant: str, base: str) -> None:
             loss.backward()
             return loss
 
-        for _ in range(12):
+        for _ in range(6):
             optimizer.step(closure)
         ends.append([p.detach() for p in params])
     mine, baseline, truth = ends
     for row, (x, y, z) in enumerate(zip(mine, baseline, truth, strict=True)):
         error, allowed = (x.double() - z).abs().max(), (y.double() - z).abs().max()
-        assert error <= 4 * allowed + 12 * cases.FEW_ULPS * torch.finfo(F32).eps, f"row {row}: {error} > {allowed}"
+        assert error <= 4 * allowed + 6 * cases.FEW_ULPS * torch.finfo(F32).eps, f"row {row}: {error} > {allowed}"
+
+
+def test_what_the_sanitizers_run() -> None:
+    sanitize.main(DEVICE)
+
+
+def test_a_column_is_filed_by_the_launch_that_files_it_not_before() -> None:
+    """An op that fails on its way there leaves nothing behind that the next one takes for addresses."""
+    rows = [Row((33,)), Row((5,))]
+    cols = cases.columns(rows, DEVICE)
+    made = cases.table(rows, {**cols, "q_norm_sq": [x.float() for x in cols["q_norm_sq"]]}, "native")
+    with pytest.raises(TypeError, match=r"'q_norm_sq', row 0: .*must be Double"):
+        lk.measure(made, "looksam_reuse", RULE_GROUPS)
+    made["q_norm_sq"] = cols["q_norm_sq"]
+    found, _ = lk.measure(made, "looksam_reuse", RULE_GROUPS)
+    again, _ = lk.measure(cases.table(rows, cols, "native"), "looksam_reuse", RULE_GROUPS)
+    assert torch.equal(found.values, again.values)
+
+
+def test_an_lr_on_another_device_is_fetched_or_refused() -> None:
+    """Its address would be read as one of this device."""
+    rows = [Row((33,))]
+    name, groups = BASE_CASES["adam"]
+    c = COMBINATIONS["s"].coefficients(rows, DEVICE)
+    tensors = [{**h, "lr": torch.tensor(h["lr"], dtype=torch.float64)} for h in groups]
+    results = []
+    for chosen in (groups, tensors):
+        cols = cases.columns(rows, DEVICE)
+        lk.step(cases.table(rows, cols, "native"), name, c, chosen)
+        results.append(cols["w"])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+    nowhere = [{**h, "lr": torch.tensor(h["lr"], device="meta")} for h in groups]
+    with pytest.raises(Exception, match="meta"):
+        lk.step(cases.table(rows, cases.columns(rows, DEVICE), "native"), name, c, nowhere)
+    two = [{**h, "lr": torch.full((2,), h["lr"], device=DEVICE)} for h in groups]
+    with pytest.raises(ValueError, match="lr has 2 elements"):
+        lk.step(cases.table(rows, cases.columns(rows, DEVICE), "native"), name, c, two)
+
+
+def test_tensors_that_share_their_elements_until_they_are_written_get_their_own() -> None:
+    rows = [Row((33,))]
+    cols = cases.columns(rows, DEVICE)
+    before = cases.copy(cols)
+    clones = {name: [torch._lazy_clone(x) for x in column] for name, column in cols.items()}
+    name, groups = BASE_CASES["adam"]
+    lk.step(
+        cases.table(rows, clones, "native"), name, COMBINATIONS["s, q = s - c g"].coefficients(rows, DEVICE), groups
+    )
+    assert cases.same_bits(cols, before)
+    assert not torch.equal(clones["w"][0], cols["w"][0])
+    assert clones["step"][0].item() == cols["step"][0].item() + 1
+
+
+def test_reading_a_norm_is_not_writing_it() -> None:
+    rows = [Row((33,))]
+    cols = cases.columns(rows, DEVICE)
+    before = cols["q_norm_sq"][0]._version
+    lk.measure(cases.table(rows, cols, "native"), "looksam_reuse", RULE_GROUPS)
+    assert cols["q_norm_sq"][0]._version == before
+
+
+def test_what_a_table_keeps_on_the_device_does_not_grow_with_the_mixes_of_dtypes_it_has_seen() -> None:
+    rows = [Row((33,)) for _ in range(6)]
+    cols = cases.columns(rows, DEVICE)
+    made = cases.table(rows, cols, "native")
+    counts = []
+    for mix in range(40):
+        g = [x.to((F32, BF16, F16, torch.float64)[mix >> i & 3]) for i, x in enumerate(cols["g"])]
+        made["g"] = g
+        found = lk.sums(made, (("g", "g"),)).values
+        fresh = lk.sums(cases.table(rows, {**cols, "g": g}, "native"), (("g", "g"),)).values
+        assert torch.equal(found, fresh)
+        counts.append(len(made.handle.arrays()))
+    assert max(counts) == counts[-1] <= 8 * 14
+
+
+def test_numbers_that_do_not_fit_the_table_are_errors() -> None:
+    """Kernels would read past their end."""
+    rows = [Row((33,)), Row((5,), group=1)]
+    cols = cases.columns(rows, DEVICE)
+    made = cases.table(rows, cols, "native")
+    c = COMBINATIONS["s"].coefficients(rows[:1], DEVICE)
+    with pytest.raises(ValueError, match=r"coefficients\.d has 1 numbers, not the 2"):
+        lk.step(made, "adam", c, BASE_CASES["adam"][1])
+    with pytest.raises(ValueError, match="row 1 is in group 1, but there are only 1"):
+        lk.measure(made, "sam", RULE_GROUPS[:1])
+    cols["step"][0].resize_(0)
+    with pytest.raises(ValueError, match="'step', row 0: 0 elements"):
+        lk.step(made, "adam", COMBINATIONS["s"].coefficients(rows, DEVICE), BASE_CASES["adam"][1])

@@ -19,7 +19,7 @@ from . import build
 
 Done = subprocess.CompletedProcess[str]
 OP_MATRIX = "tests/kernels/test_ops.py"
-LAUNCHES = "tests/cuda/launch_cases.py"
+LAUNCHES = ("tests/cuda/launch_cases.py", "tests/cuda/harness_cases.py")
 
 
 def on_harness(module: Path, *arguments: str, sanitize: bool) -> Done:
@@ -68,7 +68,7 @@ def test_op_matrix(matrix: dict[str, Done], part: str) -> None:
 
 
 def test_launches() -> None:
-    assert_green(on_harness(build.harness(sanitize=False), LAUNCHES, sanitize=False))
+    assert_green(on_harness(build.harness(sanitize=False), *LAUNCHES, sanitize=False))
 
 
 STEP, PERTURB, SUMS = "test_step and adamw", "(test_perturb or test_a_mask)", "test_sums"
