@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import looksam
 from looksam_kernels import backend_info
+from tests import bases
 
 BACKENDS = [name for name in ("reference", "native") if backend_info("cpu")[name].available]
 VARIANTS = looksam.VARIANTS
@@ -38,15 +39,7 @@ class WrappedAdagrad(torch.optim.Adagrad):
 
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sgd": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}),
-    "adam": ("adam", {"lr": 1e-2}),
-    "adamw": ("adamw", {"lr": 1e-2}),
-    "lamb": ("lamb", {"lr": 1e-2}),
-    "lars": ("lars", {"lr": 1.0, "trust_coefficient": 0.1, "weight_decay": 1e-2}),
-    "lion": ("lion", {"lr": 1e-3, "weight_decay": 0.1}),
-    "adagrad": ("adagrad", {"lr": 1e-2}),
-    "rmsprop": ("rmsprop", {"lr": 1e-3, "momentum": 0.9, "centered": True, "eps": 1e-3}),
-    "adadelta": ("adadelta", {"lr": 1.0}),
+    **{name: (name, base.options) for name, base in bases.BASES.items()},
     "wrapped rmsprop": (WrappedRMSprop, {"lr": 1e-3, "momentum": 0.9}),
     "wrapped adagrad": (WrappedAdagrad, {"lr": 1e-2}),
 }

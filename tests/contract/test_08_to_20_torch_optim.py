@@ -20,6 +20,8 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import looksam
+from looksam_kernels.updates import BASES
+from tests import bases
 from tests.contract.support import (
     PERIODIC,
     REUSING,
@@ -250,14 +252,14 @@ def test_contract_13_resume_at_every_phase(backend: str, variant: str, base: str
         train(model, optimizer, 1)
 
 
-TORCHS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
-    "adam": (torch.optim.Adam, {"lr": 1e-2}),
-    "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 1e-2, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9, "momentum": 0.9, "centered": True}),
-    "adadelta": (torch.optim.Adadelta, {"lr": 1.0, "rho": 0.8}),
+TORCHS = {
+    f"{case}-{i}": (BASES[name].options, options)
+    for name, base in bases.BASES.items()
+    for case, hyper in base.hyper.items()
+    for i, options in enumerate(hyper[:2])
+    if isinstance(BASES[name].options, type) and case not in base.shared
 }
+"""torch's own classes, with the hyper-parameters of one group and of another."""
 
 
 @on_backends
@@ -269,7 +271,7 @@ def test_contract_13_checkpoint_of_the_base_alone(backend: str, name: str) -> No
     base = cls(model.parameters(), **options)
     train(model, base, 3)
     other = copy.deepcopy(model)
-    optimizer = looksam.LookSAM(other.parameters(), name, k=2, backend=backend, rho=0.0, alpha=0.3)
+    optimizer = looksam.LookSAM(other.parameters(), cls, k=2, backend=backend, rho=0.0, alpha=0.3)
     optimizer.load_state_dict(copy.deepcopy(base.state_dict()))
     train(other, optimizer, 3)
     train(model, base, 3)
@@ -278,7 +280,7 @@ def test_contract_13_checkpoint_of_the_base_alone(backend: str, name: str) -> No
     group = optimizer.param_groups[0]
     assert (group["phase"], group["rho"], group["alpha"]) == (1, 0.0, 0.3)
     # torch's SGD counts nothing; the buffer that it brought counts as one step
-    assert optimizer.state[other[0].weight]["step"] == (6 if name != "sgd" else 4)
+    assert optimizer.state[other[0].weight]["step"] == (6 if cls is not torch.optim.SGD else 4)
 
 
 @on_backends

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import looksam
 import looksam_kernels as lk
+from tests import bases
 from tests.kernels import cases
 from tests.kernels.cases import BASE_CASES, CASES, COMBINATIONS
 
@@ -24,7 +25,8 @@ pytestmark = [
 
 BACKENDS = ("native", "triton")
 VARIANTS = ("SAM", "LookSAM", "LayerSAM", "LookLayerSAM")
-BASES = ("sgd-nesterov", "adam", "adamw", "lamb", "lars", "lion", "adagrad", "rmsprop-centered", "adadelta")
+BASES = [list(base.kernels)[-1] for base in bases.BASES.values()]
+"""The case of each that has all states."""
 
 
 class Training:
@@ -36,7 +38,7 @@ class Training:
         self.params = [torch.nn.Parameter(torch.randn(shape, generator=random).to("cuda", dtype)) for shape in shapes]
         self.targets = [torch.randn(shape, generator=random).to("cuda", dtype) for shape in shapes]
         name, (hyper, *_) = BASE_CASES[base]
-        options = {key: value for key, value in hyper.items() if key not in ("always_adapt", "trust_clip")}
+        options = dict(hyper)
         more = {} if variant == "SAM" else {"k": 2}
         self.optimizer = getattr(looksam, variant)(self.params, name, backend=backend, **options, **more)
 

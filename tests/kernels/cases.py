@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from looksam_kernels import TensorTable, backend_info
+from looksam_kernels import TensorTable, backend_info, updates
 from looksam_kernels.formulas import Coefficients
+from tests.bases import BASES
 
 Columns = dict[str, list[Tensor | None]]
 
@@ -88,15 +89,14 @@ CASES: dict[str, list[Row]] = {
     ],
 }
 
-STATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "exp_avg": lambda x: x,
+_SQUARES: dict[str, Callable[[Tensor], Tensor]] = {
     "exp_avg_sq": torch.square,
-    "momentum_buffer": lambda x: x,
     "sum": torch.square,
     "square_avg": lambda x: x.square() + 1,
     "grad_avg": lambda x: x.tanh() / 2,
     "acc_delta": torch.square,
 }
+STATES = {state: _SQUARES.get(state, lambda x: x) for base in updates.BASES.values() for state in base.states}
 """The states, made of normal numbers: mean squares are positive, and larger than the squares of means."""
 GRADIENTS = ("g", "s")
 
@@ -212,24 +212,8 @@ def _three(**options: Any) -> list[dict[str, Any]]:
     return [{**options, "lr": lr, "weight_decay": wd} for lr, wd in ((0.01, 0.1), (0.02, 0.0), (0.003, 0.01))]
 
 
-_ADAM = {"betas": (0.9, 0.99), "eps": 1e-8}
-_LAMB = {"betas": (0.9, 0.99), "eps": 1e-6}
-
 BASE_CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "sgd": ("sgd", _three(momentum=0.0, dampening=0.0, nesterov=False)),
-    "sgd-momentum": ("sgd", _three(momentum=0.9, dampening=0.5, nesterov=False)),
-    "sgd-nesterov": ("sgd", _three(momentum=0.9, dampening=0.0, nesterov=True)),
-    "adam": ("adam", _three(**_ADAM)),
-    "adamw": ("adamw", _three(**_ADAM)),
-    "lamb": ("lamb", _three(**_LAMB, always_adapt=False, trust_clip=False)),
-    "lamb-clip": ("lamb", _three(**_LAMB, always_adapt=True, trust_clip=True)),
-    "lars": ("lars", _three(momentum=0.9, dampening=0.1, nesterov=False)),
-    "lion": ("lion", _three(betas=(0.9, 0.99))),
-    "adagrad": ("adagrad", _three(lr_decay=0.1, eps=1e-10)),
-    "rmsprop": ("rmsprop", _three(alpha=0.9, eps=1e-8, momentum=0.0, centered=False)),
-    "rmsprop-momentum": ("rmsprop", _three(**{"base.alpha": 0.9}, alpha=0.3, eps=1e-8, momentum=0.9, centered=False)),
-    "rmsprop-centered": ("rmsprop", _three(alpha=0.9, eps=1e-8, momentum=0.9, centered=True)),
-    "adadelta": ("adadelta", _three(**{"base.rho": 0.9}, rho=0.05, eps=1e-6)),
+    **{case: (name, _three(**options)) for name, base in BASES.items() for case, options in base.kernels.items()},
     "grad": ("grad", [{}, {}, {}]),
 }
 

@@ -13,6 +13,8 @@ import looksam_kernels as lk
 from looksam_kernels import TensorTable
 from looksam_kernels.formulas import Coefficients
 from looksam_kernels.updates import BASES
+from tests import bases
+from tests.kernels.cases import BASE_CASES
 
 F64 = torch.float64
 STEPS = 12
@@ -43,41 +45,29 @@ def follow(base: str, options: dict[str, Any], gradients: list[list[Tensor]], st
 
 
 SGD = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
-ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-ADAGRAD = {"lr": 0.1, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
-RMSPROP = {"lr": 0.01, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False}
-ADADELTA = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("base", "theirs", "options"),
-    [
-        pytest.param("sgd", torch.optim.SGD, SGD, id="sgd"),
-        pytest.param("sgd", torch.optim.SGD, {**SGD, "weight_decay": 0.1}, id="sgd, decay"),
-        pytest.param("sgd", torch.optim.SGD, {**SGD, "momentum": 0.9, "weight_decay": 0.1}, id="sgd, momentum"),
-        pytest.param("sgd", torch.optim.SGD, {**SGD, "momentum": 0.9, "dampening": 0.5}, id="sgd, dampening"),
-        pytest.param("sgd", torch.optim.SGD, {**SGD, "momentum": 0.9, "nesterov": True}, id="sgd, nesterov"),
-        pytest.param("adam", torch.optim.Adam, ADAM, id="adam"),
-        pytest.param("adam", torch.optim.Adam, {**ADAM, "weight_decay": 0.1}, id="adam, decay"),
-        pytest.param("adamw", torch.optim.AdamW, {**ADAM, "weight_decay": 0.1}, id="adamw"),
-        pytest.param("adagrad", torch.optim.Adagrad, {**ADAGRAD, "initial_accumulator_value": 0.1}, id="adagrad"),
-        pytest.param(
-            "adagrad", torch.optim.Adagrad, {**ADAGRAD, "lr_decay": 0.1, "weight_decay": 0.1}, id="adagrad, decays"
-        ),
-        pytest.param("rmsprop", torch.optim.RMSprop, {**RMSPROP, "weight_decay": 0.1}, id="rmsprop, decay"),
-        pytest.param("rmsprop", torch.optim.RMSprop, {**RMSPROP, "momentum": 0.9}, id="rmsprop, momentum"),
-        pytest.param("rmsprop", torch.optim.RMSprop, {**RMSPROP, "centered": True}, id="rmsprop, centered"),
-        pytest.param(
-            "rmsprop", torch.optim.RMSprop, {**RMSPROP, "centered": True, "momentum": 0.9}, id="rmsprop, both"
-        ),
-        pytest.param("adadelta", torch.optim.Adadelta, ADADELTA, id="adadelta"),
-        pytest.param(
-            "adadelta", torch.optim.Adadelta, {**ADADELTA, "weight_decay": 0.1, "lr": 0.5}, id="adadelta, decay"
-        ),
-    ],
-)
+def test_every_base_has_a_row() -> None:
+    assert list(bases.BASES) == [name for name, row in BASES.items() if row.update is not None]
+    for name, base in bases.BASES.items():
+        assert {bases.base_of(case) for case in (*base.kernels, *base.hyper)} == {name}
+
+
+def of_torch() -> list[Any]:
+    """The op matrix's cases of the bases that torch has, each with every group's lr and decay."""
+    params = []
+    for case, (name, groups) in BASE_CASES.items():
+        for group in groups:
+            if isinstance(BASES[name].options, type):
+                own = {key: value for key, value in group.items() if f"base.{key}" not in group}
+                options = {key.removeprefix("base."): value for key, value in own.items()}
+                params.append(pytest.param(name, options, id=f"{case}-{group['lr']}"))
+    return params
+
+
+@pytest.mark.parametrize(("base", "options"), of_torch())
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_bases_are_those_of_torch(base: str, theirs: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_bases_are_those_of_torch(base: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Two ulps of the largest weight a step: torch rounds the same few operations, in its own order."""
     random = torch.Generator().manual_seed(0)
     shapes = ((3,), (), (7, 5))
@@ -85,6 +75,8 @@ def test_bases_are_those_of_torch(base: str, theirs: Any, options: dict[str, Any
     gradients = [[torch.randn(s, generator=random, dtype=F64).to(dtype) for s in shapes] for _ in range(STEPS)]
 
     parameters = [torch.nn.Parameter(x.clone()) for x in start]
+    theirs = BASES[base].options
+    assert theirs is not None
     optimizer = theirs(parameters, **options)
     for g in gradients:
         for p, grad in zip(parameters, g, strict=True):

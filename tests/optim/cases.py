@@ -8,21 +8,10 @@ from torch import optim
 
 import looksam
 import looksam_kernels
+from tests import bases
+from tests.bases import RMSPROP_HYPER
 from tests.optim import independent
-from tests.optim.independent import (
-    LAMB,
-    LARS,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    AdamW,
-    FromTorch,
-    Lion,
-    RMSprop,
-    ascent_asam,
-    ascent_sam,
-)
+from tests.optim.independent import FromTorch, ascent_asam, ascent_sam
 from tests.optim.problem import SHAPES, Problem
 
 K = 3
@@ -131,64 +120,6 @@ class Base:
     options: dict = field(default_factory=dict)
 
 
-SGD_HYPER = (
-    {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    {"lr": 0.1, "momentum": 0.5, "dampening": 0.2},
-    {"lr": 0.02, "weight_decay": 0.1},
-)
-ADAM_HYPER = (
-    {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01},
-    {"lr": 0.02, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.0},
-    {"lr": 0.1, "betas": (0.0, 0.999), "eps": 1e-8, "weight_decay": 0.2},
-)
-LAMB_HYPER = (
-    {**ADAM_HYPER[0], "trust_clip": True},
-    {**ADAM_HYPER[1], "always_adapt": True},
-    {**ADAM_HYPER[2]},
-)
-LAMB_PLAIN = (ADAM_HYPER[0], ADAM_HYPER[1], {**ADAM_HYPER[2], "trust_clip": True})
-RMSPROP_HYPER = (
-    {"lr": 0.02, "alpha": 0.9, "eps": 1e-6, "momentum": 0.5, "weight_decay": 0.01, "centered": False},
-    {"lr": 0.01, "alpha": 0.5, "eps": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "centered": False},
-    {"lr": 0.05, "alpha": 0.99, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.1, "centered": False},
-)
-# Centered: what rounding leaves of a small variance is divided by eps, which is therefore not small here.
-CENTERED_HYPER = (
-    {**RMSPROP_HYPER[0], "eps": 0.1, "centered": True},
-    {**RMSPROP_HYPER[1], "eps": 0.03, "centered": True},
-    {**RMSPROP_HYPER[2]},
-)
-# SAMPa looks at w - lr y, which must not run away: no large lr here and in ADADELTA_HYPER.
-LARS_HYPER = (
-    {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "trust_coefficient": 0.5, "eps": 1e-3},
-    {
-        "lr": 0.02,
-        "momentum": 0.5,
-        "nesterov": True,
-        "weight_decay": 0.0,
-        "trust_coefficient": 1.5,
-        "always_adapt": True,
-    },
-    {"lr": 0.04, "momentum": 0.0, "weight_decay": 0.2, "trust_coefficient": 0.5, "trust_clip": True},
-)
-LARS_HYPER = tuple({"eps": 1e-8, "always_adapt": False, "trust_clip": False, **h} for h in LARS_HYPER)
-LION_HYPER = (
-    {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1},
-    {"lr": 0.02, "betas": (0.5, 0.9), "weight_decay": 0.0},
-    {"lr": 0.03, "betas": (0.0, 0.8), "weight_decay": 0.3},
-)
-ADAGRAD_HYPER = (
-    {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1, "eps": 1e-6, "weight_decay": 0.01},
-    {"lr": 0.05, "lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-3, "weight_decay": 0.0},
-    {"lr": 0.2, "lr_decay": 0.5, "initial_accumulator_value": 1.0, "eps": 1e-10, "weight_decay": 0.1},
-)
-ADADELTA_HYPER = (
-    {"lr": 0.1, "rho": 0.9, "eps": 1e-3, "weight_decay": 0.01},
-    {"lr": 0.05, "rho": 0.5, "eps": 1e-2, "weight_decay": 0.0},
-    {"lr": 0.2, "rho": 0.99, "eps": 1e-4, "weight_decay": 0.1},
-)
-
-
 class OfUser(optim.RMSprop):
     """Wrapped: a class of the user's own, whatever it is made of."""
 
@@ -199,19 +130,11 @@ ADAFACTOR_HYPER = (
     {"lr": 0.01, "beta2_decay": -0.8, "d": 1.5, "eps": (1e-9, 1e-4), "weight_decay": 0.1},
 )
 BASES = {
-    "sgd": Base("sgd", SGD_HYPER, SGD),
-    "sgd-clip": Base("sgd", SGD_HYPER, SGD, {"max_grad_norm": 0.5}),
-    "adam": Base("adam", ADAM_HYPER, Adam),
-    "adamw": Base("adamw", ADAM_HYPER, AdamW),
-    "lamb": Base("lamb", LAMB_HYPER, LAMB, {"max_grad_norm": 1.0}),
-    "lamb-noclip": Base("lamb", LAMB_PLAIN, LAMB, {"max_grad_norm": None}),
-    "lars": Base("lars", LARS_HYPER, LARS),
-    "lars-clip": Base("lars", LARS_HYPER, LARS, {"max_grad_norm": 0.5}),
-    "lion": Base("lion", LION_HYPER, Lion),
-    "adagrad": Base("adagrad", ADAGRAD_HYPER, Adagrad),
-    "rmsprop": Base("rmsprop", RMSPROP_HYPER, RMSprop),
-    "rmsprop-centered": Base("rmsprop", CENTERED_HYPER, RMSprop),
-    "adadelta": Base("adadelta", ADADELTA_HYPER, Adadelta),
+    **{
+        case: Base(name, hyper, base.independent, base.shared.get(case, {}))
+        for name, base in bases.BASES.items()
+        for case, hyper in base.hyper.items()
+    },
     "RMSprop": Base(
         OfUser,
         RMSPROP_HYPER,

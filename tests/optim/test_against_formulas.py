@@ -16,6 +16,7 @@ import torch
 from torch import optim
 
 import looksam
+from looksam_kernels import updates
 from tests.optim.cases import BACKENDS, BASES, METHODS, QUICK, Base, Method, build, hypers, names_for
 from tests.optim.independent import ascent_layer
 from tests.optim.problem import Closure, Problem
@@ -133,16 +134,8 @@ def test_backend_errs_at_most_twice_as_much_as_the_reference(backend, dtype, met
 @pytest.mark.parametrize("method", PRINCIPAL)
 @pytest.mark.parametrize(
     ("name", "cls"),
-    [
-        ("sgd", optim.SGD),
-        ("adam", optim.Adam),
-        ("adamw", optim.AdamW),
-        ("adagrad", optim.Adagrad),
-        ("rmsprop", optim.RMSprop),
-        ("adadelta", optim.Adadelta),
-        ("lars", looksam.LARS),
-        ("lion", looksam.Lion),
-    ],
+    [(name, row.options) for name, row in updates.BASES.items() if isinstance(row.options, type)]
+    + [(cls.fused_base, cls) for cls in (looksam.LARS, looksam.Lion)],
 )
 def test_torchs_class_is_the_base_of_that_name(method, name, cls):
     """Bit for bit, so what is shown above for a name holds for the class."""

@@ -21,21 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import looksam
-from tests.optim.cases import (
-    ADADELTA_HYPER,
-    ADAGRAD_HYPER,
-    ADAM_HYPER,
-    BASES,
-    CENTERED_HYPER,
-    METHODS,
-    QUICK,
-    RMSPROP_HYPER,
-    SGD_HYPER,
-    Base,
-    Method,
-    build,
-    names_for,
-)
+from looksam_kernels.updates import BASES as BASES_OF_OPS
+from tests import bases as tables
+from tests.bases import SGD_HYPER, base_of
+from tests.optim.cases import BASES, METHODS, QUICK, Base, Method, build, names_for
 from tests.optim.independent import LAMB, Independent
 from tests.optim.problem import GROUPS, SHAPES, Closure, Problem
 from tests.optim.test_against_formulas import EPS, deviation, exact_and_tolerance
@@ -47,7 +36,7 @@ VARIANTS = (
 )
 PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-3")
 ALWAYS = ("matrix", "vector", "scalar", "empty", "kernel", "never", "flat", "some_steps", "from_zero")
-FUSED = ("sgd", "adam", "adamw", "lamb", "lars", "lion", "adagrad", "rmsprop", "adadelta")
+FUSED = tuple(tables.BASES)
 EVERY_BASE = (*FUSED, "RMSprop", "Adafactor")
 K = 3
 
@@ -255,15 +244,16 @@ def test_n_steps_call_the_closure_n_plus_ceil_n_over_k_times(cls, n, k):
 # ------------------------------------------------------------------------------------------------ torch's own base steps
 
 TORCH_CASES = {
-    "sgd": (torch.optim.SGD, SGD_HYPER),
-    "adam": (torch.optim.Adam, ADAM_HYPER),
-    "adamw": (torch.optim.AdamW, ADAM_HYPER),
-    # torch's class reads its own default for the first, whatever the group says
-    "adagrad": (torch.optim.Adagrad, tuple({**h, "initial_accumulator_value": 0.0} for h in ADAGRAD_HYPER)),
-    "rmsprop": (torch.optim.RMSprop, RMSPROP_HYPER),
-    "rmsprop-centered": (torch.optim.RMSprop, CENTERED_HYPER),
-    "adadelta": (torch.optim.Adadelta, ADADELTA_HYPER),
+    case: (BASES_OF_OPS[name].options, hyper)
+    for name, base in tables.BASES.items()
+    for case, hyper in base.hyper.items()
+    if isinstance(BASES_OF_OPS[name].options, type) and case not in base.shared
 }
+# torch's class reads its own default for the first, whatever the group says
+TORCH_CASES["adagrad"] = (
+    torch.optim.Adagrad,
+    tuple({**h, "initial_accumulator_value": 0.0} for h in TORCH_CASES["adagrad"][1]),
+)
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor, before: torch.Tensor) -> float:
@@ -296,7 +286,7 @@ def test_each_step_is_within_2_ulps_of_torchs_from_the_same_state(name, rho_0, b
         if rho_0
         else Method(looksam.SAM, None, (rho,) * 3, k=k)
     )
-    optimizer = build(problem, params, method, Base(name.split("-")[0], hyper, None), backend)
+    optimizer = build(problem, params, method, Base(base_of(name), hyper, None), backend)
     reference = cls(problem.groups(theirs, list(hyper)))
     closure, their_closure = Closure(problem, params), Closure(problem, theirs)
     worst, condition = 0.0, 1.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import looksam
+from tests import bases
 
 pytest.importorskip("triton")
 
@@ -32,15 +33,11 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "ESAM over sgd": lambda p, **o: looksam.ESAM(p, "sgd", rho=0.1, k=K, lr=0.05, momentum=0.9, **o),
     "AESAM over sgd": lambda p, **o: looksam.AESAM(p, "sgd", total_steps=STEPS, rho=0.1, lr=0.05, momentum=0.9, **o),
     "AELookSAM over adam": lambda p, **o: looksam.AELookSAM(p, "adam", total_steps=STEPS, rho=0.1, lr=0.02, **o),
-    "LookSAM over lars": lambda p, **o: looksam.LookSAM(
-        p, "lars", k=K, lr=0.5, trust_coefficient=0.05, weight_decay=1e-2, max_grad_norm=1.0, **o
-    ),
-    "SAM over lion": lambda p, **o: looksam.SAM(p, "lion", k=K, lr=0.01, weight_decay=1e-2, **o),
-    "SAM over adagrad": lambda p, **o: looksam.SAM(p, "adagrad", k=K, lr=0.05, initial_accumulator_value=0.1, **o),
-    "LookSAM over rmsprop": lambda p, **o: looksam.LookSAM(
-        p, "rmsprop", k=K, lr=0.01, base_alpha=0.9, eps=1e-3, centered=True, momentum=0.5, **o
-    ),
-    "SAM over adadelta": lambda p, **o: looksam.SAM(p, "adadelta", k=K, lr=1.0, base_rho=0.8, **o),
+    **{
+        f"SAM over {name}": lambda p, name=name, base=base, **o: looksam.SAM(p, name, k=K, **base.options, **o)
+        for name, base in bases.BASES.items()
+        if name not in ("sgd", "adam", "adamw", "lamb")  # those above
+    },
     "LARS": lambda p, **o: looksam.LARS(p, lr=0.5, trust_coefficient=0.05, nesterov=True, **o),
     "LAMB": lambda p, **o: looksam.LAMB(p, lr=0.02, **o),
     "Lion": lambda p, **o: looksam.Lion(p, lr=0.01, **o),
