@@ -454,6 +454,7 @@ PYBIND11_MODULE(_C, module) {
       .def("perturb", &Table::perturb)
       .def("step", &Table::step)
       .def("restore", &Table::restore);
+  module.def("rules", &looksam::rule_names);
   module.def("first_misfit", &looksam::first_misfit);
   looksam::bind_snapshot(module);
   module.def("isas", [] {

@@ -120,6 +120,13 @@ inline std::vector<State> states_of_base(Base base) {
   });
 }
 
+// Those that have their formula in C++; the others are formulas.py's.
+inline std::vector<std::string> rule_names() {
+  std::vector<std::string> names;
+  for (const RuleInfo& rule : kRules) names.emplace_back(rule.name);
+  return names;
+}
+
 inline std::optional<Col> column_named(const std::string& name) {
   for (int i = 0; i < kCols; ++i)
     if (name == kColNames[i]) return Col(i);

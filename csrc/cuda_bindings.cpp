@@ -918,6 +918,7 @@ PYBIND11_MODULE(LOOKSAM_MODULE, module) {
       .def("step", &Table::step)
       .def("restore", &Table::restore)
       .def("arrays", &Table::arrays);
+  module.def("rules", &looksam::rule_names);
   module.def("launches", &looksam::cuda::launches);
   module.def("refusal", &looksam::cuda::refusal);
 #if defined(LOOKSAM_HARNESS)

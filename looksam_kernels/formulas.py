@@ -11,8 +11,9 @@ into the coefficients after them, so the formulas know none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations_with_replacement
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -317,7 +318,8 @@ def lars_ratio(d_norm: Tensor, sums: Sums, hyper: Hyper) -> Tensor:
 
 
 class Ascent(NamedTuple):
-    formula: Callable[[Sums, Hyper], Tensor]
+    formula: Callable[[Sums, Hyper], Tensor | tuple[Row, ...]]
+    """c, one number a row; or one for each input."""
     pairs: tuple[Pair, ...]
     inputs: tuple[str, ...] = ("g",)
 
@@ -378,6 +380,73 @@ DESCENTS = {
 STORED = ("w", "q", "m", "y")
 """Columns that carry no loss scale; all others are gradients of this step and do."""
 
+MAX_INPUTS = 3
+
+_BUILT_IN = frozenset((*ASCENTS, *DESCENTS))
+"""They have twins in the backends; the others are evaluated here, from the backends' sums."""
+
+Formula = TypeVar("Formula", bound=Callable[[Sums, Hyper], Any])
+
+
+def rule(
+    kind: str,
+    *,
+    inputs: str = "g",
+    pairs: str = "gg",
+    clip_pairs: str = "",
+    writes: str | None = None,
+    whole: bool = False,
+) -> Callable[[Formula], Formula]:
+    """Makes a function of the sums a rule under its own name, which :func:`looksam_kernels.measure` and the variants take.
+
+    ``@rule("ascent")``: the function returns c, one number a row, e = sum_i c_i x_i (with several inputs a tuple of them).
+    ``@rule("descent", inputs="s g", pairs="gg gs ss")``: it returns a :class:`Direction`, d = sum_i d_i x_i.
+
+    The function gets :class:`Sums` without loss scale and :class:`Hyper`, and works with tensors on the device: no
+    ``.item()``, and 0 where a norm is 0 (:func:`ratio`). Defining a rule again replaces it.
+
+    Args:
+        kind: ``"ascent"`` or ``"descent"``.
+        inputs: the columns that are combined, one to three: g gradient at w, s at w + e, r at a third point; q, m, y what
+            an earlier step has written. The first decides which parameters take part.
+        pairs: the inner products that the function reads; every input must be in one, so that a value that is not finite
+            is seen.
+        clip_pairs: of a descent: further ones that ||d||^2 needs; default: those of the inputs with each other.
+        writes: of a descent: q, m or y, which takes the second combination of the direction.
+        whole: of a descent: parameters that lack one of the gradients have d = the first input.
+
+    Raises:
+        ValueError: an argument that is none of these, or the name of a rule that is built in.
+    """
+    columns, sums, more = tuple(inputs.split()), _pairs(pairs), _pairs(clip_pairs)
+    if kind not in ("ascent", "descent"):
+        raise ValueError(f'kind must be "ascent" or "descent", not {kind!r}')
+    if not 1 <= len(columns) <= MAX_INPUTS:
+        raise ValueError(f"inputs must be one to three columns, not {inputs!r}")
+    for column in columns:
+        if not any(column in pair for pair in sums):
+            raise ValueError(f"inputs: {column} is in none of the pairs {pairs!r}; add {column}{column}")
+    if writes is not None and (kind == "ascent" or writes not in STORED or writes == "w"):
+        raise ValueError(f"writes must be q, m or y, and of a descent, not {writes!r}")
+
+    def register(formula: Formula) -> Formula:
+        name = getattr(formula, "__name__", "")
+        if name in _BUILT_IN:
+            raise ValueError(f"there is a rule {name!r} already; give the function another name")
+        ASCENTS.pop(name, None)
+        DESCENTS.pop(name, None)
+        if kind == "ascent":
+            ASCENTS[name] = Ascent(formula, sums, columns)
+        else:
+            have = {frozenset(pair) for pair in (*sums, *more)}
+            products = combinations_with_replacement(columns, 2)
+            missing = tuple(pair for pair in products if frozenset(pair) not in have)
+            DESCENTS[name] = Descent(formula, columns, sums, (*more, *missing), writes, whole)
+        return formula
+
+    return register
+
+
 KEEP_NORM = ("q",)
 """Written columns whose squared norms stand beside them, in ``<column>_norm_sq``: the sums need not read them again."""
 
@@ -394,7 +463,8 @@ def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, present: Pres
     if present is not None:
         takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
         sums = Sums(sums.pairs, torch.where(takes_part, sums.values, 0.0))
-    c = rule.formula(_unscaled(sums, hyper), hyper).reshape(len(rule.inputs), -1) * hyper.sign()
+    c = rule.formula(_unscaled(sums, hyper), hyper)
+    c = _rows(c if isinstance(c, tuple) else tuple(c.reshape(len(rule.inputs), -1)), sums) * hyper.sign()
     c = _for_scaled(rule.inputs, c, hyper)
     return Coefficients(rule.inputs, torch.where(found_inf > 0, 0.0, c), None, found_inf)
 
@@ -417,6 +487,8 @@ def descent(
     rule = DESCENTS[name]
     sums = _unscaled(sums, hyper)
     direction = rule.formula(sums, hyper)
+    if direction.post is not None and rule.writes in rule.inputs:
+        raise ValueError(f"rule {name!r} adds with inputs after the update, but {rule.writes} is written before that")
     d = _rows(direction.d, sums)
     q, post = (None if x is None else _rows(x, sums) for x in direction[1:])
     if present is not None:

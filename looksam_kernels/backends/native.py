@@ -30,6 +30,8 @@ def reload() -> None:
 
 reload()
 
+_RULES = frozenset(_C.rules() if _C is not None else ())
+
 Adaptive = Sequence[float | None] | None
 
 
@@ -139,7 +141,10 @@ def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | Non
 
 
 def _evaluates(native: Any, rule: str, groups: Groups, lars: bool) -> bool:
-    """False where the formulas must run as torch operations: a rule's hyper-parameters on the GPU, or very many groups."""
+    """False where the formulas must run as torch operations: for rules that are written in Python alone, and for a rule's
+    hyper-parameters on the GPU, or very many groups."""
+    if rule not in _RULES:
+        return False
     return not hasattr(native, "evaluates") or native.evaluates(rule, groups, lars)
 
 

@@ -116,12 +116,14 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
         if old is not None:
             old.copy_(torch.where(keep, old, new.to(old.dtype)))
 
+    # Before anything is written: what is written may be one of the inputs.
+    d = _combine(table, row, coefficients.inputs, coefficients.d)
+    post = None if coefficients.post is None else _combine(table, row, coefficients.inputs, coefficients.post)
     if coefficients.q is not None:
         q = _combine(table, row, coefficients.inputs, coefficients.q)
         commit(table[coefficients.writes][row], q)
         commit(table[f"{coefficients.writes}_norm_sq"][row], (q * q).sum(dtype=torch.float64))
 
-    d = _combine(table, row, coefficients.inputs, coefficients.d)
     update = BASES[base].update
     if update is None:
         commit(table[coefficients.inputs[0]][row], d)
@@ -134,8 +136,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     states = ((name, table[name][row]) for name in BASES[base].states)
     state: dict[str, Any] = {name: x if x is None else x.to(d.dtype) for name, x in states}
     new_w, new_state = update(origin.to(d.dtype), d, state, count.double(), group)
-    if coefficients.post is not None:
-        new_w = new_w + _combine(table, row, coefficients.inputs, coefficients.post)
+    if post is not None:
+        new_w = new_w + post
     w.copy_(torch.where(keep, origin, new_w))
     if has_master(table, row):
         commit(origin, new_w)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from looksam.optimizer import SharpnessAware
     from looksam.parallel import SAMPa
     from looksam.passes import frozen_running_stats
+    from looksam.plans import rule
     from looksam.selecting import AESAM, ESAM, AELookSAM
     from looksam.variants import (
         ASAM,
@@ -54,9 +55,10 @@ __all__ = [
     "VaSSO",
     "__version__",
     "frozen_running_stats",
+    "rule",
 ]
 
-_MODULES = ("optimizer", "parallel", "passes", "selecting", "variants")
+_MODULES = ("optimizer", "parallel", "passes", "plans", "selecting", "variants")
 
 
 def __getattr__(name: str) -> Any:

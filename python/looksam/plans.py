@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from looksam.hyper import Radius
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Ascent, Descent
+from looksam_kernels.formulas import rule as rule
 
 
 class Look(NamedTuple):
@@ -35,12 +36,18 @@ class Plan(NamedTuple):
         return DESCENTS[self.descent].writes
 
 
-@cache
 def spent(plan: Plan, look: Look) -> frozenset[str]:
     """The plan's columns that no rule after this look's ascent reads."""
-    later = plan.looks[plan.looks.index(look) + 1 :]
-    rules: list[Ascent | Descent] = [ASCENTS[x.ascent] for x in later if x.ascent is not None]
-    rules.append(DESCENTS[plan.descent])
+    return _spent(
+        plan, look, DESCENTS[plan.descent], tuple(ASCENTS[x.ascent] for x in plan.looks if x.ascent is not None)
+    )
+
+
+@cache
+def _spent(plan: Plan, look: Look, descent: Descent, ascents: tuple[Ascent, ...]) -> frozenset[str]:
+    """With the rules themselves: a user may define one again under the same name."""
+    later = {x.ascent for x in plan.looks[plan.looks.index(look) + 1 :]}
+    rules: list[Ascent | Descent] = [descent, *(ASCENTS[name] for name in later if name is not None)]
     read = {column for rule in rules for column in (*rule.inputs, *chain.from_iterable(rule.pairs))}
     return frozenset(x.column for x in plan.looks) - read
 

@@ -251,7 +251,7 @@ COMBINATIONS = {
     "g + c q": Combination(("g", "q"), (0.5, 0.2), at_w=True),
     "g, then w += c (g - s)": Combination(("s", "g"), (0.0, 1.0), post=(-0.01, 0.01)),
     "mean of s and g, q = s": Combination(("s", "g"), (0.2, 0.8), q=(1.0, 0.0)),
-    "s, q <- mean of g": Combination(("s", "g", "q"), (1.0, 0.0, 0.0), q=(0.0, 0.1, 0.9)),
+    "s + c q, q <- mean of g": Combination(("s", "g", "q"), (1.0, 0.0, 0.3), q=(0.0, 0.1, 0.9)),
 }
 
 
