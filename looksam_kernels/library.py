@@ -1,13 +1,21 @@
 """The ops as ``torch.library`` operators on lists of tensors, for ``torch.compile`` and ``torch.export``.
 
-``torch.ops.looksam.sums``, ``perturb_``, ``restore_`` and ``sgd_``, ``adamw_``, ... : the same backends as
-:mod:`looksam_kernels.ops`, for callers that hold plain lists and one coefficient a tensor. They build a table in each
-call; who steps often keeps a :class:`looksam_kernels.TensorTable`.
+``torch.ops.looksam.sums``, ``perturb_``, ``restore_``, and for every fused base ``sgd_``, ``adamw_``, ...: the same
+backends as :mod:`looksam_kernels.ops`, for callers that hold plain lists and one coefficient a tensor. They build a table
+in each call; who steps often keeps a :class:`looksam_kernels.TensorTable`.
+
+A base's operator takes w, its states, the update counts, the gradients g, the second input q with its coefficients c, and
+then lr and the hyper-parameters of :data:`looksam_kernels.updates.BASES` in that order::
+
+    torch.ops.looksam.adamw_(w, exp_avg, exp_avg_sq, step, g, q, c, lr, weight_decay, beta1, beta2, eps)
+
+``lars_`` takes LARS's trust ratios, one a tensor, after c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +24,7 @@ from torch.library import custom_op
 from looksam_kernels import ops
 from looksam_kernels.formulas import Coefficients
 from looksam_kernels.table import TensorTable
+from looksam_kernels.updates import BASES, FLAGS, Base, group_of
 
 
 @custom_op("looksam::sums", mutates_args=())
@@ -48,65 +57,36 @@ def restore_(w: Sequence[Tensor], backup: Sequence[Tensor]) -> None:
     ops.restore(table)
 
 
-@custom_op("looksam::sgd_", mutates_args=("w", "momentum_buffer", "step"))
-def sgd_(
-    w: Sequence[Tensor],
-    momentum_buffer: Sequence[Tensor],
-    step: Sequence[Tensor],
-    g: Sequence[Tensor],
-    q: Sequence[Tensor],
-    c: Tensor,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-) -> None:
-    """SGD with the direction g_p + c_p q_p; formula: :func:`looksam_kernels.step`.
+def _define(name: str, base: Base) -> Any:
+    """``looksam::<name>_``: the base update with d_p = g_p + c_p q_p, for LARS r_p times that; formula:
+    :func:`looksam_kernels.step`. Of a state that the hyper-parameters do without the list may be empty."""
+    lists = ("w", *base.states, "step", "g", "q")
+    written = ("w", *base.states, "step")
+    ratio = ("trust",) if base.takes_trust_ratio else ()
+    schema = [
+        *(f"Tensor({chr(ord('a') + i)}!)[] {x}" for i, x in enumerate(written)),
+        *("Tensor[] g", "Tensor[] q", "Tensor c"),
+        *(f"Tensor {x}" for x in ratio),
+        *(f"{'bool' if x in FLAGS else 'float'} {x}" for x in base.read),
+    ]
 
-    Args:
-        step: float32 scalars, the update counts.
-        c: shape [tensors].
-    """
-    table = TensorTable(w, g=g, q=q, momentum_buffer=momentum_buffer, step=step)
-    group = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
-    ops.step(table, "sgd", _with_reuse(c), [group])
+    def update(*arguments: Any) -> None:
+        columns, (c, *values) = dict(zip(lists, arguments, strict=False)), arguments[len(lists) :]
+        trust = values.pop(0).to(torch.float64) if ratio else None
+        d = torch.stack([torch.ones_like(c), c]).to(torch.float64)
+        found = _coefficients(("g", "q"), d if trust is None else d * trust)._replace(trust=trust)
+        table = TensorTable(**{column: x for column, x in columns.items() if x or column == "w"})
+        ops.step(table, name, found, [group_of(base, values)])
 
-
-def _adaptive(base: str) -> None:
-    """Defines ``looksam::<base>_``."""
-
-    @custom_op(f"looksam::{base}_", mutates_args=("w", "exp_avg", "exp_avg_sq", "step"))
-    def op(
-        w: Sequence[Tensor],
-        exp_avg: Sequence[Tensor],
-        exp_avg_sq: Sequence[Tensor],
-        step: Sequence[Tensor],
-        g: Sequence[Tensor],
-        q: Sequence[Tensor],
-        c: Tensor,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        table = TensorTable(w, g=g, q=q, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step)
-        group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-        ops.step(table, base, _with_reuse(c), [{**group, "always_adapt": False, "trust_clip": False}])
-
+    op = custom_op(f"looksam::{name}_", update, mutates_args=written, schema=f"({', '.join(schema)}) -> ()")
     op.register_fake(lambda *_: None)
-
-
-def _with_reuse(c: Tensor) -> Coefficients:
-    return _coefficients(("g", "q"), torch.stack([torch.ones_like(c), c]))
+    return op
 
 
 def _coefficients(inputs: tuple[str, ...], d: Tensor) -> Coefficients:
     return Coefficients(inputs, d.to(torch.float64), None, torch.zeros((), device=d.device))
 
 
-for _base in ("adam", "adamw", "lamb"):
-    _adaptive(_base)
-for _op in (perturb_, restore_, sgd_):
+BASE_OPS = {name: _define(name, base) for name, base in BASES.items() if base.update is not None}
+for _op in (perturb_, restore_):
     _op.register_fake(lambda *_: None)

@@ -8,7 +8,7 @@ Nothing is changed in place. Orders of operations follow torch.optim. The docstr
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -285,6 +285,13 @@ def hyper_of(group: Scalars, name: str) -> Any:
     if name == "lr":
         return group["lr"]
     return own(group, "betas")[int(name[-1]) - 1] if name in ("beta1", "beta2", "beta3") else own(group, name)
+
+
+def group_of(base: Base, values: Sequence[Any]) -> dict[str, Any]:
+    """The group with these values of :attr:`Base.read`."""
+    group = dict(zip(base.read, values, strict=True))
+    betas = tuple(group.pop(x) for x in base.read if x.startswith("beta"))
+    return {**group, "betas": betas}
 
 
 def formulas() -> str:

@@ -225,8 +225,16 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
   }
 
   BaseHyper h = {};
-  h.lr = 0.01, h.weight_decay = 0.1, h.momentum = 0.9, h.dampening = 0.5, h.beta1 = 0.9, h.beta2 = 0.99, h.eps = 1e-2;
-  h.lr_decay = 0.1, h.nesterov = true, h.centered = true, h.always_adapt = true;
+  h.lr = 0.01;
+  if (base != Base::grad) {
+    with_update(base, [&](auto update) {
+      double value = 0.1;
+      for (const Option& option : decltype(update)::reads) {
+        if (option.number != nullptr) h.*option.number = value, value += 0.17;
+        if (option.flag != nullptr) h.*option.flag = true;
+      }
+    });
+  }
   const int states = base == Base::grad ? 0 : with_update(base, [](auto update) { return states_of<decltype(update)>; });
   const std::vector<const BaseHyper*> base_of_row(rows, &h);
   std::vector<cpu::StepRow> plan(rows, {cpu::Action::update, true, 0, base_scalars(h, 3)});

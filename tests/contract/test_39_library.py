@@ -4,45 +4,73 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import looksam_kernels.library  # noqa: F401
 from looksam_kernels import use_backend
+from looksam_kernels.updates import BASES, hyper_of
+from tests import bases
 from tests.contract.support import BACKENDS, assert_same
 
 SHAPES = [(3, 4), (5,), (), (0,)]
-ADAPTIVE = ("adam_", "adamw_", "lamb_")
+C = torch.linspace(-1, 1, len(SHAPES), dtype=torch.float64)
+TRUST = torch.tensor([0.5, 0.75, 1.0, 1.25])
+UPDATES = 2
+MOVERS = ("sums", "perturb_", "restore_")
 
 
-def tensors(seed: int, scalar: bool = False, positive: bool = False) -> list[Tensor]:
+def tensors(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(() if scalar else shape, generator=generator) for shape in SHAPES]
-    return [x.abs() for x in made] if positive else made
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+
+def group_of(base: str) -> dict[str, Any]:
+    """The case in which all states are there."""
+    return {**list(bases.BASES[base].kernels.values())[-1], "lr": 0.1, "weight_decay": 0.05}
 
 
 def arguments(name: str) -> tuple[Any, ...]:
-    c = torch.linspace(-1, 1, len(SHAPES), dtype=torch.float64)
-    count = [torch.tensor(3.0) for _ in SHAPES]
-    return {
-        "sums": lambda: (tensors(0), tensors(1)),
-        "perturb_": lambda: (tensors(0), tensors(1), tensors(2), c),
-        "restore_": lambda: (tensors(0), tensors(1)),
-        "sgd_": lambda: (tensors(0), tensors(1), count, tensors(2), tensors(3), c, 0.1, 0.9, 0.0, 0.01, True),
-        **{
-            base: lambda: (
-                *(tensors(0), tensors(1), tensors(5, positive=True), count, tensors(2), tensors(3), c),
-                *(0.1, 0.9, 0.999, 1e-8, 0.01),
-            )
-            for base in ADAPTIVE
-        },
-    }[name]()
+    if name in MOVERS:
+        return {
+            "sums": lambda: (tensors(0), tensors(1)),
+            "perturb_": lambda: (tensors(0), tensors(1), tensors(2), C),
+            "restore_": lambda: (tensors(0), tensors(1)),
+        }[name]()
+    base = BASES[name.removesuffix("_")]
+    states = [[torch.zeros_like(x) for x in tensors(0)] for _ in base.states]
+    ratios = [TRUST] if base.takes_trust_ratio else []
+    count = [torch.tensor(0.0) for _ in SHAPES]
+    hyper = [hyper_of(group_of(name.removesuffix("_")), x) for x in base.read]
+    return (tensors(0), *states, count, tensors(2), tensors(3), C, *ratios, *hyper)
 
 
-OPS = ("sums", "perturb_", "restore_", "sgd_", *ADAPTIVE)
+def expected(base: str) -> list[np.ndarray]:
+    """The weights after some updates with d = g + c q, in NumPy. LARS gets its ratio here."""
+    made = bases.BASES[base].independent(len(SHAPES))
+    results = []
+    for i, (w, g, q) in enumerate(zip(tensors(0), tensors(2), tensors(3), strict=True)):
+        h, x, d = group_of(base), w.numpy(), (g + C[i] * q).numpy()
+        for _ in range(UPDATES):
+            if base == "lars":
+                r = float(TRUST[i])
+                x = made.sgd.update(i, x, r * d, {**h, "weight_decay": r * h["weight_decay"]})
+            else:
+                x = made.update(i, x, d, {"initial_accumulator_value": 0.0, **h})
+        results.append(x)
+    return results
+
+
+OPS = (*MOVERS, *(f"{name}_" for name in bases.BASES))
 on_ops = pytest.mark.parametrize("name", OPS)
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def test_every_base_has_an_op() -> None:
+    assert {f"{name}_" for name, base in BASES.items() if base.update is not None} == {*OPS} - {*MOVERS}
+    assert all(hasattr(torch.ops.looksam, name) for name in OPS)
 
 
 @on_ops
@@ -63,6 +91,30 @@ def test_contract_39_under_compile(name: str, backend: str) -> None:
     assert_same([x for x in eager if isinstance(x, list)], [x for x in compiled if isinstance(x, list)])
     if name == "sums":
         assert_same(*results)
-        torch.testing.assert_close(results[0][0], (eager[0][0].double() * eager[1][0]).sum())
-    else:
-        assert not torch.equal(eager[0][0], arguments(name)[0][0])
+
+
+@on_backends
+def test_contract_39_sums_perturb_and_restore(backend: str) -> None:
+    (x, y), (w, backup, g, c) = arguments("sums"), arguments("perturb_")
+    with use_backend(backend):
+        found = torch.ops.looksam.sums(x, y)
+        torch.ops.looksam.perturb_(w, backup, g, c)
+    np.testing.assert_allclose(found, [np.sum(a.numpy() * b.numpy()) for a, b in zip(x, y, strict=True)], rtol=1e-12)
+    for i, (before, moved, kept, along) in enumerate(zip(tensors(0), w, backup, g, strict=True)):
+        assert torch.equal(kept, before)
+        np.testing.assert_allclose(moved, before.numpy() + float(c[i]) * along.numpy(), rtol=1e-12)
+    with use_backend(backend):
+        torch.ops.looksam.restore_(w, backup)
+    assert_same(w, tensors(0))
+
+
+@on_backends
+@pytest.mark.parametrize("base", bases.BASES)
+def test_contract_39_base_updates(base: str, backend: str) -> None:
+    given = arguments(f"{base}_")
+    with use_backend(backend):
+        for _ in range(UPDATES):
+            getattr(torch.ops.looksam, f"{base}_")(*given)
+    for mine, other in zip(given[0], expected(base), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-9)
+    assert [float(x) for x in given[1 + len(BASES[base].states)]] == [UPDATES] * len(SHAPES)
