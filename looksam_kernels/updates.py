@@ -127,6 +127,23 @@ def adadelta(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> t
     return w - h["lr"] * u, {"square_avg": square_avg, "acc_delta": acc_delta}
 
 
+def adan(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
+    """D = d - d of the step before (the first time 0); m = beta1 m + (1 - beta1) d; a = beta2 a + (1 - beta2) D;
+    v = beta3 v + (1 - beta3) (d + beta2 D)^2; u = (m / bc1 + beta2 a / bc2) / (sqrt(v / bc3) + eps), bc = 1 - beta^step;
+    w = (w - lr u) / (1 + lr weight_decay), or with ``no_prox`` w = (1 - lr weight_decay) w - lr u. Xie et al. 2022"""
+    beta1, beta2, beta3 = own(h, "betas")
+    difference = torch.where((count == 1).to(d.device), torch.zeros_like(d), d + state["neg_pre_grad"])
+    m = torch.lerp(state["exp_avg"], d, 1 - beta1)
+    a = torch.lerp(state["exp_avg_diff"], difference, 1 - beta2)
+    v = beta3 * state["exp_avg_sq"] + (1 - beta3) * (d + beta2 * difference).square()
+    corrections = (1 - beta1**count, 1 - beta2**count, (1 - beta3**count).sqrt())
+    c1, c2, c3_sqrt = (x.to(d.dtype) for x in corrections)
+    moved = h["lr"] * ((m / c1 + beta2 * a / c2) / (v.sqrt() / c3_sqrt + own(h, "eps")))
+    decay = h["lr"] * own(h, "weight_decay")
+    new_w = (1 - decay) * w - moved if own(h, "no_prox") else (w - moved) / (1 + decay)
+    return new_w, {"exp_avg": m, "exp_avg_diff": a, "exp_avg_sq": v, "neg_pre_grad": -d}
+
+
 def _adam_direction(d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
     """(m / bc1) / (sqrt(v / bc2) + eps) and the new m, v."""
     beta1, beta2 = own(h, "betas")
@@ -183,6 +200,21 @@ def lion_options(
 ) -> dict[str, Any]:
     checked = Adam([_probe()], lr, betas, weight_decay=weight_decay, maximize=maximize).defaults
     return {name: checked[name] for name in ("lr", "betas", "weight_decay", "maximize")}
+
+
+def adan_options(
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    no_prox: bool = False,
+    maximize: bool = False,
+) -> dict[str, Any]:
+    if len(betas) != 3 or not 0 <= betas[2] < 1:
+        raise ValueError(f"betas must be three numbers in [0, 1), not {betas}")
+    checked = Adam([_probe()], lr, betas[:2], eps, weight_decay, maximize=maximize).defaults
+    kept = {name: checked[name] for name in ("lr", "eps", "weight_decay", "maximize")}
+    return kept | {"betas": tuple(betas), "no_prox": no_prox}
 
 
 def _probe() -> torch.nn.Parameter:
@@ -261,6 +293,13 @@ BASES: dict[str, Base] = {
         options=Adadelta,
         usual=(1.0, 0.0),
     ),
+    "adan": Base(
+        adan,
+        states=("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
+        hyper=("weight_decay", "beta1", "beta2", "beta3", "eps", "no_prox"),
+        options=adan_options,
+        usual=(1e-3, 0.02),
+    ),
     "grad": Base(None),
 }
 """The bases by name."""
@@ -271,7 +310,7 @@ OPTION = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 INITIAL = {"sum": "initial_accumulator_value"}
 """States that start at the value of this option; the others start at 0."""
 
-FLAGS = ("nesterov", "centered", "always_adapt", "trust_clip")
+FLAGS = ("nesterov", "centered", "always_adapt", "trust_clip", "no_prox")
 """The hyper-parameters that are yes or no."""
 
 

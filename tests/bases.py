@@ -92,6 +92,12 @@ ADADELTA_HYPER = (
     {"lr": 0.2, "rho": 0.99, "eps": 1e-4, "weight_decay": 0.1},
 )
 
+ADAN_HYPER = (
+    {"lr": 0.05, "betas": (0.98, 0.92, 0.99), "eps": 1e-3, "weight_decay": 0.1, "no_prox": False},
+    {"lr": 0.02, "betas": (0.5, 0.9, 0.8), "eps": 1e-2, "weight_decay": 0.0, "no_prox": False},
+    {"lr": 0.03, "betas": (0.0, 0.5, 0.9), "eps": 1e-4, "weight_decay": 0.3, "no_prox": True},
+)
+
 BASES: dict[str, Base] = {
     "sgd": Base(
         independent.SGD,
@@ -150,6 +156,15 @@ BASES: dict[str, Base] = {
         options={"lr": 1.0},
         kernels={"adadelta": {"base.rho": 0.9, "rho": 0.05, "eps": 1e-6}},
         hyper={"adadelta": ADADELTA_HYPER},
+    ),
+    "adan": Base(
+        independent.Adan,
+        options={"lr": 1e-2, "weight_decay": 0.02},
+        kernels={
+            "adan-no_prox": {"betas": (0.9, 0.8, 0.99), "eps": 1e-6, "no_prox": True},
+            "adan": {"betas": (0.9, 0.8, 0.99), "eps": 1e-6, "no_prox": False},
+        },
+        hyper={"adan": ADAN_HYPER},
     ),
 }
 

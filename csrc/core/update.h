@@ -20,9 +20,10 @@ inline constexpr int kMaxStates = 4;
 struct BaseHyper {
   double lr, weight_decay;
   double momentum, dampening;
-  double beta1, beta2;  // beta2 is also rmsprop's alpha and adadelta's rho: the weight of the old mean square
+  double beta1, beta2;  // beta2 is the weight of the old mean square: also rmsprop's alpha, adadelta's rho, adan's third beta
+  double beta_diff;     // adan's second beta: the weight of the old mean difference
   double eps, lr_decay;
-  bool nesterov, centered, always_adapt, trust_clip;
+  bool nesterov, centered, always_adapt, trust_clip, no_prox;
 };
 
 // One of them: its name in torch.optim, and the number or flag that it sets; index: its place where the value is a tuple.
@@ -41,6 +42,8 @@ inline constexpr Option dampening = {"dampening", &BaseHyper::dampening};
 inline constexpr Option nesterov = {"nesterov", nullptr, &BaseHyper::nesterov};
 inline constexpr Option beta1 = {"betas", &BaseHyper::beta1, nullptr, 0};
 inline constexpr Option beta2 = {"betas", &BaseHyper::beta2, nullptr, 1};
+inline constexpr Option beta_diff = {"betas", &BaseHyper::beta_diff, nullptr, 1};
+inline constexpr Option beta3 = {"betas", &BaseHyper::beta2, nullptr, 2};
 inline constexpr Option alpha = {"alpha", &BaseHyper::beta2};
 inline constexpr Option rho = {"rho", &BaseHyper::beta2};
 inline constexpr Option eps = {"eps", &BaseHyper::eps};
@@ -48,6 +51,7 @@ inline constexpr Option lr_decay = {"lr_decay", &BaseHyper::lr_decay};
 inline constexpr Option centered = {"centered", nullptr, &BaseHyper::centered};
 inline constexpr Option always_adapt = {"always_adapt", nullptr, &BaseHyper::always_adapt};
 inline constexpr Option trust_clip = {"trust_clip", nullptr, &BaseHyper::trust_clip};
+inline constexpr Option no_prox = {"no_prox", nullptr, &BaseHyper::no_prox};
 
 }  // namespace option
 
@@ -65,22 +69,41 @@ template <class T>
 struct UpdateScalars {
   T lr;  // adagrad: lr / (1 + (count - 1) lr_decay)
   T weight_decay;
-  T decay_factor;  // adamw, lion: 1 - lr weight_decay
+  T decay_factor;  // adamw, lion, adan with no_prox: 1 - lr weight_decay
+  T shrink;        // adan: 1 / (1 + lr weight_decay)
   T momentum;
   T direction_weight;  // sgd: 1 - dampening; 1 in the first update
   T beta1, one_minus_beta1;
-  T beta2, one_minus_beta2;  // rmsprop: alpha, adadelta: rho
+  T beta2, one_minus_beta2;
+  T beta_diff, one_minus_beta_diff;
   T eps;
   T inv_bias_correction1;       // 1 / (1 - beta1^count)
   T inv_sqrt_bias_correction2;  // 1 / sqrt(1 - beta2^count)
-  bool nesterov, centered;
+  T inv_bias_correction_diff;   // 1 / (1 - beta_diff^count)
+  bool nesterov, centered, no_prox, is_first;
 
   template <class U>
   LOOKSAM_HD UpdateScalars<U> to() const {
-    return {U(lr),    U(weight_decay),    U(decay_factor), U(momentum),
-            U(direction_weight), U(beta1), U(one_minus_beta1), U(beta2),
-            U(one_minus_beta2), U(eps), U(inv_bias_correction1), U(inv_sqrt_bias_correction2),
-            nesterov, centered};
+    return {U(lr),
+            U(weight_decay),
+            U(decay_factor),
+            U(shrink),
+            U(momentum),
+            U(direction_weight),
+            U(beta1),
+            U(one_minus_beta1),
+            U(beta2),
+            U(one_minus_beta2),
+            U(beta_diff),
+            U(one_minus_beta_diff),
+            U(eps),
+            U(inv_bias_correction1),
+            U(inv_sqrt_bias_correction2),
+            U(inv_bias_correction_diff),
+            nesterov,
+            centered,
+            no_prox,
+            is_first};
   }
 };
 
@@ -104,17 +127,23 @@ LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count, 
   return {h.lr / (1 + (count - 1) * h.lr_decay),
           h.weight_decay * trust,
           1 - h.lr * h.weight_decay,
+          1 / (1 + h.lr * h.weight_decay),
           h.momentum,
           count == 1 ? 1 : 1 - h.dampening,
           h.beta1,
           1 - h.beta1,
           h.beta2,
           1 - h.beta2,
+          h.beta_diff,
+          1 - h.beta_diff,
           h.eps,
           1 / (1 - power(h.beta1, count)),
           1 / sqrt(1 - power(h.beta2, count)),
+          1 / (1 - power(h.beta_diff, count)),
           h.nesterov,
-          h.centered};
+          h.centered,
+          h.no_prox,
+          count == 1};
 }
 
 // ||w_p|| / ||u_p||; 1 where either is 0, and without weight decay unless always_adapt; at most 1 with trust_clip.
@@ -292,6 +321,31 @@ struct Adadelta : OnePhase {
   }
 };
 
+// Adan: m, a, v are the means of d, of its difference from the direction before, and of (d + beta2 difference)^2. Xie et al.
+// 2022. The weight decay is proximal, or with no_prox as AdamW's.
+struct Adan : OnePhase {
+  static constexpr const char* name[] = {"adan"};
+  static constexpr State state[] = {{"exp_avg", When::always},
+                                    {"exp_avg_diff", When::always},
+                                    {"exp_avg_sq", When::always},
+                                    {"neg_pre_grad", When::always}};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta_diff, option::beta3, option::eps,
+                                     option::no_prox};
+
+  template <class T>
+  static LOOKSAM_HD T update(T w, T d, T& m, T& a, T& v, T& neg_before, const UpdateScalars<T>& h) {
+    const T difference = h.is_first ? T(0) : d + neg_before;
+    neg_before = -d;
+    m = h.beta1 * m + h.one_minus_beta1 * d;
+    a = h.beta_diff * a + h.one_minus_beta_diff * difference;
+    const T ahead = d + h.beta_diff * difference;
+    v = h.beta2 * v + h.one_minus_beta2 * ahead * ahead;
+    const T mean = m * h.inv_bias_correction1 + h.beta_diff * a * h.inv_bias_correction_diff;
+    const T moved = h.lr * (mean / (square_root(v) * h.inv_sqrt_bias_correction2 + h.eps));
+    return h.no_prox ? w * h.decay_factor - moved : (w - moved) * h.shrink;
+  }
+};
+
 template <class Update>
 inline constexpr int states_of = static_cast<int>(sizeof(Update::state) / sizeof(State));
 
@@ -329,7 +383,7 @@ template <class... Updates>
 struct List {};
 
 // All bases. A new one is a struct above and its name here.
-using Bases = List<Sgd, Adam, AdamW, Lamb, Lion, Adagrad, Rmsprop, Adadelta>;
+using Bases = List<Sgd, Adam, AdamW, Lamb, Lion, Adagrad, Rmsprop, Adadelta, Adan>;
 
 // A base known at run time: its place in the list; or grad, which updates nothing.
 enum class Base : std::uint8_t { grad = 255 };

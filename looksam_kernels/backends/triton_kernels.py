@@ -294,6 +294,31 @@ def adadelta(w, d, states, h, factors):
     return w - lr.to(acc) * u, (v, mean_square(u, states[1], rho))
 
 
+@triton.jit
+def adan_factors(t, h):
+    """bc1, bc2, sqrt(bc3), bc = 1 - beta^t; and 1 in the first step."""
+    lr, weight_decay, beta1, beta2, beta3, eps, no_prox = h
+    n = t.to(tl.int32)
+    return 1 - power(beta1, n), 1 - power(beta2, n), tl.sqrt(1 - power(beta3, n)), tl.where(t == 1, 1.0, 0.0)
+
+
+@triton.jit
+def adan(w, d, states, h, factors):
+    """u = (m / bc1 + beta2 a / bc2) / (sqrt(v / bc3) + eps); w = (w - lr u) / (1 + lr weight_decay)."""
+    lr, weight_decay, beta1, beta2, beta3, eps, no_prox = h
+    acc: tl.constexpr = w.dtype
+    m, a, v, neg_before = states
+    difference = tl.where(factors[3] != 0, 0.0, d + neg_before)
+    m = m + (1 - beta1).to(acc) * (d - m)
+    a = a + (1 - beta2).to(acc) * (difference - a)
+    v = mean_square(d + beta2.to(acc) * difference, v, beta3)
+    mean = divide(m, factors[0].to(acc)) + beta2.to(acc) * divide(a, factors[1].to(acc))
+    moved = lr.to(acc) * divide(mean, divide(root(v), factors[2].to(acc)) + eps.to(acc))
+    decay = lr * weight_decay
+    proximal = divide(w - moved, (1 + decay).to(acc))
+    return tl.where(no_prox != 0, w * (1 - decay).to(acc) - moved, proximal), (m, a, v, -d)
+
+
 UPDATES = {
     "sgd": Update(sgd, sgd_factors, 1),
     "adam": Update(adam, adam_factors, 2),
@@ -304,6 +329,7 @@ UPDATES = {
     "adagrad": Update(adagrad, adagrad_factors, 1),
     "rmsprop": Update(rmsprop),
     "adadelta": Update(adadelta),
+    "adan": Update(adan, adan_factors, 4),
     "grad": Update(None),
 }
 

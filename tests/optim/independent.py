@@ -238,6 +238,33 @@ class Adadelta:
         return w - h["lr"] * u
 
 
+class Adan:
+    """m, n averages of d and of its change D, v of (d + b2 D)^2; u = (m / c1 + b2 n / c2) / (sqrt(v / c3) + eps); the decay is
+    a proximal step after it, or shrinks w before. c = 1 - b^t; D is 0 the first time."""
+
+    def __init__(self, size: int) -> None:
+        self.t = [0] * size
+        self.before: Arrays = [None] * size
+        self.m: list[Any] = [0.0] * size
+        self.n: list[Any] = [0.0] * size
+        self.v: list[Any] = [0.0] * size
+
+    def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
+        b1, b2, b3 = h["betas"]
+        before = self.before[i]
+        change = 0 * d if before is None else d - before
+        self.before[i] = d
+        self.t[i] += 1
+        t = self.t[i]
+        self.m[i] = b1 * self.m[i] + (1 - b1) * d
+        self.n[i] = b2 * self.n[i] + (1 - b2) * change
+        self.v[i] = b3 * self.v[i] + (1 - b3) * (d + b2 * change) ** 2
+        mean = self.m[i] / (1 - b1**t) + b2 * self.n[i] / (1 - b2**t)
+        u = mean / (np.sqrt(self.v[i] / (1 - b3**t)) + h["eps"])
+        decay = h["lr"] * h["weight_decay"]
+        return w * (1 - decay) - h["lr"] * u if h["no_prox"] else (w - h["lr"] * u) / (1 + decay)
+
+
 class FromTorch:
     """Any other optimizer: the class itself, one instance a tensor, steps on a d made by hand."""
 
