@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,24 @@ class Markdown(griffe.Extension):
 
 
 def markdown(text: str) -> str:
+    text = text.replace("{bases}", bases()) if "{bases}" in text else text
     text = ROLE.sub(lambda m: link(m[1]), text)
     text = INNER_PRODUCT.sub("&lt;", text)  # Markdown would take it for HTML
     text = SIMPLE_TABLE.sub(lambda m: pipe_table(m[0]), text)
     return code_blocks(text)
+
+
+def bases() -> str:
+    """The table of the base updates, which looksam_kernels.updates.formulas makes of its docstrings: here of the source."""
+    tree = ast.parse((Path(__file__).parent.parent / "looksam_kernels" / "updates.py").read_text())
+    functions = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    table = next(node for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "BASES")
+    rows = ["| | |", "|---|---|"]
+    for name, base in zip(table.value.keys, table.value.values, strict=True):
+        formula = functions.get(ast.unparse(base.args[0])) or "x_0 <- d, w restored: the update is another optimizer's"
+        cell = re.sub(r"(?<!\\)\|", r"\\|", " ".join(formula.split())).replace("*=", r"\*=")
+        rows.append(f"| `{name.value}` | {cell} |")
+    return "\n".join(rows)
 
 
 def link(name: str) -> str:

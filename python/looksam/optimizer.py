@@ -40,7 +40,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     Args:
         params: parameters or groups, as for torch.optim; every hyper-parameter may be given per group.
         base_optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"adagrad"``, ``"rmsprop"``, ``"adadelta"``, ``"lamb"``,
-            ``"lars"``, ``"lion"`` or a ``torch.optim.Optimizer`` subclass.
+            ``"lars"``, ``"lion"``, ``"adan"`` or a ``torch.optim.Optimizer`` subclass.
         variant: the three choices.
         hyper: the variant's own hyper-parameters and their defaults.
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
