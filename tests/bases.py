@@ -172,3 +172,9 @@ BASES: dict[str, Base] = {
 def base_of(case: str) -> str:
     """The base of a case."""
     return case.partition("-")[0]
+
+
+def by_own_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the base alone has them: base.<name> is its <name>, and the variant's <name> is none of its."""
+    prefix = "base."
+    return options | {name.removeprefix(prefix): x for name, x in options.items() if name.startswith(prefix)}

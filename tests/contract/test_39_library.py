@@ -52,7 +52,7 @@ def expected(base: str) -> list[np.ndarray]:
     made = bases.BASES[base].independent(len(SHAPES))
     results = []
     for i, (w, g, q) in enumerate(zip(tensors(0), tensors(2), tensors(3), strict=True)):
-        h, x, d = group_of(base), w.numpy(), (g + C[i] * q).numpy()
+        h, x, d = bases.by_own_names(group_of(base)), w.numpy(), (g + C[i] * q).numpy()
         for _ in range(UPDATES):
             if base == "lars":
                 r = float(TRUST[i])

@@ -59,8 +59,8 @@ def of_torch() -> list[Any]:
     for case, (name, groups) in BASE_CASES.items():
         for group in groups:
             if isinstance(BASES[name].options, type):
-                own = {key: value for key, value in group.items() if f"base.{key}" not in group}
-                options = {key.removeprefix("base."): value for key, value in own.items()}
+                named = bases.by_own_names(group)
+                options = {key: x for key, x in named.items() if not key.startswith("base.")}
                 params.append(pytest.param(name, options, id=f"{case}-{group['lr']}"))
     return params
 
