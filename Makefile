@@ -84,7 +84,7 @@ gpu-packages: ## fetch what the GPU tests and benchmarks import and such a machi
 	@$(PYTHON) -m pip -qq install --target build/gpu-packages --upgrade hypothesis rich pytest
 
 clean: ## remove the environment, builds and caches; results under runs/ stay
-	rm -rf .venv .venv-docs .editable site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
+	rm -rf .venv .venv-docs site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis
 	rm -f looksam_kernels/*.so looksam_kernels/native_build.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find looksam_kernels python tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -66,7 +66,7 @@ def build_all(verbose: bool, timeout: float | None) -> int:
     """The CPU's module first: what stands in CUDA's way must not cost it."""
     try:
         build("_C", _report("CPU"), _output(verbose), timeout)
-    except (BuildError, TimeoutError, ValueError) as error:
+    except (BuildError, OSError, ValueError) as error:
         print(f"CPU: not built: {error}", file=sys.stderr)
         return 1
     try:
@@ -75,7 +75,7 @@ def build_all(verbose: bool, timeout: float | None) -> int:
             build("_cuda", _report("CUDA"), _output(verbose), timeout)
         else:
             print(f"CUDA: left out: {why}", file=sys.stderr)
-    except (BuildError, TimeoutError, ValueError) as error:
+    except (BuildError, OSError, ValueError) as error:
         print(f"CUDA: not built: {error}", file=sys.stderr)
         return 1
     return int(why is not None and recipe.setting("LOOKSAM_CUDA") == "1")

@@ -31,17 +31,18 @@ def first_optimizer(devices: Iterable[torch.device], requested: str | None) -> N
     """
     for kind in sorted({device.type for device in devices} & {"cpu", "cuda"} - _said):
         _said.add(kind)
-        if requested is None and backends.forced() is None:
-            _settle(torch.device(kind))
+        _settle(torch.device(kind), requested or backends.forced())
 
 
-def _settle(device: torch.device) -> None:
+def _settle(device: torch.device, asked_for: str | None) -> None:
     wanted = os.environ.get("LOOKSAM_JIT") or "0"
     if wanted not in ("0", "1"):
         raise ValueError(f"LOOKSAM_JIT={wanted!r} means nothing; set it to 1 (compile what is missing) or 0")
-    failure = _compile(device) if wanted == "1" and native.unavailable(device) is not None else None
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
+    failure = None
+    if wanted == "1" and asked_for in (None, "native") and native.unavailable(device) is not None:
+        failure = _compile(device)
+    if asked_for is not None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # a choice needs no advice, and where it cannot be had that is an error
     name = backends.name_of(backends.select(None, device))
     advice = failure or _advice(device, name)
     if advice is None:
@@ -66,7 +67,7 @@ def _compile(device: torch.device) -> str | None:
     try:
         for module in modules:
             build(module, lambda line: log.warning("looksam: LOOKSAM_JIT=1: %s", line))
-    except (BuildError, TimeoutError) as error:
+    except (BuildError, OSError) as error:
         return f"LOOKSAM_JIT=1 could not compile it: {error}"
     native.reload()
     return None

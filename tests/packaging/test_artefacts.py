@@ -112,18 +112,22 @@ def test_the_version_comes_from_git(tmp_path: Path) -> None:
     assert run(sys.executable, "-m", "setuptools_scm", cwd=tree).stdout.strip() == "0.1.0.dev0"
 
 
-def test_type_checkers_see_both_packages_in_an_editable_install(tmp_path: Path) -> None:
-    """A virtual environment with nothing but the editable wheel. torch is not in it: its types are Any here."""
-    mypy = pytest.importorskip("mypy.api", reason="mypy is not installed")
-    tree = copy_tree(tmp_path / "tree")
+def editable_wheel(folder: Path) -> Path:
+    tree = copy_tree(folder / "tree")
     code = "import build_backend, sys; build_backend.build_editable(sys.argv[1])"
-    env = {"CXX": "/no/compiler", "SETUPTOOLS_SCM_PRETEND_VERSION": VERSION, "PYTHONPATH": str(tree)}
-    env["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path)
-    run(sys.executable, "-c", code, tmp_path / "dist", cwd=tree, env=env)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    path = ":".join([str(tree), *(entry for entry in sys.path if entry)])
+    env = {"CXX": "/no/compiler", "SETUPTOOLS_SCM_PRETEND_VERSION": VERSION, "PYTHONPATH": path}
+    run(sys.executable, "-c", code, folder / "dist", cwd=tree, env=env)
+    return next((folder / "dist").glob("*.whl"))
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_type_checkers_see_both_packages(editable: bool, wheel: Path, tmp_path: Path) -> None:
+    """A virtual environment with nothing but the wheel. torch is not in it: its types are Any here."""
+    mypy = pytest.importorskip("mypy.api", reason="mypy is not installed")
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    unpack(wheel, packages)
+    unpack(editable_wheel(tmp_path) if editable else wheel, packages)
     program = tmp_path / "program.py"
     program.write_text("import looksam, looksam_kernels\nreveal_type(looksam.LookSAM)\nlooksam_kernels.nothing\n")
     options = ["--python-executable", str(tmp_path / "venv/bin/python"), "--cache-dir", str(tmp_path / "cache")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from looksam_kernels.build import recipe
-from tests.packaging.support import QuickCompiler, copy_tree, run
+from tests.packaging.support import QuickCompiler, build, copy_tree, run, unpack
 
 NVCC = """#!/bin/sh
 case "$*" in
@@ -62,6 +62,19 @@ def test_nvcc_of_another_major_version_is_a_reason(tmp_path: Path, monkeypatch: 
     assert recipe.why_no_cuda() is None
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert "nvcc was not found" in str(recipe.why_no_cuda())
+
+
+@pytest.mark.slow
+def test_without_isolation_the_wheel_holds_the_module_and_is_for_this_python(tmp_path: Path) -> None:
+    pytest.importorskip("build", reason="the package `build` is not installed")
+    pytest.importorskip("setuptools_scm", reason="setuptools-scm is not installed")
+    compiler = QuickCompiler(tmp_path / "compiler")
+    wheel = build(copy_tree(tmp_path / "tree"), tmp_path / "dist", "wheel", {"CXX": str(compiler.path)})
+    assert "-none-any" not in wheel.name
+    module = unpack(wheel, tmp_path / "site") / "looksam_kernels" / f"_C.{recipe.python_abi()}.so"
+    stamp = recipe.read_stamp(module)
+    assert stamp is not None
+    assert stamp.sources == recipe.digest(module.parent / "csrc", recipe.CPU), "of the sources beside it"
 
 
 WRAPPER = """#!/bin/sh
