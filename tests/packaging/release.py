@@ -93,7 +93,8 @@ def fresh(torch: str, folder: Path, found: dict[str, str], base: str) -> None:
         run(python, "-m", "looksam_kernels", "build", cwd=folder, env=cache)
     use(python, folder, "INFO looksam: backend native on cpu tensors", cache)
     with step("pip install --editable checkout, and its types"):
-        run(*pip, "--no-deps", "--editable", found["checkout"], "mypy", "pyright", cwd=folder)
+        run(*pip, "--no-deps", "--editable", found["checkout"], cwd=folder)
+        run(*pip, "mypy", "pyright", cwd=folder)
         use(python, folder, "backend native", cache)
         types(python, folder)
 
@@ -102,10 +103,10 @@ def types(python: Path, folder: Path) -> None:
     """Both checkers find both packages: each says what is wrong with the program."""
     program = folder / "program.py"
     program.write_text(TYPES)
-    for checker in ("mypy", "pyright"):
-        said = run(python, "-m", checker, program, cwd=folder, code=1).stdout
-        assert "nothing" in said, said
-        assert "LookSAM" in said, said
+    for checker, option in (("mypy", "--python-executable"), ("pyright", "--pythonpath")):
+        done = run(python, "-m", checker, option, python, program, cwd=folder, code=1)
+        for word in ("nothing", "LookSAM"):
+            assert word in done.stdout, done.stdout + done.stderr
 
 
 def existing(python: str, folder: Path, wheel: str) -> None:
