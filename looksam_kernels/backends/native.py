@@ -51,9 +51,10 @@ def compiled() -> Any:
 def _refusal(device: torch.device) -> str | None:
     """Why this GPU runs none of the kernels: the driver's word on the code that was built, and on the driver itself."""
     try:
-        return _refusal_of(_cuda, torch.cuda.current_device() if device.index is None else device.index)
+        why = _refusal_of(_cuda, torch.cuda.current_device() if device.index is None else device.index)
     except RuntimeError as error:
-        return str(error)
+        why = str(error)
+    return None if why is None else why.splitlines()[0]  # torch's own reasons end in advice on debugging
 
 
 @functools.cache
