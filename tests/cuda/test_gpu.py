@@ -12,6 +12,7 @@ from torch import Tensor
 
 import looksam
 import looksam_kernels as lk
+from looksam_kernels.backends import native
 from tests import bases
 from tests.kernels import cases
 from tests.kernels.cases import BASE_CASES, CASES, COMBINATIONS
@@ -149,3 +150,63 @@ def test_ops_run_on_the_current_stream() -> None:
         torch.cuda.synchronize()
         results.append(columns)
     assert cases.same_bits(*results)
+
+
+def test_rows_on_the_gpu_and_on_the_cpu_take_the_steps_of_one_device() -> None:
+    across(["cuda", "cpu"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_rows_on_two_gpus_take_the_steps_of_one() -> None:
+    across(["cuda:0", "cuda:1"])
+
+
+def across(devices: list[str]) -> None:
+    """Up to rounding: a processor adds in another order."""
+    ends = []
+    for places in (devices[:1] * 2, devices):
+        random = torch.Generator().manual_seed(0)
+        starts = [torch.randn(size, generator=random) for size in (3, 70, 5, 9000)]
+        params = [torch.nn.Parameter(w.to(places[i % 2])) for i, w in enumerate(starts)]
+        optimizer = looksam.LookSAM(params, "sgd", k=2, lr=0.01, momentum=0.9, backend="native")
+
+        def closure(params: list[torch.nn.Parameter] = params) -> None:
+            for p in params:
+                p.grad = torch.sin(p.detach()) + p.detach()
+
+        for _ in range(4):
+            optimizer.step(closure)
+        ends.append([p.detach().cpu() for p in params])
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_of_its_own_is_not_given_away_while_another_stream_reads_it() -> None:
+    """The table goes while a slow stream has still to read its columns, and the first stream gets new memory at once."""
+    rows = CASES["groups"]
+    start = cases.columns(rows, "cuda")
+    c = COMBINATIONS["g + c q"].coefficients(rows, "cuda")
+    base, groups = BASE_CASES["adamw"]
+    results = []
+    for other in (False, True):
+        columns = cases.copy(start)
+        made = cases.table(rows, columns, "native")
+        lk.step(made, base, c, groups)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream() if other else torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            lk.step(made, base, c, groups)
+        del made
+        litter = [torch.full((1 << k,), 255, dtype=torch.uint8, device="cuda") for k in range(14) for _ in range(50)]
+        torch.cuda.synchronize()
+        del litter
+        results.append(columns)
+    assert cases.same_bits(*results)
+
+
+def test_an_error_is_not_left_for_the_next_call() -> None:
+    """Of a device that is not there; no launch can be made to fail on one that works (on the host harness they do)."""
+    assert native._cuda.refusal(torch.cuda.device_count()) is not None
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    assert native._cuda.refusal(0) is None

@@ -3,6 +3,10 @@
 The host harness (csrc/harness) runs the very bodies that nvcc compiles, thread by thread in random order between barriers,
 block by block in random order. Above them stands the binding that runs on a GPU, too. That all this finds faults is tested
 with faults: :data:`FAULTS` are the ones that were tried.
+
+What no test here can show: that the driver's answer and its error codes are what CUDA's manual says, that memory recorded with
+a stream is kept from others, that a copy between two GPUs is in order. A stub answers for the driver
+(tests/kernels/test_devices.py), the harness notes what would be recorded, and test_gpu.py asks a real one.
 """
 
 from __future__ import annotations

@@ -192,7 +192,9 @@ def test_native_runs_where_the_driver_has_code_for_it(monkeypatch: pytest.Monkey
 @pytest.mark.skipif(native._C is None, reason="there is no compiled extension")
 def test_a_driver_that_is_not_there_is_a_reason_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(index: int) -> None:
-        raise RuntimeError("the driver on your system is too old\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
+        raise RuntimeError(
+            "the driver on your system is too old\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1"
+        )
 
     gpu_build(monkeypatch, refusal)
     assert backend_info("cuda:0")["native"].reason == "the driver on your system is too old"
