@@ -10,12 +10,14 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
+from mkdocs.utils import get_relative_url
 
 log = get_plugin_logger("looksam")
 PACKAGE = Path(__file__).parent.parent / "python" / "looksam"
 VARIANTS = (PACKAGE / "variants.py", PACKAGE / "selecting.py", PACKAGE / "parallel.py")
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
+SHIM = "https://unpkg.com/iframe-worker/shim"
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -26,7 +28,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """LaTeX -> MathML, which browsers draw without a script."""
-    return MATH.sub(lambda m: convert(html.unescape(m[2]), display="inline" if m[1] == "span" else "block"), content)
+    return MATH.sub(_mathml, content)
+
+
+def _mathml(formula: re.Match[str]) -> str:
+    if formula[1] == "span":
+        return str(convert(html.unescape(formula[2]), display="inline"))
+    return f'<div class="equation">{convert(html.unescape(formula[2]), display="block")}</div>'
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """The theme takes the script with which search works in a folder from the network; here it is one of the site's."""
+    return output.replace(SHIM, get_relative_url("iframe-worker.js", page.url))
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    return output_content.replace(SHIM, "iframe-worker.js")
 
 
 def table() -> str:
