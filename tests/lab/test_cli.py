@@ -1,9 +1,11 @@
 """The commands end to end, through click."""
 
+import errno
 import io
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import subprocess
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 import looksam_kernels
 from looksam.lab.cli import main
 from looksam.lab.config import DataConfig, TrainConfig
 from looksam.lab.parallel import run_jobs
 from looksam.lab.records import read_experiment, summarize
+from looksam.lab.report import console_table
 
 FAST = [
     "--epochs",
@@ -88,8 +92,8 @@ def test_tables_show_the_numbers_of_the_results(compared):
         cells = [
             method,
             f"{statistics.mean(final):.2f} ± {statistics.stdev(final) / 2**0.5:.2f}",
-            "2/2",
             passes,
+            "2/2",
             f"{statistics.median(e['seconds'] for e in epochs):.3f}",
             f"{1000 * optimizer:.3f}",
         ]
@@ -129,7 +133,8 @@ def test_results_are_not_overwritten_unasked(compared):
     assert (folder / "results.jsonl").read_bytes() == before
 
 
-def test_a_failing_method_is_named_and_the_others_finish(tmp_path):
+def test_a_failing_method_is_named_and_the_others_finish(tmp_path, monkeypatch):
+    monkeypatch.setattr("looksam.lab.plan.try_optimizer", lambda config: {})  # which finds it before anything starts
     out = tmp_path / "out"
     arguments = [
         "compare",
@@ -151,14 +156,14 @@ def test_a_failing_method_is_named_and_the_others_finish(tmp_path):
     assert [(f["method"], f["seed"]) for f in failures] == [("looksam-5", 0)]
     report = (out / "report.md").read_text()
     assert "**Failed: looksam-5, seed 0**: ValueError" in report
-    assert re.search(r"\| sgd \| \d+\.\d\d \| 1/1 ", report)
+    assert re.search(r"\| sgd \| \d+\.\d\d \| 1\.00 \| 1/1 ", report)
 
 
 def test_a_diverging_run_is_reported_and_left_out_of_the_mean(tmp_path):
     result = run("train", "sgd", *FAST, "--lr", "1e30", "--out", tmp_path / "out")
     assert result.exit_code == 0
     assert "sgd, seed 0 diverged in epoch" in result.output
-    assert re.search(r"\| sgd \| - \| 0/1, 1 diverged \|", (tmp_path / "out" / "report.md").read_text())
+    assert re.search(r"\| sgd \| - \| 1\.00 \| 0/1, 1 diverged \|", (tmp_path / "out" / "report.md").read_text())
 
 
 def test_a_process_that_dies_takes_no_other_run_with_it():
@@ -210,11 +215,29 @@ def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
         (["train", "sam", "--resume"], "holds no results to go on with; leave --resume out to begin"),
         (["train", "sam", "--resume", "--overwrite"], "--resume needs --out DIR"),
         (["train", "sam", "--amp", "fp8"], "'fp8' is not one of 'fp16', 'bf16'"),
+        *((["train", "sam", option, value], f"Invalid value for '{option}': {value} is not a finite number")
+          for value in ("nan", "inf")
+          for option in ("--rho", "--alpha", "--lr", "--momentum", "--weight-decay", "--label-noise", "--warmup",
+                         "--rho-warmup", "--clip", "--mixup", "--width")),
+        (["train", "sam", "--randaugment", "2", "nan"], "nan is not a finite number"),
+        (["train", "sam", "--set", "rho=NaN"], "--set rho=NaN: NaN is not a finite number"),
+        (["train", "sam", "--set", "rho=wide"], "sam with rho=wide: "),
+        (["train", "sam+adam", "--set", "betas=3"], "sam+adam with betas=3: "),
+        (["compare", "sgd", "looksam-5", "--set", "looksam.norm_scope=all"], "looksam-5 with norm_scope=all: norm_scope"),
+        (["train", "sam", "--backend", "fast"], "--backend fast: unknown; choose one of native, triton, reference"),
+        (["train", "sam", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["train", "sam", "--image-size", "3"], "--image-size 3: digits come in one size"),
+        (["train", "sam", "--patch", "2"], "--patch 2: cnn has no patches"),
+        (["train", "sam", "--model", "resnet18", "--batch-size", "1"], "--model resnet18 cannot take 1 images of 8x8"),
+        (["train", "sam", "--width", "1e30"], "--model cnn cannot take 50 images of 8x8 pixels: "),
+        (["compare", "sgd", "--tune", "26"], "--tune 26: sgd has a grid of 25 settings only"),
+        (["compare", "sgd", "--tune", "2", "--validation", "0.0001"], "--validation 0.0001: nothing is left"),
     ],
-)
+)  # fmt: skip
 def test_usage_errors_come_before_any_work(arguments, message, tmp_path):
     result = run(*arguments, "--out", tmp_path / "out")
     assert result.exit_code in (1, 2)
+    assert "Traceback" not in result.output
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 
@@ -256,3 +279,110 @@ def test_colour_images_from_a_tar(tmp_path, monkeypatch):
     )
     assert result.exit_code == 0, result.output
     assert lines(tmp_path / "o")[-1]["test_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/looksam/out"])
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    result = run("train", "sgd", *FAST, "--out", tmp_path / place)
+    assert result.exit_code == 2
+    assert "cannot write there" in " ".join(result.output.split())
+
+
+def test_a_pipe_gets_a_line_of_each_run(compared):
+    _, result = compared
+    for method, seed in itertools.product(("sgd", "looksam-5"), (7, 8)):
+        assert re.search(
+            rf"^{method}, seed {seed}: epoch 2/2, \d+\.\d %, [1-4]/4 runs, \d+ s$", result.output, re.MULTILINE
+        )
+
+
+def test_the_report_says_what_was_used(compared):
+    report = (compared[0] / "report.md").read_text(encoding="utf-8")
+    assert "default |" not in report
+    for line in ("| model | cnn |", "| batch_size | 20 |", "| augment | none |", "| device | cpu |", "| steps | 20 |"):
+        assert line in report
+    (sgd,) = re.findall(r"^\| sgd \| .*lr = .*$", report, re.MULTILINE)
+    assert "lr = 0.05, " in sgd
+    assert "weight_decay = 0.0005" in sgd
+    (looksam,) = re.findall(r"^\| looksam-5 \| .*lr = .*$", report, re.MULTILINE)
+    assert "alpha = 0.2, " in looksam
+    assert "rho = 0.05, " in looksam
+
+
+def test_reports_are_utf8_whatever_the_locale(compared, tmp_path):
+    (tmp_path / "results.jsonl").write_bytes((compared[0] / "results.jsonl").read_bytes())
+    code = "import sys; from looksam.lab.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", str(tmp_path)], capture_output=True, check=False,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.md").read_bytes() == (compared[0] / "report.md").read_bytes()
+
+
+@pytest.mark.parametrize("width", [44, 60, 100])
+def test_the_table_fits_the_terminal(compared, width):
+    experiment = read_experiment(compared[0])
+    console = Console(width=width, file=io.StringIO())
+    console.print(console_table(experiment, console))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for method in experiment.methods:
+        assert re.search(rf"^ {method} +\d+\.\d\d ± \d+\.\d\d +1\.[02]0 ", text, re.MULTILINE), text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [*lines[:2], b"{", *lines[3:]], "line 3 is damaged"),
+        (lambda lines: [*lines[:2], b"\xff\xfe", *lines[3:]], "line 3 is damaged"),
+        (lambda lines: [*lines[:2], b'{"kind": "epoch"}', *lines[3:]], "line 3 is damaged"),
+        (lambda lines: [*lines[:2], b"3", *lines[3:]], "line 3 is damaged"),
+        (lambda lines: lines[1:], "does not begin with a header line"),
+        (lambda lines: [b"nonsense"], "does not begin with a header line"),
+        (lambda lines: [], "is empty"),
+    ],
+)
+def test_damaged_results_are_one_sentence(compared, tmp_path, damage, message):
+    whole = (compared[0] / "results.jsonl").read_bytes().splitlines()
+    (tmp_path / "results.jsonl").write_bytes(b"\n".join(damage(whole)))
+    result = run("report", tmp_path)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_full_disk_keeps_the_records(tmp_path):
+    """Every file larger than 20 kB: too large for a checkpoint, not for the records."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from looksam.lab.cli import main; main(sys.argv[1:])"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "sgd", *FAST, "--out", str(out)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "File too large" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [line["kind"] for line in lines(out)] == ["header", "failure"]
+
+
+def test_a_full_disk_under_the_records(tmp_path, monkeypatch):
+    def full(writer, record):
+        raise OSError(errno.ENOSPC, "No space left on device", str(writer.path))
+
+    monkeypatch.setattr("looksam.lab.records.ResultsWriter.epoch", full)
+    out = tmp_path / "out"
+    result = run("train", "sgd", *FAST, "--out", out, "--overwrite")
+    assert result.exit_code == 1
+    message = " ".join(result.output.split())
+    assert (
+        f"No space left on device: {out}/results.jsonl; what was measured before is kept. Go on with: looksam"
+        in message
+    )
+    assert message.endswith("--resume")
+    assert "--overwrite" not in message

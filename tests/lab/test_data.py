@@ -1,7 +1,9 @@
 import gzip
 import io
 import os
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def test_grey_folder_has_one_channel(folder):
 def test_test_class_without_training_images(folder):
     (folder / "test" / "cow").mkdir()
     Image.new("RGB", (6, 6)).save(folder / "test" / "cow" / "0.png")
-    with pytest.raises(DataError, match="train/<class>"):
+    with pytest.raises(DataError, match=r"no training images of cow, .* needs train/<class>"):
         load_dataset(DataConfig(str(folder)), 0)
 
 
@@ -129,9 +131,62 @@ def test_missing_and_broken_sources_name_the_remedy(tmp_path, folder):
     with pytest.raises(DataError, match="not a tar file"):
         load_dataset(DataConfig(str(tmp_path / "text")), 0)
     (folder / "train" / "cat" / "0.png").write_bytes(b"no png")
-    with pytest.raises(DataError, match=r"cannot decode 0\.png"):
+    with pytest.raises(DataError, match=r"cannot decode train/cat/0\.png; replace it"):
         load_dataset(DataConfig(str(folder)), 0)
     assert not list(cache_folder().glob("*"))
+
+
+def pack(folder, path):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        archive.add(folder, "pets")
+
+
+@pytest.mark.parametrize("name", ["pets.tar", "pets.tar.gz"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_truncated_archive_says_so(folder, tmp_path, name, share):
+    pack(folder, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    # an uncompressed tar ends in kilobytes of zeros, which are nobody's loss
+    (tmp_path / name).write_bytes(whole[: int(share * len(whole.rstrip(b"\0")))])
+    with pytest.raises(DataError, match=r"--data \S+: the archive is damaged or cut short"):
+        load_dataset(DataConfig(str(tmp_path / name)), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class_folder_is_named(folder, tmp_path, split, packed):
+    (folder / split / "cow").mkdir()
+    source = folder
+    if packed:
+        source = tmp_path / "pets.tar"
+        pack(folder, source)
+    with pytest.raises(DataError, match=f"{split}/cow holds no image"):
+        load_dataset(DataConfig(str(source)), 0)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_split_is_named(folder, split):
+    shutil.rmtree(folder / split)
+    with pytest.raises(DataError, match=f"no folder {split}/ with images"):
+        load_dataset(DataConfig(str(folder)), 0)
+
+
+def test_hidden_files_and_folders_are_left_out(folder):
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "cat" / "._0.png").write_bytes(b"what another system leaves there")
+    assert len(load_dataset(DataConfig(str(folder)), 0).train_y) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig(image_size=3), "--image-size 3: digits come in one size"),
+        (DataConfig(directory="x"), "--data-dir x: it says where Fashion-MNIST lies"),
+    ],
+)
+def test_options_of_other_sources_are_refused(config, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset(config, 0)
 
 
 def write_idx(path, array, compress):
@@ -201,7 +256,7 @@ def test_train_size():
 def test_image_mode_with_palette_becomes_rgb():
     buffer = io.BytesIO()
     Image.new("P", (4, 4), 3).save(buffer, "PNG")
-    assert data._decode(buffer, "p.png", None).shape == (4, 4, 3)
+    assert data._decode(data.Entry("train", "cat", "p.png", buffer), Path(), None).shape == (4, 4, 3)
 
 
 def test_the_cache_keeps_what_was_used_last_within_its_limit(monkeypatch):

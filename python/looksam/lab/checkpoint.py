@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import click
 import torch
 
 from .config import TrainConfig
 from .files import UNFINISHED, replacing
 
 FOLDER = "checkpoints"
+
+
+class DamagedCheckpoint(click.ClickException):
+    """A file that cannot be read back; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,15 @@ class Checkpoints:
             torch.save(state, file)
 
     def load(self, config: TrainConfig) -> dict[str, Any] | None:
-        """What the run goes on from; None: from the beginning."""
+        """What the run goes on from; None: from the beginning. Raises DamagedCheckpoint."""
         path = self.path(config)
         if not self.resume or not path.exists():
             return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state["model"], state["records"]
+        except Exception as error:  # of a damaged file torch raises what its parts raise
+            raise DamagedCheckpoint(
+                f"{path} is damaged ({str(error).strip().splitlines()[0]}); remove it, and --resume trains this run anew"
+            ) from error
         return state

@@ -11,13 +11,17 @@ import torch
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images and labels. ``source`` is a name ("digits", "fashion-mnist") or a path; see data.py."""
+    """Which images and labels. ``source`` is a name ("digits", "fashion-mnist") or a path; see data.py.
+
+    With a ``holdout`` this part of the training images is kept for validation and takes the place of the test images.
+    """
 
     source: str = "digits"
     directory: str | None = None
     image_size: int | None = None
     train_size: int | None = None
     label_noise: float = 0.0
+    holdout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import lzma
+import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -22,6 +25,8 @@ from .environment import version
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "train/<class>/*.jpg|png and test/<class>/*.jpg|png"
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+"""What reading a damaged archive raises."""
 FASHION_FILES = {
     "train_x": "train-images-idx3-ubyte",
     "train_y": "train-labels-idx1-ubyte",
@@ -65,10 +70,24 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         # The subset does not depend on the run's seed: runs of one experiment share their data.
         kept = torch.randperm(len(data.train_y), generator=make_generator(0, "subset"))[: config.train_size]
         data = replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
+    if config.holdout:
+        data = _hold_out(data, config.holdout)
     if config.label_noise:
         labels = noisy_labels(data.train_y, config.label_noise, len(data.classes), seed)
         data = replace(data, train_y=labels)
     return data
+
+
+def _hold_out(data: Dataset, part: float) -> Dataset:
+    """A part of the training images, the same in every run, in the place of the test images; the rest is trained on."""
+    order = torch.randperm(len(data.train_y), generator=make_generator(0, "holdout"))
+    held, kept = order[: round(part * len(order))], order[round(part * len(order)) :]
+    if not len(held) or not len(kept):
+        raise DataError(f"--validation {part}: nothing is left of {len(order)} training images on one of the two sides")
+    return replace(
+        data, train_x=data.train_x[kept], train_y=data.train_y[kept],
+        test_x=data.train_x[held], test_y=data.train_y[held],
+    )  # fmt: skip
 
 
 def noisy_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
@@ -82,6 +101,12 @@ def noisy_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Te
 
 
 def _load_source(config: DataConfig) -> Dataset:
+    if config.source in ("digits", "fashion-mnist") and config.image_size is not None:
+        raise DataError(
+            f"--image-size {config.image_size}: {config.source} come in one size; it is for folders and tar files"
+        )
+    if config.source != "fashion-mnist" and config.directory is not None:
+        raise DataError(f"--data-dir {config.directory}: it says where Fashion-MNIST lies; give --data fashion-mnist")
     if config.source == "digits":
         return _digits()
     if config.source == "fashion-mnist":
@@ -92,9 +117,7 @@ def _load_source(config: DataConfig) -> Dataset:
             f"--data {config.source}: neither digits nor fashion-mnist, nor a folder or tar file that exists. "
             f"A folder or tar file must hold {LAYOUT}."
         )
-    if path.is_file() and not tarfile.is_tarfile(path):
-        raise DataError(f"--data {config.source}: not a tar file; give a folder or a tar file with {LAYOUT}")
-    key = f"{tree_fingerprint(path)} {config.image_size}"
+    key = f"images 2 {tree_fingerprint(path)} {config.image_size}"
     arrays = cached_arrays(key, lambda: decode_images(path, config.image_size))
     return _dataset(path.name, arrays, tuple(str(c) for c in arrays["classes"]), flip=True)
 
@@ -148,7 +171,10 @@ def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes, gzipped or not, as a uint8 array of the shape that its header states."""
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
-        raw = gzip.decompress(raw)
+        try:
+            raw = gzip.decompress(raw)
+        except DAMAGED as error:
+            raise DataError(f"--data-dir: {path} is damaged or cut short ({error}); fetch it again") from error
     dims = raw[3] if raw[:3] == b"\x00\x00\x08" else 0
     shape = np.frombuffer(raw, ">u4", dims, offset=4)
     if not dims or len(raw) != 4 + 4 * dims + shape.prod():
@@ -160,57 +186,112 @@ def decode_images(path: Path, image_size: int | None) -> dict[str, np.ndarray]:
     """Decode a folder or tar laid out as LAYOUT, below any number of leading folders.
 
     Returns ``train_x``, ``test_x`` uint8 [N, C, S, S], ``train_y``, ``test_y`` int64 and ``classes``. Images are
-    ordered by class and file name whatever the order on disk; grey ones stay one channel if all are grey.
+    ordered by class and file name whatever the order on disk; grey ones stay one channel if all are grey. Names that
+    begin with a dot are left out.
     """
-    images: dict[str, dict[tuple[str, str], np.ndarray]] = {"train": {}, "test": {}}
-    for split, label, name, file in track(_image_files(path), description=f"decoding {path.name}"):
-        images[split][label, name] = _decode(file, name, image_size)
-    classes = sorted({label for label, _ in images["train"]})
-    if not images["train"] or {label for label, _ in images["test"]} - set(classes) or not images["test"]:
-        raise DataError(f"--data {path}: needs images as {LAYOUT}, with every test class among the training classes")
-    decoded = [*images["train"].values(), *images["test"].values()]
+    images: dict[str, dict[str, dict[str, np.ndarray]]] = {"train": {}, "test": {}}
+    # Under torchrun and in pipes nobody looks at a bar.
+    entries = track(_entries(path), description=f"decoding {path.name}", disable=not sys.stdout.isatty())
+    for entry in entries:
+        members = images[entry.split].setdefault(entry.label, {})
+        if entry.file is not None:
+            members[entry.name] = _decode(entry, path, image_size)
+    _check_classes(path, images)
+    decoded = [image for labels in images.values() for members in labels.values() for image in members.values()]
     if len({image.shape[:2] for image in decoded}) > 1 or decoded[0].shape[0] != decoded[0].shape[1]:
         raise DataError(f"--data {path}: images must be square and of one size; give --image-size to resize them")
     grey = all(image.ndim == 2 for image in decoded)
+    classes = sorted(images["train"])
     arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
-    for split, members in images.items():
-        ordered = sorted(members.items())
+    for split, labels in images.items():
+        ordered = [(label, image) for label in sorted(labels) for _, image in sorted(labels[label].items())]
         pixels = [image if grey or image.ndim == 3 else np.stack([image] * 3, axis=-1) for _, image in ordered]
         stacked = np.stack(pixels)
         arrays[f"{split}_x"] = stacked[:, None] if grey else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
-        arrays[f"{split}_y"] = np.array([classes.index(label) for (label, _), _ in ordered], np.int64)
+        arrays[f"{split}_y"] = np.array([classes.index(label) for label, _ in ordered], np.int64)
     return arrays
 
 
-def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
-    """Yield (split, class, file name, open file). A tar is read in its own order: xz cannot seek back cheaply."""
+def _check_classes(path: Path, images: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
+    for split, labels in images.items():
+        if not labels:
+            raise DataError(f"--data {path}: no folder {split}/ with images of each class in it; it must hold {LAYOUT}")
+        for label, members in sorted(labels.items()):
+            if not members:
+                raise DataError(
+                    f"--data {path}: {split}/{label} holds no image (jpg, png); fill the folder or remove it"
+                )
+    if unknown := sorted(images["test"].keys() - images["train"].keys()):
+        raise DataError(f"--data {path}: no training images of {', '.join(unknown)}, which test/ has; needs {LAYOUT}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image, or with no file the folder of a class."""
+
+    split: str
+    label: str
+    name: str = ""
+    file: BinaryIO | None = None
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    """What is in a folder or a tar. A tar is read in its own order: xz cannot seek back cheaply."""
     if path.is_dir():
         for file in path.rglob("*"):
-            if found := _place(file.relative_to(path).as_posix()):
+            name = file.relative_to(path).as_posix()
+            if file.is_dir() and (found := _place(f"{name}/")):
+                yield Entry(*found)
+            elif found := _place(name):
                 with file.open("rb") as stream:
-                    yield *found, stream
+                    yield Entry(*found, stream)
         return
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and (found := _place(member.name)):
-                yield *found, BytesIO(archive.extractfile(member).read())  # type: ignore[union-attr]
+    try:
+        archive = tarfile.open(path)  # noqa: SIM115  # what opening raises is told apart from what reading does
+    except (*DAMAGED, OSError) as error:
+        raise DataError(
+            f"--data {path}: not a tar file; give a folder or a tar file with {LAYOUT} ({error})"
+        ) from error
+    try:
+        with archive:
+            for member in archive:
+                if member.isdir() and (found := _place(f"{member.name}/")):
+                    yield Entry(*found)
+                elif member.isfile() and (found := _place(member.name)):
+                    yield Entry(*found, BytesIO(archive.extractfile(member).read()))  # type: ignore[union-attr]
+            _check_end(archive)
+    except DAMAGED as error:
+        raise DataError(f"--data {path}: the archive is damaged or cut short ({error}); fetch it again") from error
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise ReadError if no end was found: of an archive cut short ``tarfile`` gives what is there and says nothing."""
+    stream = archive.fileobj
+    assert stream is not None
+    found = stream.tell() == archive.offset + tarfile.BLOCKSIZE  # the block of zeros that ends an archive, or no header
+    if not found or any(stream.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError("it has no end")
 
 
 def _place(name: str) -> tuple[str, str, str] | None:
+    """(split, class, file name) of ``.../split/class/name``; the name is empty for the class folder itself."""
     parts = name.split("/")
-    if len(parts) < 3 or parts[-3] not in ("train", "test") or not name.lower().endswith(IMAGE_SUFFIXES):
+    if len(parts) < 3 or parts[-3] not in ("train", "test") or any(part.startswith(".") for part in parts[-2:]):
         return None
-    return parts[-3], parts[-2], parts[-1]
+    return (parts[-3], parts[-2], parts[-1]) if not parts[-1] or name.lower().endswith(IMAGE_SUFFIXES) else None
 
 
-def _decode(file: BinaryIO, name: str, image_size: int | None) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _decode(entry: Entry, path: Path, image_size: int | None) -> np.ndarray:
+    from PIL import Image
 
+    assert entry.file is not None
     try:
-        opened = Image.open(file)
+        opened = Image.open(entry.file)
         image: Image.Image = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
         if image_size is not None and image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
         return np.asarray(image)
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"--data: cannot decode {name}: {error}") from error
+    # Of a broken file PIL raises OSError, ValueError, SyntaxError, struct.error and what its decoders raise.
+    except Exception as error:
+        place = f"{entry.split}/{entry.label}/{entry.name}"
+        raise DataError(f"--data {path}: cannot decode {place}; replace it or remove it ({error})") from error

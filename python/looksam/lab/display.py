@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import time
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from .config import TrainConfig
+from .measure import EpochRecord
 from .parallel import Event
 from .records import ResultsWriter
 
+SECONDS_OF_SILENCE = 30.0
+
 
 class Display:
-    """Writes down and shows the events of the runs: a row for each run under way, above them the count of all."""
+    """Writes down and shows the events of the runs: a row for each run under way, above them the count of all. Where the
+    console is no terminal, a line for each run that ends, and of an epoch where nothing was said for half a minute."""
 
     def __init__(self, progress: Progress, console: Console, writer: ResultsWriter, runs: int) -> None:
         self.progress, self.console, self.writer, self.runs = progress, console, writer, runs
         self.failures = self.ended = 0
+        self.spoke = self.began = time.monotonic()
+        self.last: dict[TrainConfig, EpochRecord] = {}
         self.rows: dict[TrainConfig, TaskID] = {}
         self.overall = progress.add_task("all runs", total=runs, news="", count=f"0/{runs}")
 
@@ -27,10 +34,12 @@ class Display:
             epochs = math.floor(self.progress.tasks[self.progress.task_ids.index(row)].completed)
             self.progress.update(row, completed=epochs + event.part)
         elif event.record is not None:
-            record = event.record
+            record = self.last[config] = event.record
             self.writer.epoch(record)
             count, news = f"{record.epoch}/{config.epochs}", f"{100 * record.test_accuracy:.1f} %"
             self.progress.update(row, completed=record.epoch, count=count, news=news)
+            if time.monotonic() - self.spoke > SECONDS_OF_SILENCE:
+                self.say(config)
             if record.diverged:
                 self.console.print(f"[yellow]{_name(config)} diverged in epoch {record.epoch}[/]")
         else:
@@ -39,8 +48,21 @@ class Display:
                 self.writer.failure(config.method, config.seed, event.error)
                 _report_failure(event, self.console)
             self.ended += 1
+            self.say(config)
             self.progress.update(self.rows.pop(config), visible=False)
             self.progress.update(self.overall, completed=self.ended, count=f"{self.ended}/{self.runs}")
+
+    def say(self, config: TrainConfig) -> None:
+        """A line of how far the run is, where no bar shows it."""
+        if self.console.is_terminal:
+            return
+        self.spoke = time.monotonic()
+        record = self.last.get(config)
+        news = "" if record is None else f"epoch {record.epoch}/{config.epochs}, {100 * record.test_accuracy:.1f} %, "
+        self.console.print(
+            f"{_name(config)}: {news}{self.ended}/{self.runs} runs, {self.spoke - self.began:.0f} s",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     def row(self, config: TrainConfig) -> TaskID:
         if config not in self.rows:

@@ -11,13 +11,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .claims import claims
 from .console import make_console
 from .display import Display
-from .parallel import run_here, run_jobs
-from .plan import Plan, make_plan
+from .parallel import describe, run_here, run_jobs
+from .plan import Plan, make_plan, resume_command
 from .processes import World, joined
 from .records import ResultsWriter, read_experiment
 from .report import console_table, write_report
+from .tuning import plan_comparison, plan_tuning
 
 
 class ExperimentCommand(click.Command):
@@ -32,35 +34,64 @@ def run_experiment(ctx: click.Context, methods: Sequence[str], seeds: int, value
     """Train all methods with all seeds and report; ``values`` holds the options. Exits 1 if a run failed, 130 if
     interrupted; what was measured until then is on disk and reported in both cases."""
     with joined() as world:
+        if values.get("tune"):
+            methods, values = _tuned(ctx, methods, seeds, values, world)
         plan = world.from_first(partial(make_plan, ctx, methods, seeds, values, world))
-        if world.rank > 0:  # the first process writes and prints for all
-            for config in plan.configs:
-                run_here(config, lambda event: None, plan.checkpoints, world)
-            return
-        writer = ResultsWriter(plan.folder, plan.header)
-        console = make_console()
-        failures, interrupted = 0, False
+        status = _carry_out(plan, world)
+    if status:
+        ctx.exit(status)
+
+
+def _carry_out(plan: Plan, world: World) -> int:
+    """Train, record, report; the exit status."""
+    if world.rank > 0:  # the first process writes and prints for all
+        for config in plan.configs:
+            run_here(config, lambda event: None, plan.checkpoints, world)
+        return 0
+    console = make_console()
+    status = 0
+    try:
         try:
-            failures = _train(plan, world, writer, console)
+            status = 1 if _train(plan, world, ResultsWriter(plan.folder, plan.header), console) else 0
         except KeyboardInterrupt:
-            interrupted = True
+            status = 130
             console.print("[yellow]interrupted: reporting what was measured so far[/]")
         report(plan.folder, console)
-    if failures or interrupted:
-        ctx.exit(130 if interrupted else 1)
+    except OSError as error:  # a full disk; each record is on it before the next run begins
+        raise click.ClickException(
+            f"{describe(error)}; what was measured before is kept. Go on with: {resume_command(plan.header)}"
+        ) from error
+    return status
+
+
+def _tuned(
+    ctx: click.Context, methods: Sequence[str], seeds: int, values: dict[str, Any], world: World
+) -> tuple[Sequence[str], dict[str, Any]]:
+    """Choose the settings of each method, in DIR/tune; the methods and values of the comparison that follows."""
+    plan, tuning = world.from_first(partial(plan_tuning, ctx, methods, values, world))
+    if status := _carry_out(plan, world):
+        ctx.exit(status)
+    return world.from_first(partial(plan_comparison, tuning, seeds, values))
 
 
 def report(folder: Path, console: Console) -> None:
     """Write the report; print the table and, as the last line, where the report is."""
     path = write_report(folder)
-    console.print(console_table(read_experiment(folder)))
+    experiment = read_experiment(folder)
+    if experiment.runs:
+        console.print(console_table(experiment, console))
+    for sentence in claims(experiment):
+        console.print(sentence, markup=False, highlight=False)
     click.echo(path)  # not wrapped to the width of the terminal: scripts read this line
 
 
 def _train(plan: Plan, world: World, writer: ResultsWriter, console: Console) -> int:
     """Run everything under one progress display; the number of failed runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[news]}"), console=console) as progress:
+    bar = BarColumn(bar_width=min(40, console.width // 4))
+    columns = (TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[news]}"), console=console, disable=not console.is_terminal
+    ) as progress:
         display = Display(progress, console, writer, len(plan.configs))
         if world.started_by_torchrun:
             for config in plan.configs:  # one that fails ends all: the other processes wait for this one

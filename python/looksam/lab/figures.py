@@ -32,8 +32,10 @@ def style(index: int) -> dict[str, object]:
 
 
 def draw_figures(experiment: Experiment, folder: Path) -> dict[str, Path]:
-    """Write the PNG files; returns title -> path. Empty if no run finished."""
-    if not any(experiment.finished(m) for m in experiment.methods):
+    """Write the PNG files; returns title -> path. Empty if no run finished, and for the many settings of a tuning."""
+    if experiment.header["config"]["data"].get("holdout") or not any(
+        experiment.finished(m) for m in experiment.contenders
+    ):
         return {}
 
     def accuracy(epoch: EpochRecord) -> float:
@@ -65,7 +67,7 @@ def draw_figures(experiment: Experiment, folder: Path) -> dict[str, Path]:
     paths = {}
     for name, title, xlabel, ylabel, value, position in curves:
         figure, axes = new_figure(title, xlabel, ylabel)
-        for index, method in enumerate(experiment.methods):
+        for index, method in enumerate(experiment.contenders):
             if runs := experiment.finished(method):
                 _curve(axes, runs, value, position, method, index)
         finish(figure, axes)
@@ -135,12 +137,12 @@ def _curve(
 
 
 def _final_accuracy(experiment: Experiment, path: Path) -> Path:
-    methods = [m for m in experiment.methods if experiment.finished(m)]
+    methods = [m for m in experiment.contenders if experiment.finished(m)]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(methods)), layout="constrained")
     for row, method in enumerate(methods):
         values = [100 * run.epochs[-1].test_accuracy for run in experiment.finished(method)]
         mean, error = mean_and_error(values)
-        colour = COLOURS[experiment.methods.index(method) % len(COLOURS)]
+        colour = COLOURS[experiment.contenders.index(method) % len(COLOURS)]
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.35, markeredgewidth=0)
         axes.errorbar(
             mean,

@@ -19,6 +19,7 @@ from looksam.plans import PLAIN, Variant
 from looksam_kernels import updates
 
 from .config import TrainConfig
+from .controls import RandomReuse
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ BASES: dict[str, Base] = {
     name: Base(row.options if isinstance(row.options, type) else _by_itself(name), *row.usual)
     for name, row in FUSED.items()
 }
-VARIANTS: dict[str, type[torch.optim.Optimizer]] = dict(looksam.VARIANTS)
+VARIANTS: dict[str, type[torch.optim.Optimizer]] = {**looksam.VARIANTS, "looksam_random": RandomReuse}
 
 FORM = "NAME[-K][+BASE][:OPTION=VALUE,...]"
 _GRAMMAR = re.compile(r"(?P<name>[a-z]\w*)(-(?P<k>\d+))?(\+(?P<base>\w+))?")
@@ -96,9 +97,13 @@ class Method:
         """In every how many steps there is a sharp one: 1 for those without a period."""
         if self.k is not None or self.variant is None:
             return self.k or 1
-        given = dict(self.settings).get("k")
-        parameter = inspect.signature(VARIANTS[self.variant]).parameters.get("k")
-        return given or (1 if parameter is None else parameter.default)
+        given: int = dict(self.settings).get("k") or self.default("k") or 1
+        return given
+
+    def default(self, option: str) -> Any:
+        """Of the variant's constructor; None if it has no such argument."""
+        parameter = None if self.variant is None else inspect.signature(VARIANTS[self.variant]).parameters.get(option)
+        return None if parameter is None else parameter.default
 
     @property
     def clips(self) -> bool:
@@ -254,5 +259,5 @@ def values_used(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(group.items())
-        if name not in _NOT_OPTIONS and isinstance(value, (bool, int, float, str, list, tuple, type(None)))
+        if name not in {*_NOT_OPTIONS, "phase"} and isinstance(value, (bool, int, float, str, list, tuple, type(None)))
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,20 +11,35 @@ import click
 
 from .augment import AUGMENTATIONS
 from .config import DataConfig, TrainConfig
-from .methods import BASES, VARIANTS, canonical_name, check_options, parse_method, select_options
+from .methods import BASES, FORM, VARIANTS, canonical_name, check_options, parse_method, parse_value, select_options
 from .models import MODELS
 from .precision import PRECISIONS
 from .processes import TORCHRUN, World
 from .schedule import SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
-FRACTION = click.FloatRange(0, 1, max_open=True)
-POSITIVE = click.FloatRange(0, min_open=True)
-NOT_NEGATIVE = click.FloatRange(0)
+
+
+class Finite(click.FloatRange):
+    """A float range without NaN and infinity, which pass every comparison or none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+FRACTION = Finite(0, 1, max_open=True)
+SHARE = Finite(0, 1, min_open=True, max_open=True)
+POSITIVE = Finite(0, min_open=True)
+NOT_NEGATIVE = Finite(0)
 COUNT = click.IntRange(1)
+SEED = click.IntRange(0, 2**63 - 1)
 
 METHOD_HELP = f"""
-METHOD is NAME[-K][+BASE], for example sgd, sam, sam-5 (SAM on every 5th step), looksam-5, looklayersam-5+lamb.
+METHOD is {FORM}, for example sgd, sam, sam-5 (SAM on every 5th step),
+looksam-5:rho=0.1,alpha=0.7, looklayersam-5+lamb, sgd:weight_decay=0.01,nesterov=true.
 Base optimizers: {", ".join(BASES)}. Variants: {", ".join(VARIANTS)}.
 
 Several processes share each run under: {TORCHRUN} ...
@@ -58,7 +73,7 @@ OPTIONS = (
         "settings",
         multiple=True,
         metavar="[NAME.]OPTION=VALUE",
-        help="Any other option of the optimizers, or of one variant alone: --set looksam.rho=0.1.",
+        help="Any option of the variants and bases, or of one NAME alone: --set looksam.rho=0.1, --set betas=[0.9,0.98].",
     ),
     click.option("--schedule", type=click.Choice(SCHEDULES), default="cosine"),
     click.option("--warmup", type=NOT_NEGATIVE, default=0.0, help="Epochs of linear warm-up."),
@@ -78,7 +93,7 @@ OPTIONS = (
     click.option("--m-sharpness", is_flag=True, help="Under torchrun: each process climbs along its own gradient."),
     click.option("--fsdp", is_flag=True, help="Under torchrun: shard the parameters (FSDP2) instead of DDP."),
     click.option("--backend", help="Force a backend of looksam_kernels; see looksam info."),
-    click.option("--seed", type=int, default=0, help="First seed."),
+    click.option("--seed", type=SEED, default=0, help="First seed."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--threads", type=COUNT, help="Threads of torch per run; default: cores / jobs."),
     click.option("--jobs", type=COUNT, help="Runs at a time; default: one per core, or 1 on CUDA."),
@@ -96,17 +111,17 @@ def training_options(function: F) -> F:
     return function
 
 
-def parse_settings(rho: float | None, alpha: float | None, settings: Sequence[str]) -> dict[str, Any]:
-    """``--rho``, ``--alpha`` and ``--set`` as one dict; values are JSON where they parse as such, else text."""
+def parse_options(rho: float | None, alpha: float | None, settings: Sequence[str]) -> dict[str, Any]:
+    """``--rho``, ``--alpha`` and ``--set`` as one dict."""
     options: dict[str, Any] = {k: v for k, v in {"rho": rho, "alpha": alpha}.items() if v is not None}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise click.UsageError(f"--set {setting}: write OPTION=VALUE or NAME.OPTION=VALUE")
         try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
+            options[key] = parse_value(text)
+        except ValueError as error:
+            raise click.UsageError(f"--set {setting}: {error}") from error
     return options
 
 
@@ -115,7 +130,7 @@ def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) ->
 
     Raises click.UsageError for a method that does not parse, or is given twice, or an option that nobody takes.
     """
-    options = parse_settings(values["rho"], values["alpha"], values["settings"])
+    options = parse_options(values["rho"], values["alpha"], values["settings"])
     try:
         names = [canonical_name(method, values["base"]) for method in methods]
         check_options(names, options)
@@ -124,8 +139,9 @@ def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) ->
     if twice := {name for name in names if names.count(name) > 1}:
         raise click.UsageError(f"method given twice: {', '.join(sorted(twice))}")
     data = DataConfig(
-        values["data"], values["data_dir"], values["image_size"], values["train_size"], values["label_noise"]
-    )
+        values["data"], values["data_dir"], values["image_size"], values["train_size"], values["label_noise"],
+        values.get("holdout", 0.0),
+    )  # fmt: skip
     same = (
         *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
         *("schedule", "warmup", "rho_warmup", "clip", "augment", "randaugment", "mixup", "device"),

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
+import click
+
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .measure import EpochRecord
@@ -24,8 +26,8 @@ SECONDS_BETWEEN_NEWS = 0.5
 
 @dataclass(frozen=True)
 class Event:
-    """News of a run: one of an epoch's record, the part of an epoch that is over, an error (its traceback), or none of
-    them: the run is complete."""
+    """News of a run: one of an epoch's record, the part of an epoch that is over, an error (see :func:`describe`), or none
+    of them: the run is complete."""
 
     config: TrainConfig
     record: EpochRecord | None = None
@@ -80,8 +82,17 @@ def _serve(connection: Connection, checkpoints: Checkpoints | None) -> None:
             return
         try:
             run_here(config, connection.send, checkpoints)
-        except Exception:  # whatever it is, it is this run's and gets reported under its name
-            connection.send(Event(config, error=traceback.format_exc()))
+        except Exception as error:  # whatever it is, it is this run's and gets reported under its name
+            connection.send(Event(config, error=describe(error)))
+
+
+def describe(error: Exception) -> str:
+    """One sentence where the reason lies outside the program, else the traceback."""
+    if isinstance(error, click.ClickException):
+        return error.message
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    return "".join(traceback.format_exception(error))
 
 
 def _die_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +14,18 @@ from typing import Any
 import click
 import torch
 
+from looksam_kernels import backend_info
+
 from .checkpoint import Checkpoints
 from .config import TrainConfig
-from .data import load_dataset
-from .defaults import resolve_batch_size, resolve_device
+from .data import Dataset, load_dataset
+from .defaults import defaults_of, resolve_batch_size, resolve_device
 from .environment import cpu_count, environment
+from .methods import build_optimizer, values_used
+from .models import CONVOLUTIONAL, build_model
 from .options import build_configs, check_processes
 from .processes import World
-from .records import RESULTS, read_header
+from .records import RESULTS, DamagedResults, read_header
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
     check_processes(values, methods, world)
     folder = output_folder(values["out"], str(ctx.info_name), values["overwrite"], values["resume"])
     checkpoints = Checkpoints(folder, values["checkpoint_every"], values["resume"])
-    data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
     try:
         cuda = resolve_device(values["device"]).type == "cuda"
-        resolve_batch_size(configs[0], len(data.train_y), world)
+        check_backend(values["backend"])
+        optimizers = {config.method: try_optimizer(config) for config in configs if config.seed == configs[0].seed}
+        data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
+        used = try_model(configs[0], data, world)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if cuda and world.local_size > torch.cuda.device_count():
@@ -61,13 +68,21 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
     one_at_a_time = cuda or world.started_by_torchrun
     jobs = min(len(configs), values["jobs"] or (1 if one_at_a_time else cpu_count()))
     threads = values["threads"] or max(1, cpu_count() // (jobs * world.local_size))
-    new = header(ctx, configs) | {"parallel": {"jobs": jobs, "processes": world.size, "threads": threads}}
+    new = header(ctx, configs) | {"used": {"run": used, "methods": optimizers}}
+    new |= values.get("about", {})
+    new |= {"parallel": {"jobs": jobs, "processes": world.size, "threads": threads}}
     if checkpoints.resume:
-        old = read_header(folder)
+        try:
+            old = read_header(folder)
+        except DamagedResults as error:
+            raise click.UsageError(f"--resume: {error}") from error
         check_same(old, new, checkpoints)
         # The same number of threads, whatever the machine does now: it decides the last bits.
         threads = values["threads"] or old["parallel"]["threads"]
         new = old | {"parallel": new["parallel"] | {"threads": threads}}
+        for config in configs:
+            checkpoints.load(config)  # fails here if it must, while the results are as they were
+    make_writable(folder)
     checkpoints.clear()
     return Plan([replace(config, threads=threads) for config in configs], checkpoints, new)
 
@@ -84,8 +99,75 @@ def check_same(old: dict[str, Any], new: dict[str, Any], checkpoints: Checkpoint
             changed = [k for k in now if before.get(k) != now[k]] if part == "config" else [part]
             raise click.UsageError(
                 f"--resume: {', '.join(changed)} differ(s) from what {checkpoints.folder} was started with; "
-                f"give the same options again: {old['command_line']}"
+                f"give the same options again: {resume_command(old)}"
             )
+
+
+def resume_command(header: dict[str, Any]) -> str:
+    """The command line that goes on with an experiment: as it was started, but for what would begin anew."""
+    words = [word for word in shlex.split(header["command_line"]) if word not in ("--overwrite", "--resume")]
+    return shlex.join([*words, "--resume"])
+
+
+def check_backend(name: str | None) -> None:
+    """Raise ValueError if the backend is unknown or cannot be used here."""
+    backends = backend_info()
+    if name is not None and name not in backends:
+        raise ValueError(f"--backend {name}: unknown; choose one of {', '.join(backends)}")
+    if name is not None and not backends[name].available:
+        raise ValueError(f"--backend {name}: not available here, {backends[name].reason}; see looksam info")
+
+
+def try_optimizer(config: TrainConfig) -> dict[str, Any]:
+    """The values that the optimizer of ``config`` steps with, from one that is made for nothing else.
+
+    Raises ValueError if it cannot be made with these options.
+    """
+    try:
+        return values_used(build_optimizer(config, torch.nn.Linear(2, 2), 100))
+    except (TypeError, ValueError, OverflowError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in config.options) or "its defaults"
+        raise ValueError(f"{config.method} with {given}: {error}") from error
+
+
+def try_model(config: TrainConfig, data: Dataset, world: World) -> dict[str, Any]:
+    """What is used for the options that were left out, after the model has run once without memory.
+
+    Raises ValueError if the batch cannot be shared out or the model cannot take the images.
+    """
+    defaults = defaults_of(config)
+    batch_size = resolve_batch_size(config, len(data.train_y), world)
+    model = config.model or defaults.model
+    channels, size = data.train_x.shape[1:3]
+    if config.patch is not None and model in CONVOLUTIONAL:
+        raise ValueError(f"--patch {config.patch}: {model} has no patches; leave it out or give --model vit-tiny")
+    try:
+        with torch.device("meta"):
+            net = build_model(model, channels, size, len(data.classes), config.width, config.patch)
+            net(torch.empty(batch_size // (world.size * config.accumulate), channels, size, size))
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {model} cannot take {batch_size} images of {size}x{size} pixels: {reason}"
+        ) from error
+    device = resolve_device(config.device)
+    return {
+        "model": model, "batch_size": batch_size, "augment": config.augment or defaults.augment,
+        "device": str(device), "image_size": size, "train_images": len(data.train_y),
+        "steps": config.epochs * (len(data.train_y) // batch_size),
+    }  # fmt: skip
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder and try to write there. Raises click.UsageError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise click.UsageError(
+            f"--out {folder}: cannot write there ({error.strerror}); choose another folder"
+        ) from error
 
 
 def output_folder(out: str | None, command: str, overwrite: bool, resume: bool) -> Path:

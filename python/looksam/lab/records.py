@@ -36,7 +36,7 @@ class ResultsWriter:
         self._append({"kind": "failure", "method": method, "seed": seed, "error": error})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -65,6 +65,16 @@ class Experiment:
     def methods(self) -> list[str]:
         return list(self.header["methods"])
 
+    @property
+    def controls(self) -> dict[str, str]:
+        """METHOD -> what it controls for, of those that ``--tune`` added."""
+        return dict(self.header.get("controls", {}))
+
+    @property
+    def contenders(self) -> list[str]:
+        """The methods that the user asked for: no controls."""
+        return [method for method in self.methods if method not in self.controls]
+
     def finished(self, method: str) -> list[Run]:
         """The runs of a method that reached the last epoch with a finite loss."""
         epochs = self.header["config"]["epochs"]
@@ -75,27 +85,67 @@ class Experiment:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    return read_experiment(folder).header
+    """The first line alone: the others can be had again from the checkpoints. Raises DamagedResults."""
+    with (folder / RESULTS).open("rb") as file:
+        try:
+            header: dict[str, Any] = json.loads(file.readline())
+            if header.pop("kind") != "header":
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DamagedResults(
+                f"{folder / RESULTS} does not begin with a header line; nothing can go on from it"
+            ) from error
+    return header
+
+
+class DamagedResults(ValueError):
+    """A results file that is not what :class:`ResultsWriter` writes; the message says where and what helps."""
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """Read DIR/results.jsonl; a last line cut short by a crash is left out. ValueError if there is no header."""
-    lines = []
-    for text in (folder / RESULTS).read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    if not lines or lines[0].get("kind") != "header":
-        raise ValueError(f"{folder / RESULTS} does not begin with a header line")
+    """Read DIR/results.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        DamagedResults: another line cannot be read, or the first one is not a header.
+    """
+    path = folder / RESULTS
+    lines = path.read_bytes().splitlines()
+    header: dict[str, Any] = {}
     runs: dict[tuple[str, int], Run] = {}
-    for line in lines:
-        if line.pop("kind") == "epoch":
-            record = EpochRecord(**line)
-            runs.setdefault((record.method, record.seed), Run(record.method, record.seed)).epochs.append(record)
-    methods = list(lines[0]["methods"])
+    failures = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            kind = line.pop("kind")
+            if (number == 1) != (kind == "header"):
+                raise ValueError(kind)
+            if kind == "header":
+                header = {
+                    "seeds": line["seeds"],
+                    "methods": dict(line["methods"]),
+                    "config": dict(line["config"]),
+                } | line
+            elif kind == "epoch":
+                record = EpochRecord(**line)
+                if record.method not in header["methods"]:
+                    raise ValueError(record.method)
+                runs.setdefault((record.method, record.seed), Run(record.method, record.seed)).epochs.append(record)
+            else:
+                failures.append({name: line[name] for name in ("method", "seed", "error")})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if 1 < number == len(lines):
+                break
+            raise DamagedResults(
+                f"{path}: line {number} is damaged; remove the line, or let the command go on with --resume, "
+                "which has all records in its checkpoints"
+                if number > 1
+                else f"{path} does not begin with a header line; no report can be made of it"
+            ) from error
+    if not header:
+        raise DamagedResults(f"{path} is empty; start the experiment again with --overwrite")
+    methods = list(header["methods"])
     ordered = sorted(runs.values(), key=lambda run: (methods.index(run.method), run.seed))
-    return Experiment(lines[0], ordered, [line for line in lines if "error" in line])
+    return Experiment(header, ordered, failures)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

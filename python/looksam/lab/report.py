@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
+from .claims import claims, contender
 from .figures import draw_figures
+from .methods import parse_method
 from .records import Experiment, Summary, read_experiment, summaries
 
 COLUMNS = (
-    "method", "accuracy (%)", "runs", "passes /step", "seconds /epoch", "optimizer ms/step", "share (%)", "backend"
+    "method", "accuracy (%)", "passes /step", "runs", "seconds /epoch", "optimizer ms/step", "share (%)", "backend"
 )  # fmt: skip
 NOTES = """\
 Accuracy: final epoch, clean test labels, mean ± standard error over seeds, runs that finished only. Passes: forward
@@ -34,8 +38,8 @@ def row(summary: Summary) -> tuple[str, ...]:
     return (
         summary.method,
         accuracy,
-        runs,
         f"{summary.passes_per_step:.2f}",
+        runs,
         f"{summary.seconds_per_epoch:.3f}",
         f"{summary.optimizer_ms:.3f}",
         f"{summary.optimizer_share:.1f}",
@@ -43,13 +47,30 @@ def row(summary: Summary) -> tuple[str, ...]:
     )
 
 
-def console_table(experiment: Experiment) -> Table:
+WIDE = Console(width=1000)
+"""Measures what a table would like to have."""
+
+
+def console_table(experiment: Experiment, console: Console) -> Table:
+    """The table; where the console is too narrow for it, without the last columns, which the report has."""
+    for count in range(len(COLUMNS), 3, -1):
+        table = _table(experiment, count)
+        if WIDE.measure(table).maximum <= console.width:
+            return table
+    return _table(experiment, 3)
+
+
+def _table(experiment: Experiment, count: int) -> Table:
     table = Table(title=title(experiment), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, column in enumerate(COLUMNS):
+    for index, column in enumerate(COLUMNS[:count]):
         heading = column.replace(" ", "\n")  # two lines, so that the table fits into 80 columns
-        table.add_column(heading, justify="right" if 0 < index < len(COLUMNS) - 1 else "left")
+        table.add_column(
+            heading, justify="right" if 0 < index < len(COLUMNS) - 1 else "left",
+            overflow="fold" if index == 0 else "ellipsis", no_wrap=index > 0,
+        )  # fmt: skip
     for summary in summaries(experiment):
-        table.add_row(*row(summary))
+        method, *cells = row(summary)
+        table.add_row(method.replace(":", ":\n").replace(",", ",\n"), *cells[: count - 1])
     return table
 
 
@@ -66,6 +87,8 @@ def write_report(folder: Path) -> Path:
     figures = draw_figures(experiment, folder)
     lines = [f"# looksam {header['command']}: {title(experiment)}", ""]
     lines += markdown_table(COLUMNS, [row(summary) for summary in summaries(experiment)])
+    lines += ["", *(f"* {sentence}" for sentence in claims(experiment))]
+    lines += paired_differences(experiment) + tuning(experiment) + controls(experiment)
     lines += ["", NOTES.format(**{"processes": 1} | header["parallel"]), ""]
     for failure in experiment.failures:
         last = failure["error"].strip().splitlines()[-1]
@@ -73,18 +96,74 @@ def write_report(folder: Path) -> Path:
     for name, path in figures.items():
         lines += [f"## {name}", "", f"![{name}]({path.name})", ""]
     lines += ["## Configuration", "", "```", header["command_line"], "```", ""]
-    lines += markdown_table(("option", "value"), [(k, _text(v)) for k, v in _flatten(header["config"])])
+    used = header.get("used", {"run": {}, "methods": header["methods"]})
+    values = dict(_flatten(header["config"])) | used["run"]
+    values = {name: value for name, value in values.items() if value is not None}  # those are the methods', or nobody's
+    lines += markdown_table(("option", "value"), [(k, _text(v)) for k, v in values.items()])
     lines += ["", "Seeds: " + ", ".join(map(str, header["seeds"])) + ".", ""]
-    lines += ["Options of the optimizers, where not their defaults:", ""]
-    lines += markdown_table(("method", "options"), [(m, _text(o)) for m, o in header["methods"].items()])
+    lines += ["The values that each optimizer stepped with, `lr` and `rho` at their peak:", ""]
+    lines += markdown_table(("method", "values"), [(m, _values(o)) for m, o in used["methods"].items()])
     lines += ["", "## Environment", ""]
     lines += markdown_table(("", ""), list(header["environment"].items()))
     path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def paired_differences(experiment: Experiment) -> list[str]:
+    """Of every two methods, seed by seed. Not for more than eight: nobody reads so many rows."""
+    several = [c for method in experiment.contenders if (c := contender(experiment, method)) is not None]
+    if not 2 <= len(several) <= 8 or len(several) < len(experiment.contenders):
+        return []
+    rows = [(a.name, b.name, str(a.minus(b))) for index, a in enumerate(several) for b in several[index + 1 :]]
+    title = "Paired over the seeds, Student's t; not corrected for their number:"
+    return [
+        "",
+        "## Differences in accuracy",
+        "",
+        title,
+        "",
+        *markdown_table(("first", "second", "first - second"), rows),
+    ]
+
+
+def tuning(experiment: Experiment) -> list[str]:
+    """What ``--tune`` tried and chose."""
+    about = experiment.header.get("tuning")
+    if not about:
+        return []
+    rows = [
+        (name, _grid(choice["grid"]), _values(choice["settings"]), f"{choice['validation']:.2f}")
+        for name, choice in about["chosen"].items()
+    ]
+    text = (
+        f"{about['count']} settings of each method's grid: the defaults, which stand first, and others drawn at random. "
+        f"Trained on {100 * (1 - about['holdout']):g} % of the training images with seeds {about['seeds'][0]} to "
+        f"{about['seeds'][-1]}; chosen by the accuracy (%) on the rest, with clean labels, after the last epoch. "
+        "The accuracies above are of other seeds, on the test images. All that was tried: `tune/report.md`."
+    )
+    return ["", "## Tuning", "", text, "", *markdown_table(("method", "grid", "chosen", "validation"), rows)]
+
+
+def controls(experiment: Experiment) -> list[str]:
+    """What the methods that ``--tune`` added say about how LookSAM works."""
+    rows = []
+    for method, text in experiment.controls.items():
+        control = contender(experiment, method)
+        for name in experiment.contenders:
+            looksam = contender(experiment, name)
+            if control and looksam and parse_method(name).variant == "looksam":
+                rows.append((text, control.level, str(control.minus(looksam)), name))
+    if not rows:
+        return []
+    return ["", "## Controls", "", *markdown_table(("control", "accuracy", "control - LookSAM", "LookSAM"), rows)]
+
+
+def _grid(grid: dict[str, list[float]]) -> str:
+    return "; ".join(f"{name}: {', '.join(f'{value:g}' for value in values)}" for name, values in grid.items())
+
+
+def markdown_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -99,6 +178,8 @@ def _flatten(config: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "default"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _values(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {_text(value)}" for name, value in options.items()) or "no options"

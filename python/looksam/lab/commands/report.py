@@ -8,7 +8,7 @@ import click
 
 from ..console import make_console
 from ..experiment import report
-from ..records import RESULTS
+from ..records import RESULTS, DamagedResults
 
 
 @click.command("report")
@@ -17,4 +17,7 @@ def command(folder: Path) -> None:
     """Rebuild the report of an experiment in FOLDER from its results.jsonl."""
     if not (folder / RESULTS).exists():
         raise click.UsageError(f"{folder} holds no {RESULTS}; give the --out folder of an experiment")
-    report(folder, make_console())
+    try:
+        report(folder, make_console())
+    except DamagedResults as error:
+        raise click.ClickException(str(error)) from error
