@@ -61,7 +61,7 @@ class LookSAM(SharpnessAware):
     Args:
         rho: radius of the perturbation, >= 0; per group.
         k: look twice on every k-th step, >= 1; k = 1 is SAM.
-        alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with noisy labels.
+        alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
         perturb_eps: added to ||g|| in the perturbation.
 

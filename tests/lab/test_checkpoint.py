@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -116,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 def test_resuming_a_finished_experiment_only_reports_it(tmp_path, monkeypatch):
     """And errors of --resume name what to do."""
     checkpoints = Checkpoints(tmp_path)
-    assert looksam("train", *OPTIONS, "--out", tmp_path).exit_code == 0
+    assert looksam("train", *OPTIONS, "--out", tmp_path, "--overwrite").exit_code == 0
     before = records(tmp_path)
     weights = checkpoints.path(CONFIG).read_bytes()
     again = looksam("train", *OPTIONS, "--out", tmp_path, "--resume")
@@ -131,6 +133,16 @@ def test_resuming_a_finished_experiment_only_reports_it(tmp_path, monkeypatch):
         refused = looksam("train", *OPTIONS, *changed, "--out", tmp_path, "--resume")
         assert refused.exit_code == 2
         assert message in " ".join(refused.output.split())
+        (suggested,) = re.findall(r"again: looksam (train .*--resume)", " ".join(refused.output.split()))
+        assert "--overwrite" not in suggested
+    assert looksam(*shlex.split(suggested)).exit_code == 0  # though the experiment began with --overwrite
+    assert records(tmp_path) == before
+    for damage in (weights[:100], b"nonsense", b""):
+        checkpoints.path(CONFIG).write_bytes(damage)
+        refused = looksam("train", *OPTIONS, "--out", tmp_path, "--resume")
+        assert refused.exit_code == 1
+        assert f"{checkpoints.path(CONFIG)} is damaged" in " ".join(refused.output.split())
+        assert records(tmp_path) == before
     checkpoints.path(CONFIG).unlink()
     refused = looksam("train", *OPTIONS, "--out", tmp_path, "--resume")
     assert "holds no checkpoint; leave --resume out and add --overwrite" in " ".join(refused.output.split())
@@ -176,3 +188,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         file.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+def test_every_method_has_a_file_of_its_own(tmp_path):
+    names = ["sam", "sam-5", "sam:rho=0.1", "sam:rho=0.2", "sam+adam:betas=[0.9,0.99]", "sam+adam:betas=[0.9,0.999]"]
+    paths = [Checkpoints(tmp_path).path(replace(CONFIG, method=name)) for name in names]
+    assert len(set(paths)) == len(names)
+    assert not any(set(path.name) & set(':/\\*?"<>|') for path in paths)

@@ -97,6 +97,8 @@ def test_grids_keep_what_is_given_and_scale_with_the_defaults():
     assert grid_of(parse_method("sam"), {})["rho"] == (0.05, 0.1, 0.2, 0.35, 0.5)
     assert grid_of(parse_method("asam"), {})["rho"] == (0.5, 1.0, 2.0, 3.5, 5.0)
     assert grid_of(parse_method("sam+adamw"), {})["lr"][0] == 1e-3
+    assert grid_of(parse_method("adam"), {})["weight_decay"][0] == 0.0
+    assert grid_of(parse_method("gsam"), {})["alpha"][0] == 0.4
     assert set(grid_of(parse_method("looksam"), {"rho": 0.1, "lr": 1})) == {"weight_decay", "alpha"}
 
 

@@ -62,6 +62,6 @@ class Checkpoints:
             state["model"], state["records"]
         except Exception as error:  # of a damaged file torch raises what its parts raise
             raise DamagedCheckpoint(
-                f"{path} is damaged ({str(error).strip().splitlines()[0]}); remove it, and --resume trains this run anew"
+                f"{path} is damaged ({type(error).__name__}); remove it, and --resume trains this run anew"
             ) from error
         return state

@@ -35,7 +35,7 @@ def run_experiment(ctx: click.Context, methods: Sequence[str], seeds: int, value
     interrupted; what was measured until then is on disk and reported in both cases."""
     with joined() as world:
         if values.get("tune"):
-            methods, values = _tuned(ctx, methods, seeds, values, world)
+            methods, values = _tuned(ctx, methods, values, world)
         plan = world.from_first(partial(make_plan, ctx, methods, seeds, values, world))
         status = _carry_out(plan, world)
     if status:
@@ -65,13 +65,13 @@ def _carry_out(plan: Plan, world: World) -> int:
 
 
 def _tuned(
-    ctx: click.Context, methods: Sequence[str], seeds: int, values: dict[str, Any], world: World
+    ctx: click.Context, methods: Sequence[str], values: dict[str, Any], world: World
 ) -> tuple[Sequence[str], dict[str, Any]]:
     """Choose the settings of each method, in DIR/tune; the methods and values of the comparison that follows."""
     plan, tuning = world.from_first(partial(plan_tuning, ctx, methods, values, world))
     if status := _carry_out(plan, world):
         ctx.exit(status)
-    return world.from_first(partial(plan_comparison, tuning, seeds, values))
+    return world.from_first(partial(plan_comparison, tuning, values))
 
 
 def report(folder: Path, console: Console) -> None:

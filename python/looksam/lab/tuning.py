@@ -22,11 +22,11 @@ from .records import RESULTS, Experiment, read_experiment
 LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
 """Of the base's default."""
 COUPLED_DECAYS = (5e-4, 5e-3, 0.02, 0.05, 0.08)
-DECOUPLED_DECAYS = (0.05, 0.0, 0.01, 0.2, 0.5)
+DECOUPLED_DECAYS = (0.0, 0.01, 0.05, 0.2, 0.5)
 DECOUPLED = ("adamw", "lamb", "lion")
 RHO_FACTORS = (1.0, 2.0, 4.0, 7.0, 10.0)
 """Of the variant's default: 0.05 to 0.5 for SAM."""
-ALPHAS = (0.7, 0.3, 0.5, 1.0)
+ALPHAS = (0.3, 0.5, 0.7, 1.0)
 FOLDER = "tune"
 FIRST_SEED = 1_000_000
 """Tuning runs on seeds from here on, which no experiment with less than a million of them uses."""
@@ -37,15 +37,16 @@ Settings = dict[str, Any]
 def grid_of(method: Method, given: Settings) -> dict[str, tuple[float, ...]]:
     """The values to try of each option; those that the user gave stay as they are. The first of each is the default."""
     base = BASES[method.base]
+    decays = DECOUPLED_DECAYS if method.base in DECOUPLED else COUPLED_DECAYS
     grid = {
-        "lr": tuple(round(base.lr * factor, 12) for factor in LR_FACTORS),
-        "weight_decay": DECOUPLED_DECAYS if method.base in DECOUPLED else COUPLED_DECAYS,
+        "lr": [round(base.lr * factor, 12) for factor in LR_FACTORS],
+        "weight_decay": [base.weight_decay, *decays],
     }
     if "rho" in method.parameters():
-        grid["rho"] = tuple(round(method.default("rho") * factor, 12) for factor in RHO_FACTORS)
+        grid["rho"] = [round(method.default("rho") * factor, 12) for factor in RHO_FACTORS]
     if "alpha" in method.parameters():
-        grid["alpha"] = ALPHAS
-    return {name: values for name, values in grid.items() if name not in given}
+        grid["alpha"] = [method.default("alpha"), *ALPHAS]
+    return {name: tuple(dict.fromkeys(values)) for name, values in grid.items() if name not in given}
 
 
 def candidates(name: str, given: Settings, count: int, seed: int) -> list[str]:
@@ -92,6 +93,8 @@ def plan_tuning(
     fixed = {name: values[name] for name in ("lr", "weight_decay") if values[name] is not None}
     try:
         names = [canonical_name(method, values["base"]) for method in methods]
+        if len(set(names)) < len(names):
+            raise ValueError("a method is given twice; --tune tries each one's settings by itself")
         given = {name: fixed | dict(select_options(name, options)) for name in names}
         tried = {name: candidates(name, given[name], values["tune"], values["seed"]) for name in names}
     except ValueError as error:
@@ -103,7 +106,7 @@ def plan_tuning(
     return plan, Tuning(folder, tried, grids)
 
 
-def plan_comparison(tuning: Tuning, seeds: int, values: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def plan_comparison(tuning: Tuning, values: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The chosen methods and their controls, and the values to compare them with on fresh seeds and the test part."""
     experiment = read_experiment(tuning.folder / FOLDER)
     chosen = {name: choice | {"grid": tuning.grids[name]} for name, choice in choose(experiment, tuning.tried).items()}
