@@ -23,7 +23,7 @@ LR_FACTORS = (1.0, 0.25, 0.5, 2.0, 4.0)
 """Of the base's default."""
 COUPLED_DECAYS = (5e-4, 5e-3, 0.02, 0.05, 0.08)
 DECOUPLED_DECAYS = (0.0, 0.01, 0.05, 0.2, 0.5)
-DECOUPLED = ("adamw", "lamb", "lion")
+DECOUPLED = ("adamw", "adan", "lamb", "lion")
 RHO_FACTORS = (1.0, 2.0, 4.0, 7.0, 10.0)
 """Of the variant's default: 0.05 to 0.5 for SAM."""
 ALPHAS = (0.3, 0.5, 0.7, 1.0)
