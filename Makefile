@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-co
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test bench docs lint format dist-check release-check clean
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-packages
+.PHONY: gpu gpu-first gpu-second
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,39 +50,20 @@ format: .venv/installed ## rewrite the Python files in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# On a machine with an NVIDIA GPU, nvcc and a CUDA torch. Nothing is installed there: GPU_PYTHON is used as it is, with
-# build/gpu-packages in front, into which gpu-packages puts what it lacks, on any machine with a network.
+# On a machine with an NVIDIA GPU, nvcc and a CUDA torch, which GPU_PYTHON has. Nothing is installed: what a part lacks is named,
+# and the part left out. GPU_ARGS='--only triton' passes options on; --rehearse runs it all without a GPU.
 GPU_PYTHON ?= python3
-GPU_TOOL ?= memcheck racecheck initcheck synccheck
-GPU_RUN := PYTHONPATH=python:.:build/gpu-packages:$$PYTHONPATH $(GPU_PYTHON)
+GPU_ARGS ?=
+GPU_RUN = @PYTHONPATH=python:.:$$PYTHONPATH $(GPU_PYTHON) -m tests.gpu
 
-gpu: gpu-build gpu-test gpu-sanitize gpu-bench ## on a GPU: build, test, sanitize and measure the CUDA kernels
+gpu: ## on a GPU: gpu-first, then gpu-second; logs in build/gpu, and in $OUT where that is set
+	$(GPU_RUN) first second $(GPU_ARGS)
 
-gpu-build: ## build the extensions in place, CUDA kernels and all
-	@echo '== gpu-build'
-	@LOOKSAM_NATIVE=1 LOOKSAM_CUDA=1 $(GPU_RUN) setup.py -q build_ext --inplace
+gpu-first: ## within ten minutes: build, smoke test, native tests, benchmark, Triton tests
+	$(GPU_RUN) first $(GPU_ARGS)
 
-gpu-test: ## run the tests that need a GPU; PYTEST_ARGS passes options on
-	@echo '== gpu-test'
-	@$(GPU_RUN) -m pytest -q -m gpu tests/kernels tests/cuda tests/triton tests/contract $(PYTEST_ARGS)
-
-# Without the caching allocator every tensor is an allocation of its own, whose bounds the tools know. initcheck must also
-# see what torch's kernels write; the others look at ours only.
-gpu-sanitize: ## compute-sanitizer on every kernel: 0 errors; GPU_TOOL=racecheck runs one of the tools
-	@set -e; for tool in $(GPU_TOOL); do \
-	  echo "== gpu-sanitize: $$tool"; \
-	  only='--kernel-name kernel_substring=looksam'; [ $$tool = initcheck ] && only=''; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=python:.:build/gpu-packages:$$PYTHONPATH \
-	    compute-sanitizer --tool $$tool $$only --error-exitcode 1 $(GPU_PYTHON) -m tests.cuda.sanitize; \
-	done
-
-gpu-bench: ## measure on the GPU into benchmarks/results, and into $OUT where that is set; BENCH_ARGS passes options on
-	@echo '== gpu-bench'
-	@$(GPU_RUN) -m benchmarks --device cuda $(BENCH_ARGS)
-	@[ -z "$$OUT" ] || cp -r benchmarks/results "$$OUT"
-
-gpu-packages: ## fetch what the GPU tests and benchmarks import and such a machine may lack: pure Python, no torch
-	@$(PYTHON) -m pip -qq install --target build/gpu-packages --upgrade hypothesis rich pytest
+gpu-second: ## within ten minutes: compute-sanitizer on every kernel, then profiles of the hot ones
+	$(GPU_RUN) second $(GPU_ARGS)
 
 clean: ## remove the environment, builds and caches; results under runs/ stay
 	rm -rf .venv .venv-docs site build dist *.egg-info python/*.egg-info .benchmarks .hypothesis

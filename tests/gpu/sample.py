@@ -1,0 +1,14 @@
+"""A pytest plugin: every n-th of the tests that were chosen."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+EVERY = "LOOKSAM_REHEARSAL_EVERY"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = items[:: int(os.environ[EVERY])]
