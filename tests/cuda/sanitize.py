@@ -16,7 +16,7 @@ SKIPPED = ("not dense",)
 """The kernels see a copy: nothing new."""
 
 
-def main(share: str = "0/1", device: str = "cuda") -> None:
+def main(device: str = "cuda", share: str = "0/1") -> None:
     mine, shares = map(int, share.split("/"))
     every = [(name, base) for name, base in product(CASES, BASE_CASES) if name not in SKIPPED and CASES[name]]
     for name, base in every[mine::shares]:
@@ -43,4 +43,4 @@ def run(rows: list[Row], of_base: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main("cuda", *sys.argv[1:])
