@@ -21,5 +21,7 @@ def _harness() -> ModuleType:
     return module
 
 
+_compiled = native._C
+native.compiled = lambda: _compiled  # what is not of one device stays the CPU module's
 native._C = _harness()
 native.first_misfit = lambda tensors, weights, scalar: 0  # table.py then looks for itself

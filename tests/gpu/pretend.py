@@ -107,6 +107,8 @@ def pretend_cuda() -> None:
 def pretend_backends() -> None:
     from looksam_kernels.backends import native, triton
 
+    compiled = native._C
+    native.compiled = lambda: compiled
     if (ROOT / HARNESS).exists():
         native._C = native._cuda = load(str(ROOT / HARNESS))
         native.first_misfit = lambda tensors, weights, scalar: 0
