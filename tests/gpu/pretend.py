@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.gpu.sample import EVERY
-from tests.gpu.toolchain import ROOT
+from tests.gpu.toolchain import EVERY, ROOT
 
 HARNESS = "build/cuda-tests/plain/_harness.so"
 """Where ``setup.py`` builds it in a rehearsal."""

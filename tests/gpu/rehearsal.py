@@ -12,8 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from tests.gpu.sample import EVERY
-from tests.gpu.toolchain import ROOT
+from tests.gpu.toolchain import EVERY, ROOT
 
 FOLDER = ROOT / "build" / "gpu" / "rehearsal"
 

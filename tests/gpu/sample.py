@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-EVERY = "LOOKSAM_REHEARSAL_EVERY"
+from tests.gpu.toolchain import EVERY
 
 
 @pytest.hookimpl(trylast=True)

@@ -59,6 +59,8 @@ class Toolchain(NamedTuple):
         return "\n".join(lines)
 
 
+EVERY = "LOOKSAM_REHEARSAL_EVERY"
+"""In a rehearsal: one of so many tests is run."""
 NAMES = ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
 
 
