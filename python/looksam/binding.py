@@ -130,9 +130,8 @@ class Binding:
         """Puts the gradients of now into ``column``, and creates all the state, ``writes`` included, that the
         parameters which have one still lack. Returns as :meth:`follow`."""
         before = self.follow()
-        self.table[column] = grads = self.gradients()
-        states = [self._base.states(g) for g in self.groups]
-        asked = (writes, states, [g is not None for g in grads])
+        self.table[column] = self.gradients()
+        asked = (writes, [self._base.states(g) for g in self.groups], self.table.present(column))
         if asked not in self._prepared:
             created = [self._prepare(row, writes) for row, p in enumerate(self.params) if p.grad is not None]
             if any(created):
