@@ -79,20 +79,21 @@ class Snapshot {
     py::object name, value;  // no value where the entry is not followed
   };
   struct StateOfParam {
-    py::object key, state;
+    py::object key, state;  // no state where the key is not a parameter
     std::size_t end;  // of its entries, which begin where those of the one before end
   };
 
   void read(py::handle state, const std::vector<std::string>& followed) {
     PyObject *key, *inner, *name, *value;
     for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &inner);) {
-      for (Py_ssize_t in = 0; PyDict_Next(inner, &in, &name, &value);) {
+      const bool of_param = THPVariable_Check(key);  // a class may keep anything under other keys
+      for (Py_ssize_t in = 0; of_param && PyDict_Next(inner, &in, &name, &value);) {
         const bool follow = PyUnicode_Check(name) && std::any_of(followed.begin(), followed.end(), [&](const std::string& x) {
                               return PyUnicode_CompareWithASCIIString(name, x.c_str()) == 0;
                             });
         entries_.push_back({borrowed(name), follow ? borrowed(value) : py::object()});
       }
-      state_.push_back({borrowed(key), borrowed(inner), entries_.size()});
+      state_.push_back({borrowed(key), of_param ? borrowed(inner) : py::object(), entries_.size()});
     }
   }
 
@@ -126,7 +127,9 @@ class Snapshot {
     PyObject *key, *inner, *name, *value;
     std::size_t row = 0, entry = 0;
     for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &inner); ++row) {
-      if (state_[row].key.ptr() != key || state_[row].state.ptr() != inner) return false;
+      if (state_[row].key.ptr() != key) return false;
+      if (!state_[row].state) continue;
+      if (state_[row].state.ptr() != inner) return false;
       if (entry + static_cast<std::size_t>(PyDict_Size(inner)) != state_[row].end) return false;
       for (Py_ssize_t in = 0; PyDict_Next(inner, &in, &name, &value); ++entry) {
         const Entry& before = entries_[entry];

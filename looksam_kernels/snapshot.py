@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +36,7 @@ def take(groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequ
         entries: the names in a parameter's state that are followed; other entries may change unseen.
     """
     compiled = native.compiled()
-    if compiled is not None and isinstance(state, dict) and all(isinstance(s, dict) for s in state.values()):
+    if compiled is not None and isinstance(state, dict) and all(isinstance(s, dict) for _, s in _of_params(state)):
         return compiled.Snapshot(groups, state, weights, entries)
     return PlainSnapshot(groups, state, weights, entries)
 
@@ -58,7 +58,12 @@ class PlainSnapshot:
         return found | (0 if _same(self._read(state), self._state) else STATE)
 
     def _read(self, state: States) -> list[Any]:
-        return [x for p, s in state.items() for x in (p, s, *(s.get(name) for name in self._entries))]
+        return [x for p, s in _of_params(state) for x in (p, s, *(s.get(name) for name in self._entries))]
+
+
+def _of_params(state: States) -> Iterator[tuple[Tensor, MutableMapping[str, Any]]]:
+    """A class may keep anything under other keys."""
+    return ((p, s) for p, s in state.items() if isinstance(p, Tensor))
 
 
 def any_shared(tensors: Sequence[Tensor | None]) -> bool:

@@ -43,6 +43,11 @@ class Fused(NamedTuple):
     """Does ``max_grad_norm`` in the groups clip the direction? Not where the base has an argument of that name."""
 
     @property
+    def reads(self) -> frozenset[str]:
+        """The names in a group that a step of ours reads."""
+        return self.ours.in_groups | self.defaults.keys()
+
+    @property
     def inner(self) -> None:
         """No optimizer of its own."""
 
@@ -138,6 +143,10 @@ class Wrapped:
         self._eager = False
         """Does the class create its state in its constructor?"""
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.ours.in_groups | {"lr", "maximize"}
+
     def check(self, group: Group) -> None:
         """The class has its own checks."""
 
@@ -146,7 +155,7 @@ class Wrapped:
         raised as they are."""
         if self.inner is None:
             self.inner = self._made(groups, state)
-        shared: Any = self.inner
+        shared = _holder(self.inner)
         if not isinstance(shared.state, BaseStates):  # the class has put a new dict there
             BaseStates(state, self.ours.in_state).replace(shared.state)
         if getattr(shared.state, "of", None) is not state:
@@ -162,21 +171,19 @@ class Wrapped:
 
     def _made(self, groups: list[Group], state: MutableMapping[Tensor, State]) -> Any:
         """A new instance. What is in groups and state already holds; the constructor adds what is not."""
-        for name in ("param_groups", "state"):
-            if isinstance(getattr(self.cls, name, None), property):
-                raise TypeError(
-                    f"{self.cls.__name__} takes its {name} from another optimizer and cannot share ours; give the class of "
-                    "that optimizer"
-                )
-        new: Any = self.cls([dict(self._own(g)) for g in groups], **self.kwargs)
-        for made, group in zip(new.param_groups, groups, strict=True):
+        new = self.cls([dict(self._own(g)) for g in groups], **self.kwargs)
+        holder = _holder(new)
+        for made, group in zip(holder.param_groups, groups, strict=True):
             for name, value in made.items():
                 self._own(group).setdefault(name, value)
-        eager, new.state = new.state, BaseStates(state, self.ours.in_state)
-        self._eager = bool(eager)
-        for p, entries in eager.items():
-            for name, value in entries.items():
-                new.state[p].setdefault(name, value)
+        eager, holder.state = holder.state, BaseStates(state, self.ours.in_state)
+        self._eager = any(isinstance(key, Tensor) for key in eager)
+        for key, entries in eager.items():
+            if isinstance(entries, MutableMapping):
+                for name, value in entries.items():
+                    holder.state[key].setdefault(name, value)
+            elif key not in holder.state:
+                holder.state[key] = entries
         return new
 
     def _own(self, group: Group) -> BaseEntries:
@@ -260,6 +267,13 @@ def _writable(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> l
     return new
 
 
+def _holder(optimizer: Any) -> Any:
+    """The optimizer that has the groups and the state: a class may show those of another that it works with."""
+    while isinstance(getattr(type(optimizer), "param_groups", None), property):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 @contextmanager
 def _not_maximized(groups: list[Group]) -> Iterator[None]:
     """For a step along a direction that is turned round already where it is to be maximized."""
@@ -282,6 +296,8 @@ def under_our_names(base: Fused | Wrapped, state_dict: dict[str, Any]) -> dict[s
     groups = [{outer(name, ours): value for name, value in group.items()} for group in state_dict["param_groups"]]
     states = {
         key: {outer(name, base.ours.in_state): value for name, value in state.items()}
+        if isinstance(state, dict)
+        else state
         for key, state in state_dict["state"].items()
     }
     return {**state_dict, "param_groups": groups, "state": states}

@@ -29,6 +29,10 @@ class StateOfBase(Protocol):
     def columns(self) -> tuple[str, ...]:
         """Those that the ops read and write."""
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The names in a group that the variant or the base reads; those of others may mean anything."""
+
     def states(self, group: Group) -> tuple[str, ...]:
         """The columns that the parameters of a group need."""
 
@@ -62,7 +66,8 @@ class Binding:
 
     def __init__(self, source: Source, base: StateOfBase, written: Sequence[str], backend: str | None) -> None:
         self._source, self._base, self._written, self._backend = source, base, written, backend
-        self._entries = (*base.columns, *own_entries(written), "master_param")
+        self._entries = (*base.columns, *own_entries(written), *(("master_param",) if base.columns else ()))
+        self._reads = base.reads
         self.params: list[Tensor] = []
         """Those that take part, one a row of the table: each once, and none that cannot train as it is."""
         self._others: list[tuple[int, Tensor]] = []
@@ -83,6 +88,11 @@ class Binding:
     @property
     def groups(self) -> list[Group]:
         return self._source.param_groups
+
+    @property
+    def hyper(self) -> list[Group]:
+        """The groups' hyper-parameters of now, without what is of nobody here."""
+        return [{name: value for name, value in g.items() if name in self._reads} for g in self.groups]
 
     @property
     def state(self) -> MutableMapping[Tensor, State]:
@@ -141,6 +151,8 @@ class Binding:
 
     def etas(self) -> list[float | None] | None:
         """ASAM's eta of each row; see :func:`looksam.hyper.etas`."""
+        if "adaptive" not in self._reads:
+            return None
         etas = hyper.etas(self.groups)
         return etas and [etas[number] for number in self.number]
 
@@ -171,7 +183,15 @@ class Binding:
         if self._snapshot is None:
             return PARAMS
         changes = self._snapshot.changes(self.groups, self.state, None if self._whole else self.weights())
-        return changes | (0 if self._filters == _filters(self.groups) else PARAMS)
+        others = self._filters != self._filters_now() or any(trains(p) for _, p in self._others)
+        return changes | (PARAMS if others else 0)
+
+    def _filters_now(self) -> list[Any]:
+        """The layer filters, which decide on the rows' hyper-parameters: copies, to be compared."""
+        if "layer_filter" not in self._reads:
+            return []
+        filters = [g.get("layer_filter") for g in self.groups]
+        return [list(f) if isinstance(f, list) else f for f in filters]
 
     def _only_moved(self) -> bool:
         """Are all weights of the dtype, device and shape that they had?"""
@@ -195,14 +215,21 @@ class Binding:
         old, old_params, groups = self._table, self.params, self.groups
         self._source.settle()
         rows = _distinct(groups)
-        scaled = hyper.row_groups(groups)
-        self._filters = _filters(groups)
+        scaled = hyper.row_groups(
+            groups if "layer_filter" in self._reads else [{"params": g["params"]} for g in groups]
+        )
+        self._filters = self._filters_now()
         self._others = [(n, p) for p, _, n in rows if not trains(p)]
         rows = [row for row in rows if trains(row[0])]
         self.params, self._group = [p for p, _, _ in rows], [i for _, i, _ in rows]
         self.number = [n for _, _, n in rows]
         self.shards = shards_of(self.params)
-        self._table = table = TensorTable(self.weights(), [scaled[n] for n in self.number], backend=self._backend)
+        device = next(
+            (p.device for p in (*self.params, *(p for p, _, _ in _distinct(groups))) if p.device.type != "meta"), None
+        )
+        self._table = table = TensorTable(
+            self.weights(), [scaled[n] for n in self.number], backend=self._backend, device=device
+        )
         stay = set(self.params)
         self._saved = {p: b for p, b in self._saved.items() if p in stay and _alike(b, p)}
         if old is None:
@@ -236,7 +263,9 @@ class Binding:
     def _set_state(self) -> None:
         """The columns of state are what the state holds now."""
         states = [self.state.get(p, {}) for p in self.params]
-        for name in self._entries[:-1]:
+        for name in self._entries:
+            if name == "master_param":
+                continue
             self.table[name] = self.shards.local([self._entry(row, s, name) for row, s in enumerate(states)])
         self._set_saved(states)
         self._snapshot = snapshot.take(self.groups, self.state, self._followed(), self._entries)
@@ -244,7 +273,8 @@ class Binding:
     def _set_saved(self, states: list[State]) -> None:
         """Column b: the master; else, of a row that is perturbed, what holds its weight; else where it will be saved."""
         table = self.table
-        masters = [self._entry(row, s, "master_param") for row, s in enumerate(states)]
+        has = "master_param" in self._entries
+        masters = [self._entry(row, s, "master_param") if has else None for row, s in enumerate(states)]
         rows = zip(self.params, self.shards.local(masters), table["b"], table.perturbed, strict=True)
         table["b"] = [
             m if m is not None else b if perturbed else _local(self._saved.get(p)) for p, m, b, perturbed in rows
@@ -310,12 +340,6 @@ def _distinct(groups: list[Group]) -> list[tuple[Tensor, int, int]]:
             rows.setdefault(p, (p, i, number))
             number += 1
     return list(rows.values())
-
-
-def _filters(groups: list[Group]) -> list[Any]:
-    """The layer filters, which decide on the rows' hyper-parameters: copies, to be compared."""
-    filters = [g.get("layer_filter") for g in groups]
-    return [list(f) if isinstance(f, list) else f for f in filters]
 
 
 def _alike(x: Tensor, p: Tensor) -> bool:

@@ -80,37 +80,51 @@ class BaseEntries(_View):
 
 
 class BaseStates(_View):
-    """``Optimizer.state`` without ``ours``; as there, a parameter without state gets an empty one when it is asked for."""
+    """``Optimizer.state`` without ``ours``; as there, a key without state gets an empty one when it is asked for.
 
-    def __getitem__(self, p: Any) -> BaseEntries:
-        state = self.of.get(p)
+    What a class keeps under keys that are no parameters, or in values that are no dicts, is all its own.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        state = self.of.get(key)
         if state is None:
-            state = self.of[p] = {}
-        return BaseEntries(state, self.ours)
+            state = self.of[key] = {}
+        return self._view(state)
 
-    def __setitem__(self, p: Any, state: MutableMapping[Any, Any]) -> None:
-        new, mine = dict(state), self[p]
-        mine.clear()
-        mine.update(new)
+    def __setitem__(self, key: Any, state: Any) -> None:
+        mine = self._view(self.of.get(key))
+        if isinstance(mine, BaseEntries) and isinstance(state, MutableMapping):
+            new = dict(state)
+            mine.clear()
+            mine.update(new)
+        elif isinstance(state, MutableMapping):
+            self.of[key] = {outer(name, self.ours): value for name, value in state.items()}
+        else:
+            self.of[key] = state
 
-    def __delitem__(self, p: Any) -> None:
-        BaseEntries(self.of[p], self.ours).clear()
-        if not self.of[p]:
-            del self.of[p]
+    def __delitem__(self, key: Any) -> None:
+        mine = self._view(self.of[key])
+        if isinstance(mine, BaseEntries):
+            mine.clear()
+        if not (isinstance(mine, BaseEntries) and self.of[key]):
+            del self.of[key]
 
-    def __contains__(self, p: Any) -> bool:
-        return p in self.of and self._shows(self.of[p])
+    def __contains__(self, key: Any) -> bool:
+        return key in self.of and self._shows(self.of[key])
 
     def __iter__(self) -> Iterator[Any]:
-        return (p for p, state in self.of.items() if self._shows(state))
+        return (key for key, state in self.of.items() if self._shows(state))
 
     def replace(self, states: MutableMapping[Any, Any]) -> None:
         """The class has forgotten its state, and begins with another."""
-        for p in [p for p in self if p not in states]:
-            del self[p]
-        for p, state in states.items():
-            self[p] = state
+        for key in [key for key in self if key not in states]:
+            del self[key]
+        for key, state in states.items():
+            self[key] = state
 
-    def _shows(self, state: MutableMapping[Any, Any]) -> bool:
-        """Would the class, alone, have an entry for a parameter of this state?"""
-        return not state or any(name not in self.ours for name in state)
+    def _view(self, state: Any) -> Any:
+        return BaseEntries(state, self.ours) if isinstance(state, MutableMapping) else state
+
+    def _shows(self, state: Any) -> bool:
+        """Would the class, alone, have this entry?"""
+        return not isinstance(state, MutableMapping) or not state or any(name not in self.ours for name in state)

@@ -212,25 +212,42 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 self.param_groups.pop()
                 raise TypeError(f"{kind(p)} is among the parameters: {UNSUPPORTED}")
         group.update({name: self.param_groups[0][name] for name in self.counted})
-        self._layer_filters.settle(self.param_groups)
+        self._settle_filters()
 
     def settle(self) -> None:
         """Completes groups that somebody has put together by hand: defaults, the place in the cycle, layer filters."""
-        for group in self.param_groups:
-            if not group.keys() >= self.defaults.keys():
-                bases.rename_given(self._base, group)
-                for name in self.counted:
-                    group.setdefault(name, next((g[name] for g in self.param_groups if name in g), self.defaults[name]))
-                for name, default in self.defaults.items():
-                    group.setdefault(name, default)
-        self._layer_filters.settle(self.param_groups)
+        for group in self._incomplete:
+            bases.rename_given(self._base, group)
+            for name in self.counted:
+                group.setdefault(name, next((g[name] for g in self.param_groups if name in g), self.defaults[name]))
+            for name in self._names:
+                group.setdefault(name, self.defaults[name])
+        self._settle_filters()
+
+    @property
+    def _names(self) -> frozenset[str]:
+        """What every group has. torch adds to the defaults what no group had when it was made."""
+        return self._base.ours.in_groups | self._base.defaults.keys()
+
+    @property
+    def _incomplete(self) -> list[Group]:
+        names = self._names
+        return [group for group in self.param_groups if not group.keys() >= names]
+
+    def _settle_filters(self) -> None:
+        if "layer_filter" in self._base.ours.in_groups:
+            self._layer_filters.settle(self.param_groups)
 
     # The parts of a step --------------------------------------------------------------------------------------------
 
     @property
     def _plan(self) -> Plan:
         group = self.param_groups[0]
-        return self.variant.sharp if group.get("phase", 0) % group.get("k", 1) == 0 else self.variant.cheap
+        return self.variant.sharp if group.get("phase", 0) % self._period(group) == 0 else self.variant.cheap
+
+    def _period(self, group: Group) -> int:
+        """The k of a variant that has one; another k in the group is the base's."""
+        return group.get("k", self.defaults["k"]) if "k" in self._base.ours.in_groups else 1
 
     @property
     def _moved(self) -> bool:
@@ -263,7 +280,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _advance(self, plan: Plan) -> None:
         """A step of this plan is done: moves what ``counted`` names, in all groups alike."""
         for group in self.param_groups:
-            group["phase"] = (group["phase"] + 1) % group.get("k", 1)
+            group["phase"] = (group["phase"] + 1) % self._period(group)
 
     def _bound(self) -> Binding:
         if self._binding is None:
@@ -310,7 +327,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """The step under way, or a new one. Whatever is raised inside leaves every weight as before the step."""
         try:
             if self._step is None:
-                if not all(group.keys() >= self.defaults.keys() for group in self.param_groups):
+                if self._incomplete:
                     self.settle()
                 self._step = Step(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
             yield self._step

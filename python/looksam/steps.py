@@ -90,7 +90,7 @@ class Step:
             rule = "asam"
         coefficients = self._measure(rule, self._groups(), grad_scale, etas)
         self.moved = True
-        ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.groups))
+        ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.hyper))
         binding.drop(spent(self.plan, look))
         self._weights_changed()
 
@@ -147,7 +147,7 @@ class Step:
             self._sums = Sums(self._sums.pairs, values)
 
     def _groups(self) -> list[Group]:
-        return hyper.for_ops(self._binding.groups, self._radius)
+        return hyper.for_ops(self._binding.hyper, self._radius)
 
     def _measure(
         self,
