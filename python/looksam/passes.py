@@ -10,30 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
 def frozen_running_stats(model: Module) -> Iterator[None]:
-    """Batch and instance norms in training mode normalise as always, but their running statistics stay.
+    """Running statistics are in the end what they were in the beginning: buffers called ``running_*``, ``moving_*`` or
+    ``num_batches_tracked``, of modules of any class, scripted ones too.
 
-    For the passes at perturbed weights, whose activations the model never has when it is used. (``momentum = 0`` would
-    not do: it still counts batches, and 0 times an overflow is NaN.)
+    For the passes at perturbed weights, whose activations the model never has when it is used. Modules normalise as
+    always, and their flags stay. Every buffer remains the same tensor in the same storage.
     """
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    buffers = [dict(m._buffers) for m in norms]
+    owners = [(m, name, x) for m in model.modules() for name, x in m.named_buffers(recurse=False) if _is_statistic(name, x)]
+    before = [x.clone() for _, _, x in owners]
     try:
-        for m in norms:
-            if isinstance(m, _InstanceNorm):  # writes its buffers whatever the flag says: copies take the writes
-                m._buffers.update({name: x if x is None else x.clone() for name, x in m._buffers.items()})
-            else:
-                m.track_running_stats = False
         yield
     finally:
-        for m, own in zip(norms, buffers, strict=True):
-            m.track_running_stats = True
-            m._buffers.update(own)
+        for m, name, x in owners:
+            if getattr(m, name) is not x:  # the module has put another tensor in its place
+                setattr(m, name, x)
+        with torch.no_grad():  # .data: the version stays too, for the sake of a graph that is still to go backward
+            torch._foreach_copy_([x.data for _, _, x in owners], before)
+
+
+def _is_statistic(name: str, buffer: Tensor) -> bool:
+    known = name.startswith(("running_", "moving_")) or name == "num_batches_tracked"
+    return known and not is_lazy(buffer) and not buffer.is_inference()
 
 
 class Passes:

@@ -58,9 +58,8 @@ def test_contract_26_statistics_move_in_the_first_pass_only(backend: str, norm: 
     def backward() -> torch.Tensor:
         optimizer.zero_grad()
         if norm == "sync":  # without processes it is a batch norm
-            y = F.batch_norm(x, *_stats_of(model[0]), model[0].weight, model[0].bias, True, 0.1)
-            if model[0].track_running_stats:
-                model[0].num_batches_tracked += 1
+            y = F.batch_norm(x, model[0].running_mean, model[0].running_var, model[0].weight, model[0].bias, True, 0.1)
+            model[0].num_batches_tracked += 1
         else:
             y = model(x)
         outputs.append(y.detach())
@@ -81,33 +80,36 @@ def test_contract_26_statistics_move_in_the_first_pass_only(backend: str, norm: 
     else:
         once(x)
     assert_same(stats(once), stats(model))
-    assert model[0].track_running_stats
     if norm != "sync":
         assert not torch.equal(outputs[0], outputs[1]), "the second pass ran at w + e"
 
 
-def _stats_of(norm: Any) -> tuple[Any, Any]:
-    return (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
-
-
-def test_contract_26_flags_come_back_after_an_error() -> None:
+def test_contract_26_statistics_come_back_after_an_error() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     optimizer = build(model.parameters(), "sam", k=1, model=model)
+    first: list[torch.Tensor] = []
 
-    def fail(call: int) -> None:
-        if call == 1:
-            assert not model[1].track_running_stats
+    def note(call: int) -> None:
+        if call == 0:
+            first[:] = stats(model)
+        else:
+            assert_differ(first, stats(model))
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        optimizer.step(Closure(model, optimizer, before=fail))
-    assert model[1].track_running_stats
-    assert model[1].running_mean is not None
+        optimizer.step(Closure(model, optimizer, after=note))
+    assert_same(first, stats(model))
     Closure(model, optimizer)()
+    first = stats(model)
     optimizer.first_step(zero_grad=True)
-    assert not model[1].track_running_stats
+    Closure(model, optimizer)()
+    assert_differ(first, stats(model))
     optimizer.abandon()
-    assert model[1].track_running_stats
+    assert_same(first, stats(model))
+
+
+def assert_differ(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_contract_26_frozen_norms_and_evaluation_are_left_alone() -> None:
