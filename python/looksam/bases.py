@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from looksam.binding import Binding, State
-from looksam.hyper import Group
+from looksam.hyper import Group, check_number, plain
 from looksam.masters import needs_master
+from looksam.messages import arguments, did_you_mean, shown, takes_any
 from looksam.names import BaseEntries, BaseStates, inner, outer
 from looksam_kernels import ops
 from looksam_kernels.formulas import Coefficients
@@ -54,6 +55,11 @@ class Fused(NamedTuple):
     @property
     def columns(self) -> tuple[str, ...]:
         return ("step", *BASES[self.name].states)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Our names of the arguments that are numbers, or tuples of them."""
+        return tuple(outer(name, self.ours.in_groups) for name in _numbers(self.name))
 
     @property
     def lars(self) -> bool:
@@ -126,6 +132,8 @@ class Wrapped:
     """
 
     columns: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    """The class has its own checks."""
     lars = False
 
     def __init__(
@@ -312,39 +320,85 @@ def rename_given(base: Fused | Wrapped, group: Group) -> None:
 
 
 def resolve(
-    base_optimizer: str | type[Optimizer], kwargs: Group, ours: Ours, example: Mapping[str, Any] | None = None
+    base_optimizer: str | type[Optimizer],
+    kwargs: Group,
+    ours: Ours,
+    owner: str,
+    mine: Sequence[str],
+    example: Mapping[str, Any] | None = None,
 ) -> Fused | Wrapped:
     """The base for ``base_optimizer`` and its arguments; ``base_<name>`` gives an argument whose name is one of ``ours``.
 
     Args:
+        owner, mine: the optimizer's class and its own arguments, as errors name them.
         example: options of a group, which some classes need to tell their defaults.
+
+    Args:
+        owner, ours: the optimizer's class and its own arguments, as errors name them.
 
     Raises:
         ValueError: unknown name, ``differentiable=True``, or what the base's own constructor refuses.
-        TypeError: not a name and not a class, or an argument that the base does not have.
+        TypeError: not a name and not a class, an argument that the base does not have, or a number of the wrong type.
     """
     if kwargs.get("differentiable"):
         raise ValueError("differentiable=True is not supported: the step is not a function that autograd can follow")
+    base = _name_or_class(base_optimizer, kwargs, owner)
+    if isinstance(base, str):
+        _check_names(_NAMED[base], kwargs, ours, f"{owner} over {base}", mine)
+        return _fused(base, kwargs, ours, owner)
+    _check_names(base, kwargs, ours, f"{owner} over {base.__name__}", mine)
+    return _wrapped(base, kwargs, ours, example or {})
+
+
+def _name_or_class(base_optimizer: Any, kwargs: Group, owner: str) -> str | type[Optimizer]:
+    """The name of a fused base, or a class to wrap."""
     if isinstance(base_optimizer, str):
         if base_optimizer not in _NAMED:
-            raise ValueError(f"unknown base_optimizer {base_optimizer!r}; choose one of {', '.join(map(repr, _NAMED))}")
-        return _fused(base_optimizer, kwargs, ours)
+            raise ValueError(
+                f"unknown base_optimizer {base_optimizer!r}; choose one of {', '.join(map(repr, _NAMED))}"
+                f"{did_you_mean(base_optimizer, _NAMED)}"
+            )
+        return base_optimizer
     if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise TypeError(
-            f"base_optimizer must be a name or a subclass of torch.optim.Optimizer, not {base_optimizer!r}; "
+            f"{owner}: base_optimizer must be a name or a subclass of torch.optim.Optimizer, not {shown(base_optimizer)}; "
             "give the class, and its arguments by keyword"
         )
-    name = getattr(base_optimizer, "fused_base", None) or _FUSED_CLASSES.get(base_optimizer)
-    if name is not None and not any(kwargs.get(option) for option in NOT_FUSED):
-        return _fused(name, kwargs, ours)
-    return _wrapped(base_optimizer, kwargs, ours, example or {})
+    fused: str | None = getattr(base_optimizer, "fused_base", None) or _FUSED_CLASSES.get(base_optimizer)
+    return base_optimizer if fused is None or any(kwargs.get(option) for option in NOT_FUSED) else fused
 
 
-def _fused(name: str, kwargs: Group, ours: Ours) -> Fused:
-    kwargs = dict(kwargs)
+def _check_names(
+    constructor: Callable[..., Any], kwargs: Group, ours: Ours, what: str, mine: Sequence[str]
+) -> None:
+    """
+    Raises:
+        TypeError: an argument that neither the variant nor the base has.
+    """
+    theirs = [f"base_{name}" if _both_have(name, ours) else name for name in arguments(constructor)]
+    theirs = list(dict.fromkeys([*theirs, "max_grad_norm"]))
+    unknown = [name for name in kwargs if name not in theirs and name not in arguments(constructor)]
+    if unknown and not takes_any(constructor):
+        raise TypeError(
+            f"{what} has no argument {unknown[0]!r}{did_you_mean(unknown[0], [*mine, *theirs]) or '.'} "
+            f"It takes {', '.join(mine)}, and for the base {', '.join(theirs)}."
+        )
+
+
+def _both_have(name: str, ours: Ours) -> bool:
+    """Is this argument of the base one of the variant too?"""
+    return name in ours.in_groups or name in ARGUMENTS
+
+
+def _fused(name: str, kwargs: Group, ours: Ours, owner: str) -> Fused:
+    kwargs = {x: plain(value) for x, value in kwargs.items()}
     max_grad_norm = kwargs.pop("max_grad_norm", BASES[name].max_grad_norm)
     ours = Ours(ours.in_groups | {"max_grad_norm"}, ours.in_state)
-    defaults = _NAMED[name](**_own_arguments(_NAMED[name], kwargs, ours))
+    kwargs = _own_arguments(_NAMED[name], kwargs, ours)
+    for number in _numbers(name):
+        if not isinstance(kwargs.get(number, 0), Tensor):  # torch has an error for those of more than one element
+            check_number(owner, number, kwargs.get(number, 0))
+    defaults = _NAMED[name](**kwargs)
     if name == "adam" and defaults.get("decoupled_weight_decay"):
         name = "adamw"
     return Fused(name, _our_names(defaults, ours), ours, max_grad_norm)
@@ -378,7 +432,7 @@ def _own_arguments(constructor: Callable[..., Any], kwargs: Group, ours: Ours) -
 
     def name_of(given: str) -> str:
         name = given.removeprefix("base_")
-        both = (name in own or takes_all) and (name in ours.in_groups or name in ARGUMENTS)
+        both = (name in own or takes_all) and _both_have(name, ours)
         return name if given not in own and both else given
 
     return {name_of(given): value for given, value in kwargs.items()}
@@ -413,5 +467,16 @@ _NAMED: dict[str, Callable[..., Group]] = {
     for name, row in BASES.items()
     if row.options is not None
 }
+
+
+@functools.cache
+def _numbers(base: str) -> tuple[str, ...]:
+    """The arguments of a fused base that are numbers, or tuples of them."""
+    parameters = inspect.signature(_NAMED[base]).parameters.values()
+    return tuple(
+        p.name for p in parameters if isinstance(p.default, int | float | tuple) and not isinstance(p.default, bool)
+    )
+
+
 FUSED = tuple(_NAMED)
 """The names of the fused bases."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -162,8 +162,45 @@ def _fsdp_modules(model: Module | None) -> list[Any]:
     return [m for m in list(states) if isinstance(m, FSDPModule)]
 
 
+def refuse_flat(params: Iterable[Tensor]) -> None:
+    """FSDP1 joins the parameters of a module in a flat one and gives each rank a piece of it, whose norm nobody can tell
+    from that of a whole tensor.
+
+    Raises:
+        TypeError: a parameter belongs to a ``FullyShardedDataParallel``.
+    """
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise TypeError(
+            "parameters of FullyShardedDataParallel (FSDP1) are not supported: their norms would be those of this rank's "
+            "piece; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), or use DistributedDataParallel"
+        )
+
+
+def refuse_shard_of_optimizer() -> None:
+    """ZeroRedundancyOptimizer makes on each rank an optimizer of a part of the parameters. Nothing about them tells that.
+
+    Raises:
+        TypeError: called, through any functions, by a ``ZeroRedundancyOptimizer``.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if module is not None else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            raise TypeError(
+                "ZeroRedundancyOptimizer is not supported: each rank would take the norms of its own part of the "
+                "parameters alone; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which shards the "
+                "optimizer's state too, or use DistributedDataParallel with this optimizer on every rank"
+            )
+        frame = frame.f_back
+
+
 def shards_of(params: Sequence[Tensor]) -> Whole:
-    """Where no tensor is a DTensor (whoever makes one has imported its module) the question costs nothing."""
+    """Where no tensor is a DTensor (whoever makes one has imported its module) the question costs nothing.
+
+    Raises:
+        TypeError: as :func:`refuse_flat`: a model may be wrapped after its optimizer was made.
+    """
+    refuse_flat(params)
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and any(isinstance(p, module.DTensor) for p in params):
         return Shards(params)

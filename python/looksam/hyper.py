@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from looksam.messages import did_you_mean, is_slip, shown
 from looksam_kernels import Mask
 
 Group = dict[str, Any]
@@ -16,41 +23,84 @@ Radius = Callable[[Group], Any]
 
 
 class Range(NamedTuple):
-    """The values that a hyper-parameter may have, given the others of its group."""
+    """The values that a hyper-parameter may have."""
 
+    takes: Callable[[Any], bool]
+    """Is it of the right type?"""
+    kind: str
+    """The type in words."""
     accepts: Callable[[Any, Group], bool]
+    """Is it, a Python value, in range, given the others of its group?"""
     text: str
-    """Completes "must be ..."."""
+    """The range in words: completes "must be ..."."""
+
+
+def is_number(x: Any) -> bool:
+    """A real number, or a tensor of one. True and False are none."""
+    if isinstance(x, Tensor):
+        return x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def is_number_or_none(x: Any) -> bool:
+    return x is None or is_number(x)
 
 
 def at_least(low: float) -> Range:
-    return Range(lambda x, _: bool(x >= low), f"at least {low}")
+    return Range(is_number, "a number", lambda x, _: bool(x >= low), f"at least {low}")
 
 
 def within(low: float, high: float, *, without: float | None = None) -> Range:
     """From ``low`` to ``high``, both included but for the one that is ``without``."""
     left, right = "(" if without == low else "[", ")" if without == high else "]"
-    return Range(lambda x, _: bool(low <= x <= high and x != without), f"in {left}{low}, {high}{right}")
+    text = f"in {left}{low}, {high}{right}"
+    return Range(is_number, "a number", lambda x, _: bool(low <= x <= high and x != without), text)
+
+
+def finite() -> Range:
+    return Range(is_number, "a number", lambda x, _: True, "finite")
 
 
 def whole_at_least(low: int) -> Range:
-    return Range(lambda x, _: isinstance(x, int) and x >= low, f"a whole number of at least {low}")
+    def takes(x: Any) -> bool:
+        return is_number(x) and not isinstance(x, Tensor)
+
+    text = f"a whole number of at least {low}"
+    return Range(takes, "a number", lambda x, _: isinstance(x, Integral) and int(x) >= low, text)
+
+
+def flag() -> Range:
+    return Range(lambda x: isinstance(x, bool), "a flag", lambda x, _: True, "True or False")
 
 
 def one_of(*names: str) -> Range:
-    return Range(lambda x, _: x in names, f"one of {', '.join(map(repr, names))}")
+    text = f"one of {', '.join(map(repr, names))}"
+    return Range(lambda x: isinstance(x, str), "a name", lambda x, _: x in names, text)
 
 
 def at_most_its(other: str, low: float) -> Range:
-    return Range(lambda x, group: bool(low <= x <= group[other]), f"at least {low} and at most {other}")
+    def accepts(x: Any, group: Group) -> bool:
+        high = on_host(group[other])
+        return bool(x >= low) and (high is None or bool(x <= high))
+
+    return Range(is_number, "a number", accepts, f"at least {low} and at most {other}")
 
 
 def none_or_above(other: str) -> Range:
-    return Range(lambda x, group: x is None or bool(x > group[other]), f"larger than {other}, or None")
+    def accepts(x: Any, group: Group) -> bool:
+        low = on_host(group[other])
+        return low is None or bool(x > low)
+
+    return Range(is_number_or_none, "a number", accepts, f"larger than {other}, or None")
+
+
+def none_or_positive() -> Range:
+    return Range(is_number_or_none, "a number", lambda x, _: bool(x > 0), "positive, or None")
 
 
 RANGES: dict[str, Range] = {
     "rho": at_least(0),
+    "adaptive": flag(),
     "alpha": at_least(0),
     "eta": at_least(0),
     "perturb_eps": at_least(0),
@@ -62,34 +112,154 @@ RANGES: dict[str, Range] = {
     "lr_max": none_or_above("lr_min"),
     "beta": at_least(0),
     "gamma": at_least(0),
+    "decouple": flag(),
     "theta": within(0, 1, without=0),
     "sigma": at_least(0),
     "lambda_": within(0, 1),
     "seed": whole_at_least(0),
     "delta": within(0, 1, without=1),
     "total_steps": whole_at_least(1),
-    "lambda1": Range(lambda x, _: isfinite(x), "finite"),
-    "lambda2": Range(lambda x, _: isfinite(x), "finite"),
-    "max_grad_norm": Range(lambda x, _: x is None or x > 0, "positive or None"),
+    "lambda1": finite(),
+    "lambda2": finite(),
+    "max_grad_norm": none_or_positive(),
 }
-"""Of every hyper-parameter of a variant. A class narrows one where its method asks for it."""
+"""Of every hyper-parameter of a variant, and of the clipping. A class narrows one where its method asks for it."""
 
 COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad_norm")
 """What all groups share. A class adds to it."""
 
 
-def check(group: Group, names: Iterable[str], first: Group, ranges: Mapping[str, Range], shared: Iterable[str]) -> None:
-    """Are the values of ``names`` in range, and those that all groups share the same as in the ``first`` group?
+def plain(value: Any) -> Any:
+    """Numbers of numpy, 0-dim arrays included, as Python's, which a checkpoint can hold."""
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    is_numpys = not isinstance(value, Tensor) and getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_numpys else value
+
+
+def on_host(x: Any) -> Any:
+    """A number as it is; of a tensor the number in it, or ``None`` where reading it would wait for a device."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.item() if type(x) in (Tensor, Parameter) and x.device.type == "cpu" else None
+
+
+def check(owner: str, name: str, value: Any, group: Group, allowed: Range) -> None:
+    """
+    Raises:
+        TypeError: the value is of the wrong type. ValueError: it is out of range, or not finite.
+    """
+    if not allowed.takes(value):
+        raise TypeError(f"{owner}: {name} must be {allowed.kind}, {allowed.text}, not {shown(value)}")
+    known = on_host(value)
+    if known is None:
+        return
+    if isinstance(known, Real) and not isfinite(known):
+        text = allowed.text if allowed.text == "finite" else f"finite and {allowed.text}"
+        raise ValueError(f"{name} must be {text}, not {known}")
+    if not allowed.accepts(known, group):
+        hint = did_you_mean(known, allowed.text.split("'")[1::2]) if isinstance(known, str) else ""
+        raise ValueError(f"{name} must be {allowed.text}, not {known!r}{hint}")
+
+
+def check_number(owner: str, name: str, value: Any) -> None:
+    """Of an argument of the base: a finite number, or a tuple of them.
 
     Raises:
-        ValueError: which names the argument, what it may be, and the value.
+        TypeError, ValueError: as :func:`check`.
     """
-    for name in names:
-        if name in ranges and not ranges[name].accepts(group[name], group):
-            raise ValueError(f"{name} must be {ranges[name].text}, not {group[name]!r}")
-    for name in shared:
-        if name in group and group[name] != first[name]:
-            raise ValueError(f"{name} must be the same in all groups: {first[name]!r} and {group[name]!r}")
+    for x in value if isinstance(value, tuple | list) else (value,):
+        check(owner, name, x, {}, finite())
+
+
+class Rules:
+    """What the values of the groups must be. Looks at a value again only when it has changed.
+
+    Args:
+        owner: the optimizer's class, as errors name it.
+        names: the variant's hyper-parameters.
+        ranges: theirs; one without a range is not looked at.
+        shared: those of which all groups have the same value.
+        numbers: the base's, finite numbers or tuples of them.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        names: Iterable[str],
+        ranges: Mapping[str, Range],
+        shared: Iterable[str],
+        numbers: Sequence[str],
+    ) -> None:
+        self._owner, self._numbers = owner, tuple(numbers)
+        names = list(names)
+        self._shared = [name for name in shared if name in names]
+        self._ranges = {name: ranges[name] for name in names if name in ranges}
+        self._watched = (*self._ranges, *self._numbers)
+        self._seen: list[Any] = []
+
+    def settle(self, group: Group, first: Group) -> None:
+        """Makes the numbers of a group Python's, and checks them; those that all groups share against the ``first`` group's.
+
+        Raises:
+            TypeError, ValueError: which name the argument, what it may be, and the value.
+        """
+        for name in self._watched:
+            group[name] = plain(group.get(name))
+        for name in self._numbers:
+            check_number(self._owner, name, group[name])
+        for name, allowed in self._ranges.items():
+            check(self._owner, name, group[name], group, allowed)
+        for name in self._shared:
+            if not _same(group[name], first[name]):
+                raise ValueError(f"{name} must be the same in all groups: {first[name]!r} and {group[name]!r}")
+
+    def follow(self, groups: list[Group]) -> None:
+        """What has been changed since the last call.
+
+        Raises:
+            TypeError, ValueError: as :meth:`settle`.
+        """
+        now = [group.get(name) for group in groups for name in self._watched]
+        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
+            return
+        seen = self._seen if len(now) == len(self._seen) else [_NEVER] * len(now)
+        width = len(self._watched)
+        for i, group in enumerate(groups):
+            begin = i * width
+            pairs = zip(self._watched, now[begin : begin + width], seen[begin : begin + width], strict=True)
+            self._check_again(group, groups[0], [name for name, new, old in pairs if new is not old])
+        self._seen = [group[name] for group in groups for name in self._watched]
+
+    def _check_again(self, group: Group, first: Group, changed: list[str]) -> None:
+        if any(name in self._ranges for name in changed):
+            self.settle(group, first)  # one may bound another
+        else:
+            for name in changed:
+                group[name] = plain(group.get(name))
+                check_number(self._owner, name, group[name])
+
+
+def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
+    """
+    Raises:
+        TypeError: a key is one of the ``known`` names but for a letter. (Others belong to somebody else: ``name``,
+            ``initial_lr``, ``lr_scale``, ...)
+    """
+    names = {"params", "param_names", *known}
+    for key in group:
+        if key not in names and any(is_slip(key, name) for name in names):
+            raise TypeError(f"{owner}: a parameter group has no {key!r}{did_you_mean(key, names)}")
+
+
+_NEVER = object()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """As far as can be told without waiting for a device."""
+    known = on_host(a), on_host(b)
+    unknown = any(isinstance(x, Tensor) and y is None for x, y in zip((a, b), known, strict=True))
+    return a is b or unknown or bool(known[0] == known[1])
 
 
 def for_ops(groups: list[Group], radius: Radius | None = None) -> list[Group]:

@@ -9,14 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from looksam import bases
 from looksam.amp import ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import load_exactly
+from looksam.distributed import refuse_flat, refuse_shard_of_optimizer
 from looksam.filters import LayerFilters
-from looksam.hyper import COMMON, RANGES, Group, Range, check
+from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
+from looksam.messages import arguments, check_backend, shown
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
 from looksam.steps import Step
@@ -82,18 +85,26 @@ class SharpnessAware(ScaledGradients, Optimizer):
     ) -> None:
         self.variant = variant
         self._requested = backend
-        base_kwargs = dict(base_kwargs)
+        check_backend(backend)
+        refuse_shard_of_optimizer()
+        owner, base_kwargs = type(self).__name__, dict(base_kwargs)
         self._passes = Passes(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
-        params = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params
+        params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
         ours = bases.Ours(frozenset({"phase", *hyper}), frozenset(own_entries(self._written)))
-        self._base = bases.resolve(base_optimizer, base_kwargs, ours, example)
+        mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *PASSES]
+        self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
         self._forget()
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
         self._layer_filters = LayerFilters(own.get("layer_filter"))
+        self._rules = self._rules_of(own)
         super().__init__(params, own | self._base.defaults)
         self._base.share(self.param_groups, self.state)
         notice.first_optimizer((p.device for g in self.param_groups for p in g["params"]), backend)
+
+    def _rules_of(self, own: Iterable[str]) -> Rules:
+        """For the groups' values; ``own`` are the variant's names, beside those of the base."""
+        return Rules(type(self).__name__, own, self.ranges, self.shared, self._base.numbers)
 
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""
@@ -116,6 +127,11 @@ class SharpnessAware(ScaledGradients, Optimizer):
         if closure is None:
             self._step_on_gradients()
             return None
+        if not callable(closure):
+            raise TypeError(
+                f"step takes a function that computes the loss, not {shown(closure)}: call step(closure) with a closure that "
+                "zeroes the gradients, computes the loss, calls backward and returns the loss"
+            )
         if self._moved:
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
         with self._all_or_nothing() as step:
@@ -198,15 +214,17 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """As torch's; fills in every default, the base's included, and checks the values."""
+        given = {}
         if isinstance(param_group, dict):
             bases.rename_given(self._base, param_group)
             given = {**self.defaults, **param_group}
-            own = [name for name in self.defaults if name in self._base.ours.in_groups]
-            shared = [name for name in self.shared if name in own]
-            check(given, own, self.param_groups[0] if self.param_groups else given, self.ranges, shared)
+            check_keys(type(self).__name__, given, self.defaults)
+            self._rules.settle(given, self.param_groups[0] if self.param_groups else given)
             self._base.check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.update({name: given[name] for name in self.defaults})
+        refuse_flat(group["params"])
         for p in group["params"]:
             if p.requires_grad and (p.is_complex() or p.layout is not torch.strided):
                 self.param_groups.pop()
@@ -329,6 +347,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
             if self._step is None:
                 if self._incomplete:
                     self.settle()
+                self._rules.follow(self.param_groups)
                 self._step = Step(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
             yield self._step
         except BaseException:
@@ -352,6 +371,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         super().__setstate__(state)
+        self._rules = self._rules_of(name for name in self.defaults if name in self._base.ours.in_groups)
         self.settle()
         self._base.share(self.param_groups, self.state)
 
@@ -378,3 +398,14 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
 
 PASSES = ("model", "same_rng", "m_sharpness")
+
+
+def _listed(params: Any) -> Any:
+    """Parameters or groups in a list, as they are needed twice; torch has the errors for what is none of both.
+
+    Raises:
+        TypeError: a model in the place of its parameters.
+    """
+    if isinstance(params, Module):
+        raise TypeError(f"params must be parameters or groups of them, not {shown(params)}: give model.parameters()")
+    return list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
+from looksam.messages import shown
+
 
 @contextmanager
 def frozen_running_stats(model: Module) -> Iterator[None]:
@@ -21,7 +23,9 @@ def frozen_running_stats(model: Module) -> Iterator[None]:
     For the passes at perturbed weights, whose activations the model never has when it is used. Modules normalise as
     always, and their flags stay. Every buffer remains the same tensor in the same storage.
     """
-    owners = [(m, name, x) for m in model.modules() for name, x in m.named_buffers(recurse=False) if _is_statistic(name, x)]
+    owners = [
+        (m, name, x) for m in model.modules() for name, x in m.named_buffers(recurse=False) if _is_statistic(name, x)
+    ]
     before = [x.clone() for _, _, x in owners]
     try:
         yield
@@ -48,10 +52,16 @@ class Passes:
             ``DistributedDataParallel``, or the closure takes a keyword ``ddp_sync``.
 
     Raises:
+        TypeError: ``model`` is no module, or one of the others is not True or False.
         ValueError: ``m_sharpness`` with a ``model`` that has no ``no_sync``.
     """
 
     def __init__(self, model: Module | None = None, same_rng: bool = False, m_sharpness: bool = False) -> None:
+        if model is not None and not isinstance(model, Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, not {shown(model)}")
+        for name, flag in (("same_rng", same_rng), ("m_sharpness", m_sharpness)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, not {shown(flag)}")
         if m_sharpness and model is not None and not hasattr(model, "no_sync"):
             raise ValueError(f"m_sharpness needs a model with no_sync(), not {type(model).__name__}")
         self.model, self.same_rng, self.m_sharpness = model, same_rng, m_sharpness

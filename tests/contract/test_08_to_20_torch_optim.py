@@ -151,7 +151,7 @@ def test_contract_10_values_out_of_range(kwargs: dict[str, Any], message: str, i
 @pytest.mark.parametrize(
     ("variant", "given", "message"),
     [
-        ("sam", {"rho": float("nan")}, "rho must be at least 0, not nan"),
+        ("sam", {"rho": float("nan")}, "rho must be finite and at least 0, not nan"),
         ("asam", {"eta": -0.1}, "eta must be at least 0, not -0.1"),
         ("gsam", {"alpha": -0.1}, "alpha must be at least 0, not -0.1"),
         ("gsam", {"rho": 0.1, "rho_min": 0.2}, "rho_min must be at least 0 and at most rho, not 0.2"),
