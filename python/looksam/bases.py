@@ -333,9 +333,6 @@ def resolve(
         owner, mine: the optimizer's class and its own arguments, as errors name them.
         example: options of a group, which some classes need to tell their defaults.
 
-    Args:
-        owner, ours: the optimizer's class and its own arguments, as errors name them.
-
     Raises:
         ValueError: unknown name, ``differentiable=True``, or what the base's own constructor refuses.
         TypeError: not a name and not a class, an argument that the base does not have, or a number of the wrong type.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from looksam import bases
 from looksam.amp import ScaledGradients
@@ -23,6 +24,7 @@ from looksam.messages import arguments, check_backend, shown
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
 from looksam.steps import Step
+from looksam.trainers import count_step
 from looksam_kernels import notice
 
 Closure = Callable[..., Any]
@@ -108,6 +110,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""
+        self._self: weakref.ref[Any] = weakref.ref(self)
         self._binding = self._step = None
         self._done_in_first = False
 
@@ -150,27 +153,29 @@ class SharpnessAware(ScaledGradients, Optimizer):
         Returns:
             Whether a second backward, and ``second_step``, must follow.
         """
-        if self._moved:
+        own = self._original()
+        if own._moved:
             raise RuntimeError("first_step() twice; call second_step() after the second backward")
-        plan = self._plan
+        plan = own._plan
         if len(plan.looks) > 1 and not plan.in_two_calls:
             raise RuntimeError(
-                f"{type(self).__name__} cannot be split into first_step and second_step: it looks {len(plan.looks)} times, "
+                f"{type(own).__name__} cannot be split into first_step and second_step: it looks {len(plan.looks)} times, "
                 "and not first at the weights themselves and then at perturbed ones; call step(closure)"
             )
-        with self._all_or_nothing() as step:
-            self._decide(step, scale := self._probable_scale())
+        with own._all_or_nothing() as step:
+            own._decide(step, scale := own._probable_scale())
             sharp = len(step.plan.looks) > 1
             if sharp:
                 first, second = step.plan.looks
                 step.collect(first, keep_grad=not zero_grad)
                 step.ascend(second, scale)
-                self._passes.open()
+                own._passes.open()
         if not sharp:
-            self.step()
-            self._done_in_first = True
+            own._complete()
+            own._done_in_first = True
+            count_step(self)
             if zero_grad:
-                self.zero_grad()
+                own.zero_grad()
         return sharp
 
     @torch.no_grad()
@@ -178,20 +183,22 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """To be called with the gradients at w + e: restores w and updates it. Nothing is left to do on a cheap step.
 
         Raises:
-            RuntimeError: no ``first_step`` came before.
+            RuntimeError: no ``first_step`` came before, or no second backward.
         """
-        if self._moved:
-            self.step()
-        elif not self._done_in_first:
+        own = self._original()
+        if own._moved:
+            own._complete()
+            count_step(self)
+        elif not own._done_in_first:
             raise RuntimeError("second_step() without first_step(); call first_step() after the first backward")
-        self._done_in_first = False
+        own._done_in_first = False
         if zero_grad:
-            self.zero_grad()
+            own.zero_grad()
 
     @torch.no_grad()
     def abandon(self) -> None:
         """Goes back to where the step began: for a second forward or backward, after ``first_step``, that failed."""
-        self._abandon()
+        self._original()._abandon()
 
     @property
     def needs_second_pass(self) -> bool:
@@ -258,6 +265,13 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     # The parts of a step --------------------------------------------------------------------------------------------
 
+    def _original(self) -> Self:
+        """This optimizer, also where a method is called on an imitation of it, as Lightning's: that has its class and hands
+        on the attributes which it lacks, but keeps those that are set."""
+        original: Self | None = self._self()
+        assert original is not None
+        return original
+
     @property
     def _plan(self) -> Plan:
         group = self.param_groups[0]
@@ -309,6 +323,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _written(self) -> list[str]:
         """The columns of state that the variant's plans write."""
         return [x for x in dict.fromkeys(plan.writes for plan in self.variant[:2]) if x is not None]
+
+    def _complete(self) -> None:
+        """What ``step()`` does, its hooks and its range in the profiler included, but not by its name: a trainer may have
+        put something else in its place, which makes new gradients."""
+        self._opt_called = True  # what a scheduler puts in the place of step notes, for its warning
+        _hooked(type(self)._step_on_gradients)(self)
 
     def _step_on_gradients(self) -> None:
         """step() without a closure: ends a two-call step, does a cheap one, or only creates the state."""
@@ -398,6 +418,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
 
 PASSES = ("model", "same_rng", "m_sharpness")
+
+
+_hooked: Callable[[Callable[..., None]], Callable[..., None]] = Optimizer.profile_hook_step
+"""A function with the hooks of ``step`` around it."""
 
 
 def _listed(params: Any) -> Any:

@@ -33,7 +33,7 @@ class Step:
         self.moved = False
         """Are the weights away from where the step began?"""
         self._binding, self._base, self._passes = binding, base, passes
-        self._begun = False
+        self._begun = self._has_gradients = False
         self._sums: Sums | None = None
         self._found_inf: Tensor | None = None
 
@@ -44,6 +44,7 @@ class Step:
         self._follow(binding.take(look.column, plan.writes if last else None))
         table = binding.table
         self._check_kept(look)
+        self._check_gradients(look)
         if keep_grad or (not last and snapshot.any_shared(table[look.column])):
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
             table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
@@ -64,6 +65,22 @@ class Step:
                     f"the gradient of parameter {self._binding.number[row]} was written to the same memory as in the pass "
                     "before, which is still needed; let every pass make its own: p.grad = new_gradient.clone()"
                 )
+
+    def _check_gradients(self, look: Look) -> None:
+        """
+        Raises:
+            RuntimeError: this pass has no gradient at all though the first had.
+        """
+        looks = self.plan.looks
+        has_any = any(x is not None for x in self._binding.table[look.column])
+        if look is looks[0]:
+            self._has_gradients = has_any
+        elif self._has_gradients and not has_any:
+            raise RuntimeError(
+                f"pass {looks.index(look) + 1} of {len(looks)} made no gradient, though the first did: a closure must zero "
+                "the gradients, compute the loss anew, call backward and return the loss each time it is called; in the "
+                "two-call style that is to be done between first_step() and second_step()"
+            )
 
     def collect_both(self, pair: Pair) -> None:
         """In place of two :meth:`collect`: this rank has made one gradient of the plan's two, its partner the other."""
