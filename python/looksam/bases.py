@@ -365,9 +365,7 @@ def _name_or_class(base_optimizer: Any, kwargs: Group, owner: str) -> str | type
     return base_optimizer if fused is None or any(kwargs.get(option) for option in NOT_FUSED) else fused
 
 
-def _check_names(
-    constructor: Callable[..., Any], kwargs: Group, ours: Ours, what: str, mine: Sequence[str]
-) -> None:
+def _check_names(constructor: Callable[..., Any], kwargs: Group, ours: Ours, what: str, mine: Sequence[str]) -> None:
     """
     Raises:
         TypeError: an argument that neither the variant nor the base has.

@@ -391,6 +391,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         super().__setstate__(state)
+        if "differentiable" not in self._base.defaults:
+            self.defaults.pop("differentiable", None)  # torch's default for classes of before it had the option
         self._rules = self._rules_of(name for name in self.defaults if name in self._base.ours.in_groups)
         self.settle()
         self._base.share(self.param_groups, self.state)
