@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from typing import Any
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+
+LOSS_SCALE = "loss_scale"
+"""In the groups, after a step that a scaler made: its scale, the very tensor that ``scaler.update()`` writes, so that a
+checkpoint holds what the next gradients carry."""
 
 
 class ScaledGradients:
@@ -21,8 +24,8 @@ class ScaledGradients:
     _step_supports_amp_scaling = True
     _scaler: GradScaler | None = None
     _found_before: Tensor | None = None
-    _last_scaler: weakref.ref[GradScaler] | None = None
-    """That of the last step."""
+
+    param_groups: list[dict[str, Any]]
 
     @property
     def found_inf(self) -> Any:
@@ -63,12 +66,15 @@ class ScaledGradients:
     def _probable_scale(self) -> Tensor | None:
         """The factor on gradients that the user made before ``first_step``, which a scaler does not know of: the scale of
         now, if a scaler made the step before. (In a first step it cancels: there is nothing yet to add gradients to.)"""
-        scaler = None if self._last_scaler is None else self._last_scaler()
-        return None if scaler is None else scaler._scale
+        scale: Tensor | None = self.param_groups[0].get(LOSS_SCALE)
+        return scale
 
     def _report(self, found_inf: Tensor) -> None:
         """Tells the scaler whether this step was skipped, so that ``scaler.update()`` lowers the scale."""
-        self._last_scaler = None if self._scaler is None else weakref.ref(self._scaler)
+        for group in self.param_groups:
+            group.pop(LOSS_SCALE, None)
+            if self._scaler is not None:
+                group[LOSS_SCALE] = self._scaler._scale
         if self._scaler is not None:
             found: dict[Any, Tensor] = self._scaler._found_inf_per_device(self)  # type: ignore[arg-type]
             found.clear()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from looksam import bases
-from looksam.amp import ScaledGradients
+from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import load_exactly
 from looksam.distributed import refuse_flat, refuse_shard_of_optimizer
@@ -23,6 +23,7 @@ from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
 from looksam.messages import arguments, check_backend, shown
 from looksam.passes import Passes
 from looksam.plans import Plan, Variant
+from looksam.skipped import Skipped
 from looksam.steps import Step
 from looksam.trainers import count_step
 from looksam_kernels import notice
@@ -93,7 +94,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._passes = Passes(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
         params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
-        ours = bases.Ours(frozenset({"phase", *hyper}), frozenset(own_entries(self._written)))
+        ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(own_entries(self._written)))
         mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *PASSES]
         self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
         self._forget()
@@ -113,6 +114,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._self: weakref.ref[Any] = weakref.ref(self)
         self._binding = self._step = None
         self._done_in_first = False
+        self._skipped = Skipped()
 
     # What the user calls --------------------------------------------------------------------------------------------
 
@@ -204,6 +206,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def needs_second_pass(self) -> bool:
         """Does the step that is coming, or under way, need a second forward and backward?"""
         return len(self._plan.looks) > 1
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps this optimizer has left out because a gradient was not finite: an int64 tensor of shape [] on the
+        parameters' device, which only the reader waits for. Ten in a row are worth a warning, once."""
+        return self._skipped.count
 
     @property
     def base_optimizer(self) -> Optimizer:
@@ -356,8 +364,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
         return all(g is None or not g.any() for g in binding.gradients())
 
     def _finish(self, step: Step, grad_scale: Tensor | None) -> None:
-        self._report(step.descend(grad_scale))
+        found_inf = step.descend(grad_scale)
+        self._report(found_inf)
         self._step = None
+        self._skipped.note(found_inf)
         self._advance(step.plan)
 
     @contextmanager

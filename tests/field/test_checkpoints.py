@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 import looksam
-from tests.contract.support import BASES, PAIRS, PERIODIC, REUSING, VARIANTS, assert_same, build, network, states, train, weights
+from tests.contract.support import (
+    PAIRS,
+    build,
+    network,
+    train,
+)
 
 PLAIN = {"lamb": looksam.LAMB, "lars": looksam.LARS, "lion": looksam.Lion}
 
@@ -50,7 +55,9 @@ def makers() -> dict[str, Any]:
 def test_field_15_state_dict_after_loading_is_what_was_saved(name: str) -> None:
     model, other = network(), network(1)
     make = makers()[name]
-    optimizer = make([{"params": model[0].parameters(), "tag": "body"}, {"params": model[2].parameters(), "lr_scale": 0.5}])
+    optimizer = make(
+        [{"params": model[0].parameters(), "tag": "body"}, {"params": model[2].parameters(), "lr_scale": 0.5}]
+    )
     train(model, optimizer, 3)
     optimizer.param_groups[1]["initial_lr"] = 0.5
     saved = copy.deepcopy(optimizer.state_dict())
