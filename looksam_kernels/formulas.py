@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from looksam_kernels.numbers import scalar_dtype
 from looksam_kernels.updates import own
 
 Pair = tuple[str, str]
@@ -73,13 +74,14 @@ class Coefficients(NamedTuple):
 
 
 class Hyper:
-    """Reads the groups' hyper-parameters as one float64 number a row (numbers and tensors, each step anew)."""
+    """Reads the groups' hyper-parameters as one number a row, float64 where it exists (numbers and tensors, each step anew)."""
 
     def __init__(
         self, groups: Groups, group: Sequence[int], device: torch.device, grad_scale: Tensor | None = None
     ) -> None:
         self.groups, self.group, self.device = groups, group, device
-        one = torch.ones((), dtype=torch.float64, device=device)
+        self.dtype = scalar_dtype(device)
+        one = torch.ones((), dtype=self.dtype, device=device)
         self.inv_scale = one if grad_scale is None else one / grad_scale.to(device)
 
     def row(self, name: str, read: Callable[[Mapping[str, Any], str], Any] = getitem) -> Tensor:
@@ -87,10 +89,9 @@ class Hyper:
         values = [read(g, name) for g in self.groups]
         if any(isinstance(v, Tensor) for v in values):
             every = [
-                v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=self.device)
-                for v in values
+                v if isinstance(v, Tensor) else torch.full((), v, dtype=self.dtype, device=self.device) for v in values
             ]
-            every = [v.to(self.device, torch.float64).reshape(()) for v in every]
+            every = [v.to(self.device, self.dtype).reshape(()) for v in every]
             return torch.stack(every)[self.upload(self.group, torch.int64)]
         return self.upload([values[i] for i in self.group])
 
@@ -100,8 +101,8 @@ class Hyper:
         return self.upload([signs[i] for i in self.group])
 
     def upload(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        """Numbers on the device."""
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        """Numbers on the device; float32 for float64 where that does not exist."""
+        return torch.tensor(values, dtype=self.dtype if dtype is torch.float64 else dtype, device=self.device)
 
     def common(self, name: str, default: Any = None) -> Any:
         """A hyper-parameter that all groups share."""

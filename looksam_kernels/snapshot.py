@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels.backends import native
+from looksam_kernels.memory import address, readable
 
 PARAMS, PLACES, STATE = 1, 2, 4
 """What can change: which parameters there are; where their elements lie; what the state holds of them."""
@@ -36,7 +37,8 @@ def take(groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequ
         entries: the names in a parameter's state that are followed; other entries may change unseen.
     """
     compiled = native.compiled()
-    if compiled is not None and isinstance(state, dict) and all(isinstance(s, dict) for _, s in _of_params(state)):
+    follows = compiled is not None and readable(weights) and isinstance(state, dict)
+    if follows and all(isinstance(s, dict) for _, s in _of_params(state)):
         return compiled.Snapshot(groups, state, weights, entries)
     return PlainSnapshot(groups, state, weights, entries)
 
@@ -88,7 +90,7 @@ def _is_shared(x: Tensor) -> bool:
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x.dtype, x.device, x.shape, x.stride()
+    return address(x), x.dtype, x.device, x.shape, x.stride()
 
 
 def _same(a: Iterable[Any], b: Sequence[Any]) -> bool:

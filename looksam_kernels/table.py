@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import backends
+from looksam_kernels.memory import readable
 
 Column = list[Any]
 """A tensor or ``None`` a row."""
@@ -68,7 +69,7 @@ class TensorTable:
         """Rows whose w is away from its backup: set by perturb, cleared by step and restore."""
         devices = list(dict.fromkeys(device_of(x) for x in weights)) or [_complete(torch.device(device or "cpu"))]
         self.device = devices[0]
-        self.backend: backends.Backend = backends.select(backend, *devices)
+        self.backend: backends.Backend = backends.select(backend, *devices, readable=readable(weights))
         self.dirty: set[str] = set()
         """Columns set since the backend last looked at them."""
         self.handle: Any = None

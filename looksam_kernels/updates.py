@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
+from looksam_kernels.numbers import dot, one_minus_power
+
 State = dict[str, Tensor]
 Scalars = Mapping[str, Any]
 Update = Callable[[Tensor, Tensor, State, Tensor, Scalars], tuple[Tensor, State]]
@@ -57,7 +59,7 @@ def lamb(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple
     """m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with r = ||w_p|| / ||u_p||, 1 where
     either is 0, 1 where weight_decay = 0 unless ``always_adapt``, at most 1 with ``trust_clip``. You et al. 2020"""
     u, new = lamb_direction(w, d, state, count, h)
-    w_norm, u_norm = (x.square().sum(dtype=torch.float64).sqrt() for x in (w, u))
+    w_norm, u_norm = (dot(x, x).sqrt() for x in (w, u))
     return lamb_apply(w, u, w_norm, u_norm, h), new
 
 
@@ -149,8 +151,8 @@ def _adam_direction(d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple
     beta1, beta2 = own(h, "betas")
     m = torch.lerp(state["exp_avg"], d, 1 - beta1)
     v = beta2 * state["exp_avg_sq"] + (1 - beta2) * d * d
-    bias_correction1 = (1 - beta1**count).to(d.dtype)
-    bias_correction2_sqrt = (1 - beta2**count).sqrt().to(d.dtype)
+    bias_correction1 = one_minus_power(beta1, count).to(d.dtype)
+    bias_correction2_sqrt = one_minus_power(beta2, count).sqrt().to(d.dtype)
     return (m / bias_correction1) / (v.sqrt() / bias_correction2_sqrt + own(h, "eps")), {"exp_avg": m, "exp_avg_sq": v}
 
 

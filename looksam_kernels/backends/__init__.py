@@ -57,14 +57,24 @@ class use_backend:
         return False
 
 
-def select(requested: str | None, *devices: torch.device) -> Backend:
+def select(requested: str | None, *devices: torch.device, readable: bool = True) -> Backend:
     """The backend for tensors on these devices: ``requested``, else the forced one, else ``LOOKSAM_BACKEND``, else the
     first that runs there.
+
+    Args:
+        readable: :func:`looksam_kernels.memory.readable`; for tensors that are not, the reference.
 
     Raises:
         ValueError: unknown name. RuntimeError: a backend that was asked for cannot run on one of the devices.
     """
     name = requested or forced()
+    if not readable:
+        if name not in (None, "reference"):
+            raise RuntimeError(
+                f"backend {name!r} cannot run on parameters without memory of their own (FakeTensorMode, functorch, "
+                "make_fx, tensors around tensors); 'reference' can"
+            )
+        return _load("reference")
     chosen = {device: _first(device) if name is None else _require(name, device) for device in devices}
     if len(devices) == 1 or all(name_of(module) == "reference" for module in chosen.values()):
         return chosen[devices[0]]

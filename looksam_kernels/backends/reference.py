@@ -10,6 +10,7 @@ from torch import Tensor
 
 from looksam_kernels.formulas import ASCENTS, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
 from looksam_kernels.masks import Mask
+from looksam_kernels.numbers import dot, scalar_dtype
 from looksam_kernels.table import TensorTable
 from looksam_kernels.updates import BASES, own
 
@@ -21,7 +22,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Sequence[float | None] | None) -> Sums:
-    values = torch.zeros(len(pairs), len(table), dtype=torch.float64, device=table.device)
+    values = torch.zeros(len(pairs), len(table), dtype=scalar_dtype(table.device), device=table.device)
     for i, (x, y) in enumerate(pairs):
         for row in range(len(table)):
             values[i, row] = _inner_product(table, row, x, y, adaptive)
@@ -35,7 +36,7 @@ def _inner_product(
         norm_sq = table["q_norm_sq"][row]
         return 0.0 if norm_sq is None or table["g"][row] is None else norm_sq.to(table.device)
     a, b = (_column(table, name, row, adaptive) for name in (x, y))
-    return 0.0 if a is None or b is None else (a * b).sum(dtype=torch.float64).to(table.device)
+    return 0.0 if a is None or b is None else dot(a, b).to(table.device)
 
 
 def _column(table: TensorTable, name: str, row: int, adaptive: Sequence[float | None] | None) -> Tensor | None:
@@ -122,7 +123,7 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     if coefficients.q is not None:
         q = _combine(table, row, coefficients.inputs, coefficients.q)
         commit(table[coefficients.writes][row], q)
-        commit(table[f"{coefficients.writes}_norm_sq"][row], (q * q).sum(dtype=torch.float64))
+        commit(table[f"{coefficients.writes}_norm_sq"][row], dot(q, q))
 
     update = BASES[base].update
     if update is None:
@@ -135,7 +136,7 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     count = table["step"][row] + 1
     states = ((name, table[name][row]) for name in BASES[base].states)
     state: dict[str, Any] = {name: x if x is None else x.to(d.dtype) for name, x in states}
-    new_w, new_state = update(origin.to(d.dtype), d, state, count.double(), group)
+    new_w, new_state = update(origin.to(d.dtype), d, state, count.to(scalar_dtype(count.device)), group)
     if post is not None:
         new_w = new_w + post
     w.copy_(torch.where(keep, origin, new_w))

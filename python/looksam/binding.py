@@ -14,6 +14,7 @@ from looksam.hyper import Group
 from looksam.masters import Masters
 from looksam_kernels import TensorTable, ops, snapshot
 from looksam_kernels.formulas import KEEP_NORM
+from looksam_kernels.numbers import scalar_dtype
 from looksam_kernels.snapshot import PARAMS, PLACES, Snapshot
 from looksam_kernels.table import holds_scalars
 
@@ -255,7 +256,7 @@ class Binding:
         if writes is not None and any(state.get(name) is None for name in own_entries([writes])):
             missing[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             if writes in KEEP_NORM:
-                missing[f"{writes}_norm_sq"] = torch.zeros((), dtype=torch.float64, device=p.device)
+                missing[f"{writes}_norm_sq"] = torch.zeros((), dtype=scalar_dtype(p.device), device=p.device)
         if missing:
             self.state.setdefault(p, {}).update(missing)
         return bool(missing)
@@ -291,7 +292,7 @@ class Binding:
         if name.endswith("_norm_sq"):  # counts only beside what it is the norm of, and can be made from that
             of = state.get(name.removesuffix("_norm_sq"))
             if x is None and isinstance(of, Tensor) and of.is_floating_point():
-                x = of.square().sum(dtype=torch.float64)
+                x = of.square().sum(dtype=scalar_dtype(of.device))
                 state[name] = x = getattr(x, "full_tensor", lambda x=x: x)()
             x = None if of is None else x
         if x is None:

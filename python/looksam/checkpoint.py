@@ -6,8 +6,11 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from looksam_kernels.numbers import scalar_dtype
 
 StateDict = dict[str, Any]
 
@@ -44,7 +47,12 @@ def load_exactly(
     for key, p in zip(ids, params, strict=True):
         for name, value in final["state"].get(key, {}).items():
             mine = optimizer.state[p].get(name)
-            if isinstance(value, Tensor) and isinstance(mine, Tensor) and value.dtype != mine.dtype:
-                optimizer.state[p][name] = mine = value.to(p.device, copy=True)
+            if isinstance(value, Tensor) and isinstance(mine, Tensor) and mine.dtype != (kept := _kept(value, p)):
+                optimizer.state[p][name] = mine = value.to(kept).to(p.device, copy=True)
             if moves and isinstance(mine, Tensor):
                 optimizer.state[p][name] = mine.to(p.device)
+
+
+def _kept(value: Tensor, p: Tensor) -> torch.dtype:
+    """The dtype that was saved, where the parameter's device has it."""
+    return scalar_dtype(p.device) if value.dtype == torch.float64 else value.dtype

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from looksam_kernels.memory import readable
 
 IN_A_ROW = 10
 """So many steps left out one after the other are worth a warning."""
@@ -34,15 +35,15 @@ class Skipped:
 
     def note(self, found_inf: Tensor) -> None:
         """A step is done, or left out where ``found_inf`` is 1.0."""
-        if type(found_inf) not in (Tensor, Parameter) or torch._C._functorch.maybe_current_level() is not None:
-            return  # no numbers are behind it
+        if not readable((found_inf,)):
+            return
         if found_inf.device.type == "cpu":
-            left_out = bool(found_inf > 0)
+            left_out = any(found_inf.reshape(1).tolist())  # read where it lies: no operation waits for it
             self._run = self._run + 1 if left_out else 0
             if left_out:
                 self._count += 1
                 self._warn_after(self._run)
-        elif found_inf.device.type != "meta":
+        else:
             self._note_there(found_inf)
 
     def _note_there(self, found_inf: Tensor) -> None:
