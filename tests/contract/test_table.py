@@ -11,9 +11,11 @@ SENTENCES = 44
 
 
 def defined() -> set[str]:
-    """The names of all test functions of the three folders."""
+    """The names of all test functions of the four folders."""
     files = [
-        f for folder in ("contract", "distributed", "interop") for f in (ROOT / "tests" / folder).glob("test_*.py")
+        f
+        for folder in ("contract", "distributed", "interop", "field")
+        for f in (ROOT / "tests" / folder).glob("test_*.py")
     ]
     trees = [ast.parse(f.read_text()) for f in files]
     return {

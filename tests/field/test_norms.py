@@ -45,7 +45,7 @@ def scripted(size: int) -> nn.Module:
 
 
 def timm_norm(size: int) -> nn.Module:
-    timm = pytest.importorskip("timm.layers", reason="timm is not installed")
+    timm = pytest.importorskip("timm.layers", reason="timm, or the torchvision that it needs, is not installed")
     return nn.Sequential(nn.Unflatten(1, (size, 1, 1)), timm.BatchNormAct2d(size), nn.Flatten())
 
 
