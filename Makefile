@@ -6,7 +6,7 @@ DEMO := looksam compare sgd sgd:weight_decay=0.08 sam:rho=0.4 sam-5:rho=0.4 look
         --data digits --label-noise 0.4 --seeds 4 --epochs 50 --warmup 5 --out runs/demo --overwrite
 
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h looksam_kernels/build/*.py)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh looksam_kernels/build/*.py)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 
 .DEFAULT_GOAL := help

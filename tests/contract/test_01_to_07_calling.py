@@ -129,6 +129,19 @@ def test_contract_02_what_cannot_be_split_says_so(variant: str, looks: int) -> N
 
 
 @on_backends
+def test_contract_02_a_second_step_needs_a_first_step_of_its_own(backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = build([p], "sam", "sgd", k=2, backend=backend)
+    for sharp in (True, False, True, False):
+        p.grad = torch.ones(2)
+        assert optimizer.first_step() == sharp
+        p.grad = torch.ones(2)
+        optimizer.second_step()
+        with pytest.raises(RuntimeError, match=r"second_step\(\) without first_step\(\)"):
+            optimizer.second_step()
+
+
+@on_backends
 @on_variants_in_two_calls
 def test_contract_02_abandon_goes_back(backend: str, variant: str) -> None:
     model = network()

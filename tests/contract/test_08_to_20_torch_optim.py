@@ -35,6 +35,7 @@ from tests.contract.support import (
     on_bases,
     on_pairs,
     on_variants,
+    on_variants_in_two_calls,
     on_variants_without_host_reads,
     states,
     train,
@@ -187,10 +188,40 @@ def test_contract_10_every_number_of_a_variant_has_a_range(variant: str) -> None
     assert own - no_numbers <= VARIANTS[variant].ranges.keys()
 
 
-def test_contract_10_values_that_groups_share() -> None:
-    groups = [{"params": [nn.Parameter(torch.ones(2))], "decouple": x} for x in (True, False)]
-    with pytest.raises(ValueError, match="decouple must be the same in all groups: True and False"):
-        looksam.WSAM(groups, "sgd", lr=0.1)
+SHARED = {
+    "k": (looksam.LookSAM, 2, 3),
+    "norm_scope": (looksam.LookSAM, "global", "tensor"),
+    "layer_scale": (looksam.LayerSAM, "trust", "unit"),
+    "decouple": (looksam.WSAM, True, False),
+    "perturb_eps": (looksam.SAM, 1e-12, 1e-3),
+    "max_grad_norm": (looksam.SAM, 1.0, None),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_contract_10_values_that_groups_share(name: str) -> None:
+    cls, *values = SHARED[name]
+    groups = [{"params": [nn.Parameter(torch.ones(2))], name: x} for x in values]
+    first, second = map(repr, values)
+    with pytest.raises(ValueError, match=f"{name} must be the same in all groups: {first} and {second}"):
+        cls(groups, "sgd", lr=0.1)
+
+
+def test_contract_10_an_option_of_the_class_alone_in_one_group() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "amsgrad": x} for x in (False, True)]
+    with pytest.raises(ValueError, match="amsgrad=True in one group only is not supported"):
+        looksam.SAM(groups, "adam", lr=0.1)
+
+
+@on_backends
+def test_contract_10_a_refused_group_leaves_the_optimizer_as_it_was(backend: str) -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = build([p], "sam", "sgd", backend=backend)
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
+    assert [group["params"] for group in optimizer.param_groups] == [[p]]
+    p.grad = torch.ones(2)
+    assert optimizer.first_step()
 
 
 @on_backends
@@ -444,10 +475,21 @@ def test_contract_18_awkward_gradients(backend: str, variant: str, base: str) ->
     assert all(x.isfinite().all() for x in p.values())
     assert p["plain"].max() < 1
     assert p["scalar"] < 1
-    before = p["first"].detach().clone()
-    p["first"].grad = None
+
+
+@on_backends
+@on_variants_in_two_calls
+def test_contract_18_abandon_restores_a_tensor_whose_gradient_is_gone(backend: str, variant: str) -> None:
+    params = [nn.Parameter(torch.linspace(1, 2, 3)), nn.Parameter(torch.tensor(0.5))]
+    optimizer = build(params, variant, "sgd", lr=0.01, backend=backend)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert optimizer.first_step()
+    assert not torch.equal(before[0], params[0].detach())
+    params[0].grad = None
     optimizer.abandon()
-    assert torch.equal(before, p["first"].detach())
+    assert_same(before, [p.detach() for p in params])
 
 
 @on_backends

@@ -18,7 +18,7 @@ from tests.contract.support import BACKENDS, assert_same
 SHAPES = [(3, 4), (5,), (), (0,)]
 C = torch.linspace(-1, 1, len(SHAPES), dtype=torch.float64)
 TRUST = torch.tensor([0.5, 0.75, 1.0, 1.25])
-UPDATES = 2
+UPDATES = 3
 MOVERS = ("sums", "perturb_", "restore_")
 
 
@@ -32,7 +32,8 @@ def group_of(base: str) -> dict[str, Any]:
     return {**list(bases.BASES[base].kernels.values())[-1], "lr": 0.1, "weight_decay": 0.05}
 
 
-def arguments(name: str) -> tuple[Any, ...]:
+def arguments(name: str, update: int = 0) -> tuple[Any, ...]:
+    """update: which of several, with a gradient of its own."""
     if name in MOVERS:
         return {
             "sums": lambda: (tensors(0), tensors(1)),
@@ -44,16 +45,17 @@ def arguments(name: str) -> tuple[Any, ...]:
     ratios = [TRUST] if base.takes_trust_ratio else []
     count = [torch.tensor(0.0) for _ in SHAPES]
     hyper = [hyper_of(group_of(name.removesuffix("_")), x) for x in base.read]
-    return (tensors(0), *states, count, tensors(2), tensors(3), C, *ratios, *hyper)
+    return (tensors(0), *states, count, tensors(2 + 10 * update), tensors(3), C, *ratios, *hyper)
 
 
 def expected(base: str) -> list[np.ndarray]:
     """The weights after some updates with d = g + c q, in NumPy. LARS gets its ratio here."""
     made = bases.BASES[base].independent(len(SHAPES))
     results = []
-    for i, (w, g, q) in enumerate(zip(tensors(0), tensors(2), tensors(3), strict=True)):
-        h, x, d = bases.by_own_names(group_of(base)), w.numpy(), (g + C[i] * q).numpy()
-        for _ in range(UPDATES):
+    for i, (w, q) in enumerate(zip(tensors(0), tensors(3), strict=True)):
+        h, x = bases.by_own_names(group_of(base)), w.numpy()
+        for update in range(UPDATES):
+            d = (tensors(2 + 10 * update)[i] + C[i] * q).numpy()
             if base == "lars":
                 r = float(TRUST[i])
                 x = made.sgd.update(i, x, r * d, {**h, "weight_decay": r * h["weight_decay"]})
@@ -111,10 +113,11 @@ def test_contract_39_sums_perturb_and_restore(backend: str) -> None:
 @on_backends
 @pytest.mark.parametrize("base", bases.BASES)
 def test_contract_39_base_updates(base: str, backend: str) -> None:
-    given = arguments(f"{base}_")
+    kept = 2 + len(BASES[base].states)  # the weights, the states and the counts
+    given = arguments(f"{base}_")[:kept]
     with use_backend(backend):
-        for _ in range(UPDATES):
-            getattr(torch.ops.looksam, f"{base}_")(*given)
+        for update in range(UPDATES):
+            getattr(torch.ops.looksam, f"{base}_")(*given, *arguments(f"{base}_", update)[kept:])
     for mine, other in zip(given[0], expected(base), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-9)
-    assert [float(x) for x in given[1 + len(BASES[base].states)]] == [UPDATES] * len(SHAPES)
+    assert [float(x) for x in given[-1]] == [UPDATES] * len(SHAPES)
