@@ -191,7 +191,7 @@ def addition(table: TensorTable, coefficients: Coefficients) -> list[Tensor | No
         for row, takes_part in enumerate(table.present(coefficients.inputs[0])):
             if takes_part:
                 w = table["w"][row]
-                total = torch.zeros_like(w, dtype=torch.float64 if w.dtype == torch.float64 else torch.float32)
+                total = torch.zeros_like(w, dtype=table.arithmetic(row))
                 for c, name in zip(coefficients.post, coefficients.inputs, strict=True):
                     x = table[name][row]
                     if x is not None:

@@ -130,6 +130,16 @@ class TensorTable:
         """Which rows have a tensor in this column."""
         return self._present.get(name) or [False] * len(self)
 
+    def has_master(self, row: int) -> bool:
+        """Is b the master copy of w, rather than a place to save it in?"""
+        b = self["b"][row]
+        return b is not None and b.dtype != self["w"][row].dtype
+
+    def arithmetic(self, row: int) -> torch.dtype:
+        """The type in which a row is computed: float64 where w or its master copy is, else float32."""
+        wide = self["w"][row].dtype == torch.float64 or (self.has_master(row) and self["b"][row].dtype == torch.float64)
+        return torch.float64 if wide else torch.float32
+
 
 def device_of(w: Tensor) -> torch.device:
     """Rows of different devices are parts of a table with several (:mod:`looksam_kernels.backends.split`)."""

@@ -43,7 +43,7 @@ def _column(table: TensorTable, name: str, row: int, adaptive: Sequence[float | 
     x = table["g" if name == "Tg" else name][row]
     if x is None:
         return None
-    x = x.to(_accumulate(table, row))
+    x = x.to(table.arithmetic(row))
     return _t(table, row, adaptive) * x if name == "Tg" else x
 
 
@@ -84,7 +84,7 @@ def perturb(
             continue
         w, b = table["w"][row], table["b"][row]
         t = _t(table, row, adaptive)
-        if not (has_master(table, row) or table.perturbed[row]):
+        if not (table.has_master(row) or table.perturbed[row]):
             b.copy_(w)
         e = t * t * _combine(table, row, coefficients.inputs, coefficients.d)
         if mask is not None:
@@ -110,7 +110,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
 
 def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficients, group: Scalars) -> None:
     w = table["w"][row]
-    origin = table["b"][row] if table.perturbed[row] or has_master(table, row) else w.clone()
+    origin = table["b"][row] if table.perturbed[row] or table.has_master(row) else w.clone()
     keep = coefficients.found_inf.to(w.device) > 0
 
     def commit(old: Tensor | None, new: Tensor) -> None:
@@ -140,7 +140,7 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     if post is not None:
         new_w = new_w + post
     w.copy_(torch.where(keep, origin, new_w))
-    if has_master(table, row):
+    if table.has_master(row):
         commit(origin, new_w)
     for name, new in new_state.items():
         commit(table[name][row], new)
@@ -149,7 +149,7 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
 
 def _combine(table: TensorTable, row: int, inputs: Sequence[str], coefficients: Tensor) -> Tensor:
     """sum_i c_i x_i; an input that is absent counts as 0."""
-    dtype = _accumulate(table, row)
+    dtype = table.arithmetic(row)
     total = torch.zeros_like(table["w"][row], dtype=dtype)
     for i, name in enumerate(inputs):
         x = table[name][row]
@@ -159,17 +159,7 @@ def _combine(table: TensorTable, row: int, inputs: Sequence[str], coefficients: 
     return total
 
 
-def has_master(table: TensorTable, row: int) -> bool:
-    """Is b the master copy of w, rather than a place to save it in?"""
-    b = table["b"][row]
-    return b is not None and b.dtype != table["w"][row].dtype
-
-
-def _accumulate(table: TensorTable, row: int) -> torch.dtype:
-    return torch.float64 if table["w"][row].dtype == torch.float64 else torch.float32
-
-
 def _t(table: TensorTable, row: int, adaptive: Sequence[float | None] | None) -> Tensor | float:
     """ASAM's T of one row."""
     eta = adaptive[row] if adaptive is not None else None
-    return 1.0 if eta is None else table["w"][row].to(_accumulate(table, row)).abs() + eta
+    return 1.0 if eta is None else table["w"][row].to(table.arithmetic(row)).abs() + eta

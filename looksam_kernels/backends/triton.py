@@ -507,7 +507,7 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
     layout, kernels = _layout(table), _kernels()
     inputs = coefficients.inputs
     takes_part = table.present(inputs[0])
-    from_b = [moved or reference.has_master(table, row) for row, moved in enumerate(table.perturbed)]
+    from_b = [moved or table.has_master(row) for row, moved in enumerate(table.perturbed)]
     buckets, odd = layout.split(["b", *inputs], takes_part, from_b)
     c, eta = coefficients.d.contiguous(), _eta(layout, adaptive)
     key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
@@ -579,7 +579,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     takes_part = table.present(inputs[0])
     _restore(table, [moved and not part for moved, part in zip(table.perturbed, takes_part, strict=True)])
     layout = _layout(table)
-    from_b = [moved or reference.has_master(table, row) for row, moved in enumerate(table.perturbed)]
+    from_b = [moved or table.has_master(row) for row, moved in enumerate(table.perturbed)]
     written = [coefficients.writes, f"{coefficients.writes}_norm_sq"] if coefficients.q is not None else []
     used = [*inputs, *written, *BASES[base].states, *(["step"] if base != "grad" else [])]
     buckets, odd = layout.split(used, takes_part, from_b)

@@ -105,8 +105,8 @@ class Shards(Whole):
         """
         first = coefficients.inputs[0]
         origins = [
-            None if x is None else (b if perturbed or _is_master(b, w) else w).clone()
-            for x, w, b, perturbed in zip(table[first], table["w"], table["b"], table.perturbed, strict=True)
+            None if x is None else table["b" if table.perturbed[row] or table.has_master(row) else "w"][row].clone()
+            for row, x in enumerate(table[first])
         ]
         added = ops.addition(table, coefficients)
         ops.step(table, "grad", coefficients, groups)
@@ -124,7 +124,7 @@ class Shards(Whole):
             if (post := added[row]) is not None:
                 new = new + post
             new = torch.where(keep, w, new)
-            if _is_master(table["b"][row], table["w"][row]):
+            if table.has_master(row):
                 table["b"][row].copy_(new)
             table["w"][row].copy_(new)
 
@@ -143,10 +143,6 @@ def _lamb_direction(table: TensorTable, row: int, first: str, w: Tensor, group: 
         state[name].copy_(torch.where(keep, state[name], x))
     count.copy_(torch.where(keep, count, count + 1))
     return u
-
-
-def _is_master(b: Tensor | None, w: Tensor) -> bool:
-    return b is not None and b.dtype != w.dtype
 
 
 def _fsdp_modules(model: Module | None) -> list[Any]:

@@ -581,3 +581,23 @@ def test_a_non_finite_value_anywhere_leaves_every_tensor_untouched(
         if not of.master:
             cols["b"][place] = before["b"][place] = None
     assert cases.same_bits(cols, before)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_float64_master_of_float32_weights_is_computed_in_float64(target: Target) -> None:
+    exact = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=target.device) / 3
+    columns = {"w": exact.float(), "b": exact.clone(), "g": torch.ones_like(exact).float()}
+    table = lk.TensorTable(
+        backend=target.backend,
+        step=[torch.zeros((), device=target.device)],
+        **{name: [x] for name, x in columns.items()},
+    )
+    c = Coefficients(
+        ("g",),
+        torch.full((1, 1), 1 / 7, dtype=torch.float64, device=target.device),
+        None,
+        torch.zeros((), device=target.device),
+    )
+    lk.step(table, "sgd", c, [{"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}])
+    assert torch.equal(columns["b"], exact - 1 / 7)
+    assert torch.equal(columns["w"], (exact - 1 / 7).float())
