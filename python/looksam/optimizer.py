@@ -260,7 +260,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     @property
     def _names(self) -> frozenset[str]:
         """What every group has. torch adds to the defaults what no group had when it was made."""
-        return self._base.ours.in_groups | self._base.defaults.keys()
+        return (self._base.ours.in_groups | self._base.defaults.keys()) - {LOSS_SCALE}
 
     @property
     def _incomplete(self) -> list[Group]:
