@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -45,19 +46,19 @@ class Commands(click.Group):
             return self._in_silence(*args, **kwargs)
         return super().main(*args, **kwargs)
 
-    def _in_silence(self, *args: Any, **kwargs: Any) -> None:
+    def _in_silence(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """As :meth:`main`, but what all processes have to say is left to the first. Tracebacks are this process's own."""
-        warnings.simplefilter("ignore")
-        with open(os.devnull, "w") as sink:
-            sys.stdout = sink
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
-                raise SystemExit(super().main(*args, **kwargs | {"standalone_mode": False}))
-            except click.ClickException as error:
-                raise SystemExit(error.exit_code) from None
-            except click.Abort:
-                raise SystemExit(1) from None
-            finally:
-                sys.stdout = sys.__stdout__
+                status = super().main(*args, standalone_mode=False, **kwargs)
+            except (click.ClickException, click.Abort) as error:
+                if not standalone_mode:
+                    raise
+                raise SystemExit(getattr(error, "exit_code", 1)) from None
+        if standalone_mode:
+            raise SystemExit(status)
+        return status
 
 
 @click.group(

@@ -124,7 +124,8 @@ def try_optimizer(config: TrainConfig) -> dict[str, Any]:
     Raises ValueError if it cannot be made with these options.
     """
     try:
-        return values_used(build_optimizer(config, torch.nn.Linear(2, 2), 100))
+        alone = replace(config, m_sharpness=False)  # which asks for a model that several processes share
+        return values_used(build_optimizer(alone, torch.nn.Linear(2, 2), 100))
     except (TypeError, ValueError, OverflowError) as error:
         given = ", ".join(f"{name}={value}" for name, value in config.options) or "its defaults"
         raise ValueError(f"{config.method} with {given}: {error}") from error
