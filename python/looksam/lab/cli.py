@@ -46,12 +46,13 @@ class Commands(click.Group):
             return self._in_silence(*args, **kwargs)
         return super().main(*args, **kwargs)
 
-    def _in_silence(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def _in_silence(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`main`, but what all processes have to say is left to the first. Tracebacks are this process's own."""
+        standalone_mode = kwargs.get("standalone_mode", True)
         with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                status = super().main(*args, standalone_mode=False, **kwargs)
+                status = super().main(*args, **kwargs | {"standalone_mode": False})
             except (click.ClickException, click.Abort) as error:
                 if not standalone_mode:
                     raise
