@@ -11,7 +11,7 @@ import looksam_kernels as lk
 from looksam_kernels import TensorTable
 from looksam_kernels.backends import native
 from tests.kernels import cases
-from tests.kernels.cases import BASE_CASES, BF16, RULE_GROUPS, Columns, Combination, Row
+from tests.kernels.cases import BASE_CASES, BF16, F16, RULE_GROUPS, Columns, Combination, Row
 
 ROWS = [Row((33,)), Row((5,), BF16, master=True), Row((9000,), group=1)]
 harness: Any = native._C
@@ -121,6 +121,6 @@ def test_what_a_graph_reads_is_kept_however_many_plans_come_after_it() -> None:
     harness.use_capture(0)
     of_graph = {x.data_ptr() for x in made.handle.arrays()}
     for mix in range(30):
-        made["g"] = [x.to(BF16) if mix >> i & 1 else x for i, x in enumerate(cols["g"])]
+        made["g"] = [x.to(BF16 if mix >> i & 1 else F16) for i, x in enumerate(cols["g"])]
         lk.sums(made, (("g", "g"),))
     assert of_graph <= {x.data_ptr() for x in made.handle.arrays()}
