@@ -315,8 +315,9 @@ def adan(w, d, states, h, factors):
     mean = divide(m, factors[0].to(acc)) + beta2.to(acc) * divide(a, factors[1].to(acc))
     moved = lr.to(acc) * divide(mean, divide(root(v), factors[2].to(acc)) + eps.to(acc))
     decay = lr * weight_decay
-    proximal = divide(w - moved, (1 + decay).to(acc))
-    return tl.where(no_prox != 0, w * (1 - decay).to(acc) - moved, proximal), (m, a, v, -d)
+    before = tl.where(no_prox != 0, 1 - decay, 1.0).to(acc)
+    after = tl.where(no_prox != 0, 1.0, 1 / (1 + decay)).to(acc)
+    return (w * before - moved) * after, (m, a, v, -d)
 
 
 UPDATES = {

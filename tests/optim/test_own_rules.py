@@ -149,6 +149,20 @@ def test_defining_a_rule_again_replaces_it(backend: str) -> None:
 
 
 @on_backends
+def test_an_ascent_may_become_a_descent(backend: str) -> None:
+    @looksam.rule("ascent", inputs="s", pairs="ss")
+    def remembered(sums: Any, hyper: Any) -> Tensor:
+        return hyper.row("rho")
+
+    define()
+    params = parameters()
+    optimizer = Own(params, "sgd", backend=backend, lr=LR)
+    for _ in range(STEPS):
+        optimizer.step(closure_of(params))
+    assert_equal(params, by_numpy())
+
+
+@on_backends
 def test_a_rule_of_several_inputs_in_the_ops(backend: str) -> None:
     @looksam.rule("ascent", inputs="g m", pairs="gg mm")
     def both(sums: Any, hyper: Any) -> tuple[Tensor, float]:
