@@ -207,6 +207,12 @@ def test_contract_10_values_that_groups_share(name: str) -> None:
         cls(groups, "sgd", lr=0.1)
 
 
+@pytest.mark.parametrize("base", [name for name, row in BASES.items() if row.options is not None])
+def test_contract_09_lamb_clips_unless_told_otherwise_and_no_other_base_does(base: str) -> None:
+    optimizer = looksam.SAM([nn.Parameter(torch.ones(2))], base)
+    assert optimizer.param_groups[0]["max_grad_norm"] == (1.0 if base == "lamb" else None)
+
+
 def test_contract_10_an_option_of_the_class_alone_in_one_group() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(2))], "amsgrad": x} for x in (False, True)]
     with pytest.raises(ValueError, match="amsgrad=True in one group only is not supported"):
