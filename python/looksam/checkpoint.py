@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from looksam.hyper import RANGES
+from looksam.names import inner, outer
 from looksam_kernels.numbers import scalar_dtype
 
 StateDict = dict[str, Any]
@@ -51,6 +54,67 @@ def load_exactly(
                 optimizer.state[p][name] = mine = value.to(kept).to(p.device, copy=True)
             if moves and isinstance(mine, Tensor):
                 optimizer.state[p][name] = mine.to(p.device)
+
+
+def from_another_variant(
+    given: StateDict, groups: list[dict[str, Any]], owner: str, in_groups: frozenset[str], in_state: frozenset[str]
+) -> StateDict:
+    """A checkpoint of another variant, as one that this optimizer loads: the base's hyper-parameters and state are the
+    checkpoint's; the variant's own, and the place in the cycle, stay as they are in ``groups``. One of the same variant
+    as it is.
+
+    Args:
+        owner: this optimizer's class.
+        in_groups, in_state: the names that are the variant's.
+    """
+    mine = in_groups & HYPER
+    base = groups[0].keys() - in_groups
+    if all("phase" not in g or _of_variant(g, base) == mine for g in given["param_groups"]):
+        return given
+    if len(given["param_groups"]) != len(groups):
+        return given  # torch has the error
+    warnings.warn(
+        f"the checkpoint is of another variant than {owner}, which keeps its own hyper-parameters and begins its cycle anew; "
+        "those of the base, and its state, are taken over",
+        stacklevel=5,
+    )
+    return {
+        **given,
+        "param_groups": [
+            {**_of_base(theirs, base, in_groups), **{name: own[name] for name in in_groups if name in own}}
+            for theirs, own in zip(given["param_groups"], groups, strict=True)
+        ],
+        "state": {key: _state_of_base(state, in_state) for key, state in given["state"].items()},
+    }
+
+
+def _of_variant(group: dict[str, Any], base: Collection[str]) -> set[str]:
+    return {name for name in HYPER if name in group and name not in base}
+
+
+def _of_base(group: dict[str, Any], base: Collection[str], in_groups: Collection[str]) -> dict[str, Any]:
+    """What is not the other variant's, under the names of this one."""
+    found = {name: value for name, value in group.items() if name in base or name not in HYPER | {"phase"}}
+    for name in (inner(x) for x in {*base, *(x for x in group if inner(x) != x)}):
+        for given in (outer(name, (name,)), name):
+            if given in group and outer(name, in_groups) in base:
+                found.pop(given, None)
+                found[outer(name, in_groups)] = group[given]
+                break
+    return found
+
+
+def _state_of_base(state: Any, in_state: Collection[str]) -> Any:
+    if not isinstance(state, dict):
+        return state
+    theirs = {name for name in STATE if name in state and name not in in_state}
+    return {outer(inner(name), in_state): x for name, x in state.items() if name not in theirs | set(in_state)}
+
+
+HYPER = {*RANGES, "layer_filter", "draws", "mu", "var", "t"} - {"max_grad_norm"}
+"""The names by which the groups of variants differ."""
+STATE = ("q", "q_norm_sq", "m", "y")
+"""What variants keep for each parameter."""
 
 
 def _kept(value: Tensor, p: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from looksam import bases
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
-from looksam.checkpoint import load_exactly
+from looksam.checkpoint import from_another_variant, load_exactly
 from looksam.distributed import refuse_flat, refuse_shard_of_optimizer
 from looksam.filters import LayerFilters
 from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
@@ -419,13 +419,23 @@ class SharpnessAware(ScaledGradients, Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps the dtype it was saved with."""
+        """As torch's, but every tensor keeps the dtype it was saved with.
+
+        A checkpoint of the base alone, or of another variant, gives the base's hyper-parameters and state; this
+        variant's own stay, and its cycle begins anew.
+        """
+        ours, owner = self._base.ours, type(self).__name__
+
+        def translate(given: dict[str, Any]) -> dict[str, Any]:
+            given = bases.under_our_names(self._base, given)
+            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state)
+
         load_exactly(
             self,
             super().load_state_dict,
             state_dict,
             moves=isinstance(self._base, bases.Fused),
-            translate=lambda given: bases.under_our_names(self._base, given),
+            translate=translate,
         )
 
 

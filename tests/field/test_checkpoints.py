@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -11,12 +13,7 @@ import torch
 from torch import nn
 
 import looksam
-from tests.contract.support import (
-    PAIRS,
-    build,
-    network,
-    train,
-)
+from tests.contract.support import PAIRS, PERIODIC, VARIANTS, build, network, train
 
 PLAIN = {"lamb": looksam.LAMB, "lars": looksam.LARS, "lion": looksam.Lion}
 
@@ -102,3 +99,65 @@ def test_field_15_timms_tests_of_a_state_dict(name: str) -> None:
         del group["maximize"]  # of a version before the option
     second.load_state_dict(before)
     assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+OTHERS = [
+    ("looksam", "sam"),
+    ("sam", "looksam"),
+    ("gsam", "sam"),
+    ("sam", "gsam"),
+    ("vasso", "looksam"),
+    ("looksam", "vasso"),
+    ("aesam", "sam"),
+]
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop", "wrapped rmsprop"])
+@pytest.mark.parametrize(
+    ("saves", "loads"),
+    [
+        ("looksam", "sam"),
+        ("sam", "looksam"),
+        ("gsam", "sam"),
+        ("vasso", "looksam"),
+        ("looksam", "vasso"),
+        ("sam", "gsam"),
+        ("aesam", "sam"),
+    ],
+)
+def test_field_09_a_checkpoint_of_another_variant_gives_the_base(saves: str, loads: str, base: str) -> None:
+    """Its hyper-parameters and state are the base's; LookSAM's k does not make SAM-5 of SAM."""
+    model, other = network(), network()
+    optimizer = build(model.parameters(), saves, base, **({"k": 5} if saves in PERIODIC else {}))
+    train(model, optimizer, 3)
+    optimizer.param_groups[0]["lr"] = 0.007
+    second = build(other.parameters(), loads, base)
+    own = {name: second.param_groups[0][name] for name in second.param_groups[0].keys() - {"params"}}
+    with pytest.warns(UserWarning, match="another variant"):
+        second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    group = second.param_groups[0]
+    assert group["lr"] == 0.007
+    assert (group["rho"], group["phase"]) == (own["rho"], 0)
+    assert group.keys() == {*own, "params"}
+    for name in ("k", "alpha", "theta"):
+        if name in inspect.signature(VARIANTS[loads]).parameters:
+            assert group[name] == own[name]
+    if "rmsprop" in base:
+        assert group["base.alpha" if loads in ("looksam", "gsam") else "alpha"] == 0.99
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        mine, theirs = second.state[q], optimizer.state[p]
+        assert not mine.keys() & {"q", "q_norm_sq", "m", "y"}
+        for name in ("exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer", "step"):
+            if name in theirs:
+                assert torch.equal(mine[name], theirs[name])
+    train(other, second, 3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> None:
+    model = network()
+    optimizer = build(model.parameters(), variant, "rmsprop")
+    train(model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(model.parameters(), variant, "rmsprop").load_state_dict(optimizer.state_dict())
