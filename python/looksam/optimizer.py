@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from looksam.plans import Plan, Variant
 from looksam.skipped import Skipped
 from looksam.steps import Step
 from looksam.trainers import count_step
+from looksam.types import BackendName, BaseOptimizer, Closure
 from looksam_kernels import notice
 
-Closure = Callable[..., Any]
-BaseOptimizer = str | type[Optimizer]
+Loss = TypeVar("Loss")
 
 
 class SharpnessAware(ScaledGradients, Optimizer):
@@ -83,7 +83,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         variant: Variant,
         hyper: Mapping[str, Any],
         *,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         base_kwargs: Mapping[str, Any],
     ) -> None:
         self.variant = variant
@@ -117,6 +117,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._skipped = Skipped()
 
     # What the user calls --------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[..., Loss]) -> Loss: ...
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from looksam.distributed import Pair, Whole, shards_of
 from looksam.hyper import Group
-from looksam.optimizer import BaseOptimizer, Closure, SharpnessAware
+from looksam.optimizer import SharpnessAware
 from looksam.plans import Look, Plan, Variant
 from looksam.steps import Step
+from looksam.types import BackendName, BaseOptimizer, Closure
 
 
 class SAMPa(SharpnessAware):
@@ -47,7 +48,7 @@ class SAMPa(SharpnessAware):
         lambda_: float = 0.2,
         perturb_eps: float = 1e-12,
         process_group: Any = None,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         if process_group is not None:

@@ -33,8 +33,9 @@ def frozen_running_stats(model: Module) -> Iterator[None]:
         for m, name, x in owners:
             if getattr(m, name) is not x:  # the module has put another tensor in its place
                 setattr(m, name, x)
-        with torch.no_grad():  # .data: the version stays too, for the sake of a graph that is still to go backward
-            torch._foreach_copy_([x.data for _, _, x in owners], before)
+        with torch.no_grad():
+            for (_, _, x), value in zip(owners, before, strict=True):
+                x.data.copy_(value)  # .data: the version stays too, for a graph that is still to go backward
 
 
 def _is_statistic(name: str, buffer: Tensor) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from looksam import samples
 from looksam.hyper import COMMON, RANGES, within
-from looksam.optimizer import BaseOptimizer, Closure, SharpnessAware
+from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, REUSE, Plan, Variant, two_looks
 from looksam.steps import Step
+from looksam.types import BackendName, BaseOptimizer, Closure, NormScope
 
 
 class ESAM(SharpnessAware):
@@ -62,7 +63,7 @@ class ESAM(SharpnessAware):
         seed: int = 0,
         k: int = 1,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed, "draws": 0, "k": k, "perturb_eps": perturb_eps}
@@ -114,7 +115,7 @@ class _Deciding(SharpnessAware):
         cheap: Plan,
         descent: str,
         hyper: dict[str, Any],
-        backend: str | None,
+        backend: BackendName | None,
         base_kwargs: dict[str, Any],
     ) -> None:
         if base_kwargs.get("m_sharpness"):
@@ -178,7 +179,7 @@ class AESAM(_Deciding):
         lambda1: float = -1.0,
         lambda2: float = 1.0,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "total_steps": total_steps, "delta": delta}
@@ -212,9 +213,9 @@ class AELookSAM(_Deciding):
         delta: float = 0.9,
         lambda1: float = -1.0,
         lambda2: float = 1.0,
-        norm_scope: str = "global",
+        norm_scope: NormScope = "global",
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "total_steps": total_steps, "delta": delta}

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from looksam.hyper import RANGES, Group, within
-from looksam.optimizer import BaseOptimizer, SharpnessAware
+from looksam.optimizer import SharpnessAware
 from looksam.parallel import SAMPa
 from looksam.plans import PLAIN, REUSE, Look, Plan, Variant, two_looks
 from looksam.selecting import AESAM, ESAM, AELookSAM
+from looksam.types import BackendName, BaseOptimizer, LayerScale, NormScope
 
 
 class SAM(SharpnessAware):
@@ -41,7 +42,7 @@ class SAM(SharpnessAware):
         k: int = 1,
         perturb_eps: float = 1e-12,
         eta: float = 0.01,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
@@ -65,7 +66,22 @@ class LookSAM(SharpnessAware):
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
         perturb_eps: added to ||g|| in the perturbation.
 
-    ``params``, ``base_optimizer``, ``backend``, ``base_kwargs`` and the errors: :class:`looksam.SharpnessAware`.
+    Beside these: those of the base (``lr``, ``weight_decay``, ``momentum`` or ``betas``, ...); ``max_grad_norm``, to clip;
+    ``model``, so that the running statistics of batch norms move once a step. Everything else, and the errors:
+    :class:`looksam.SharpnessAware`.
+
+    Example::
+
+        optimizer = LookSAM(model.parameters(), "adamw", lr=1e-3, weight_decay=0.05, rho=0.05, k=5, model=model)
+        for x, y in loader:
+
+            def closure():
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            loss = optimizer.step(closure)
     """
 
     def __init__(
@@ -75,9 +91,9 @@ class LookSAM(SharpnessAware):
         rho: float = 0.05,
         k: int = 5,
         alpha: float = 0.7,
-        norm_scope: str = "global",
+        norm_scope: NormScope = "global",
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
@@ -115,10 +131,10 @@ class LayerSAM(SharpnessAware):
         base_optimizer: BaseOptimizer,
         rho: float = 0.05,
         k: int = 1,
-        layer_scale: str = "trust_normalized",
+        layer_scale: LayerScale = "trust_normalized",
         layer_filter: Callable[[Tensor], bool] | None = None,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
@@ -143,14 +159,20 @@ class LookLayerSAM(SharpnessAware):
         rho: float = 0.05,
         k: int = 5,
         alpha: float = 0.7,
-        norm_scope: str = "global",
-        layer_scale: str = "trust_normalized",
+        norm_scope: NormScope = "global",
+        layer_scale: LayerScale = "trust_normalized",
         layer_filter: Callable[[Tensor], bool] | None = None,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
+        hyper: dict[str, Any] = {
+            "rho": rho,
+            "k": k,
+            "alpha": alpha,
+            "norm_scope": norm_scope,
+            "perturb_eps": perturb_eps,
+        }
         hyper |= {"layer_scale": layer_scale, "layer_filter": layer_filter}
         variant = Variant(sharp=two_looks(layer_scale, "looksam_refresh"), cheap=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
@@ -180,7 +202,7 @@ class ASAM(SAM):
         eta: float = 0.01,
         k: int = 1,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, True, k, perturb_eps, eta, backend, **base_kwargs)
@@ -204,7 +226,7 @@ class SSAM(SharpnessAware):
         rho: float = 0.05,
         k: int = 1,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
@@ -239,7 +261,7 @@ class GSAM(SharpnessAware):
         lr_min: float = 0.0,
         k: int = 1,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
@@ -280,7 +302,7 @@ class WSAM(SharpnessAware):
         decouple: bool = True,
         k: int = 1,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
@@ -313,7 +335,7 @@ class CRSAM(SharpnessAware):
         beta: float = 0.1,
         k: int = 1,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "gamma": gamma, "beta": beta, "k": k, "perturb_eps": perturb_eps}
@@ -343,7 +365,7 @@ class VaSSO(SharpnessAware):
         rho: float = 0.05,
         theta: float = 0.9,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "theta": theta, "perturb_eps": perturb_eps}
@@ -375,7 +397,7 @@ class FriendlySAM(SharpnessAware):
         sigma: float = 1.0,
         lambda_: float = 0.9,
         perturb_eps: float = 1e-12,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "perturb_eps": perturb_eps}
@@ -410,7 +432,7 @@ class LAMB(SharpnessAware):
         always_adapt: bool = False,
         trust_clip: bool = False,
         maximize: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         base_kwargs = {
             "lr": lr,
@@ -458,7 +480,7 @@ class LARS(SharpnessAware):
         always_adapt: bool = False,
         max_grad_norm: float | None = None,
         maximize: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         base_kwargs = {
             "lr": lr,
@@ -502,7 +524,7 @@ class Lion(SharpnessAware):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         maximize: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         base_kwargs = {
             "lr": lr,

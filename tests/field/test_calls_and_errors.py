@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +390,32 @@ def test_field_09_an_unknown_option_of_a_class_that_takes_any_is_its_own() -> No
             self.defaults.update(options)
 
     assert looksam.SAM([parameter()], Open, whatever=3).param_groups[0]["whatever"] == 3
+
+
+# Types and help -----------------------------------------------------------------------------------------------------
+
+
+def test_field_16_16_names_for_type_checkers_are_those_that_run() -> None:
+    from typing import get_args
+
+    from looksam import bases, types
+    from looksam.hyper import RANGES
+    from looksam_kernels import backends
+
+    assert set(get_args(types.BaseName)) == set(bases.FUSED)
+    for name, literal in (("norm_scope", types.NormScope), ("layer_scale", types.LayerScale)):
+        assert RANGES[name].text == f"one of {', '.join(map(repr, get_args(literal)))}"
+    assert get_args(types.BackendName) == backends.ORDER
+
+
+def test_field_16_16_help_shows_an_example_that_runs() -> None:
+    text = inspect.getdoc(looksam.LookSAM) or ""
+    example = textwrap.dedent(text.split("Example::\n")[1])
+    model = network()
+    names = {"LookSAM": looksam.LookSAM, "model": model, "F": F, "loader": [data()] * 2}
+    before = weights(model)
+    exec(example, names)
+    assert all(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    assert names["optimizer"].param_groups[0]["phase"] == 2
+    for argument in ("lr", "weight_decay", "max_grad_norm", "model"):
+        assert f"``{argument}``" in text

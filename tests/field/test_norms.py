@@ -105,6 +105,20 @@ def test_field_13_statistics_move_in_the_first_pass_only(backend: str, norm: str
     assert norm == "puts another" or where == [b.data_ptr() for b in model.buffers()]
 
 
+def test_field_13_a_model_without_statistics() -> None:
+    model = nn.Linear(5, 3)
+    optimizer = looksam.SAM(model.parameters(), "sgd", lr=0.1, model=model)
+    x, y = batch()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > F.cross_entropy(model(x), y)
+
+
 def test_field_13_the_flag_may_change_later() -> None:
     model = net(nn.BatchNorm1d(4, track_running_stats=True))
     optimizer = looksam.SAM(model.parameters(), "sgd", lr=0.1, model=model)

@@ -31,7 +31,7 @@ class Base:
     weight_decay: float
 
 
-def _by_itself(name: str) -> type[torch.optim.Optimizer]:
+def _by_itself(name: Any) -> type[torch.optim.Optimizer]:
     """A base that torch.optim does not have, as an optimizer that takes its options."""
 
     class ByItself(looksam.SharpnessAware):

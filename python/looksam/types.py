@@ -1,0 +1,16 @@
+"""The names that arguments may have, for type checkers and editors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+BaseName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "lamb", "lars", "lion", "adan"]
+"""The fused bases."""
+BaseOptimizer = BaseName | type[Optimizer]
+NormScope = Literal["global", "tensor"]
+LayerScale = Literal["trust_normalized", "trust", "trust_global", "unit"]
+BackendName = Literal["native", "triton", "reference"]
+Closure = Callable[..., Any]
