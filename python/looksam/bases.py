@@ -81,6 +81,13 @@ class Fused(NamedTuple):
     def share(self, groups: list[Group], state: MutableMapping[Tensor, State]) -> None:
         """Nothing is kept of either."""
 
+    def extras(self) -> dict[str, Any]:
+        """Nothing is kept elsewhere."""
+        return {}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Groups and state are all there is."""
+
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         names = ("step", *self.states(group), *(("master_param",) if needs_master(p) else ()))
         lacking = {name for name in names if state.get(name) is None}
@@ -203,6 +210,24 @@ class Wrapped:
 
     def states(self, group: Group) -> tuple[str, ...]:
         return ()
+
+    def extras(self) -> dict[str, Any]:
+        """What the class's own ``state_dict`` holds beside groups and state: counters that it keeps elsewhere."""
+        if self.cls.state_dict is Optimizer.state_dict or self.inner is not _holder(self.inner):
+            return {}
+        return {name: x for name, x in self.inner.state_dict().items() if name not in ("state", "param_groups")}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """The class's own ``load_state_dict``, where it has one, reads what it would have saved alone."""
+        if self.cls.load_state_dict is Optimizer.load_state_dict or self.inner is not _holder(self.inner):
+            return
+        ours = self.ours
+        states = {
+            key: dict(BaseEntries(state, ours.in_state)) if isinstance(state, dict) else state
+            for key, state in saved["state"].items()
+        }
+        groups = [dict(self._own(group)) for group in saved["param_groups"]]
+        self.inner.load_state_dict({**saved, "state": states, "param_groups": groups})
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         """What a class that creates its state in its constructor would not create any more."""

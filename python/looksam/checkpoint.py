@@ -24,7 +24,7 @@ def load_exactly(
     state_dict: StateDict,
     moves: bool,
     translate: Callable[[StateDict], StateDict],
-) -> None:
+) -> StateDict:
     """``load(state_dict)``, after which every tensor has the dtype that it was saved with.
 
     Torch casts state to the parameter's dtype, which would round the float32 state of low-precision parameters.
@@ -33,6 +33,9 @@ def load_exactly(
         load: torch's own ``load_state_dict``.
         translate: of what the user's hooks leave of the given one, what is loaded.
         moves: bring all tensors to the parameter's device; torch leaves ``step`` where it was saved.
+
+    Returns:
+        What was loaded.
     """
     final: StateDict = {}
 
@@ -54,6 +57,7 @@ def load_exactly(
                 optimizer.state[p][name] = mine = value.to(kept).to(p.device, copy=True)
             if moves and isinstance(mine, Tensor):
                 optimizer.state[p][name] = mine.to(p.device)
+    return final
 
 
 def from_another_variant(

@@ -46,15 +46,19 @@ class LayerFilters:
             group["layer_filter"] = [_says(given, p) for p in params]
             return _Settled(group["layer_filter"], params, given)
         accepts = self._settled[i].accepts if i < len(self._settled) else self._accepts
-        before = next((s for s in self._settled if s.flags is given), _Settled(given, params, accepts))
-        if len(given) == len(before.params):
-            flags = {**known, **dict(zip(before.params, given, strict=True))}
-            given[:] = [flags[p] if p in flags else _says(before.accepts, p) for p in params]
-        elif len(given) != len(params):
+        before = next((s for s in self._settled if s.flags is given), None)
+        if before is None and len(given) != len(params):
             raise ValueError(
                 f"layer_filter has {len(given)} flags for {len(params)} parameters; give a function, or one flag for each"
             )
-        return _Settled(given, params, before.accepts)
+        made_for = params
+        if before is not None:
+            accepts = before.accepts
+            if len(given) == len(before.params) or len(given) != len(params):  # else the flags were edited, too
+                made_for = before.params
+        flags = known | dict(zip(made_for, given, strict=False))
+        group["layer_filter"] = [flags[p] if p in flags else _says(accepts, p) for p in params]
+        return _Settled(group["layer_filter"], params, accepts)
 
 
 def _says(accepts: Accepts, p: Any) -> bool:

@@ -422,7 +422,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         if self._moved:
             raise RuntimeError("state_dict() between first_step and second_step: the weights are perturbed")
         self.settle()
-        return super().state_dict()
+        self._base.share(self.param_groups, self.state)
+        return {**super().state_dict(), **self._base.extras()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved with.
@@ -436,13 +437,15 @@ class SharpnessAware(ScaledGradients, Optimizer):
             given = bases.under_our_names(self._base, given)
             return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state)
 
-        load_exactly(
+        loaded = load_exactly(
             self,
             super().load_state_dict,
             state_dict,
             moves=isinstance(self._base, bases.Fused),
             translate=translate,
         )
+        self._base.load(loaded)
+        self._base.share(self.param_groups, self.state)
 
 
 PASSES = ("model", "same_rng", "m_sharpness")
