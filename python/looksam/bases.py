@@ -213,21 +213,25 @@ class Wrapped:
 
     def extras(self) -> dict[str, Any]:
         """What the class's own ``state_dict`` holds beside groups and state: counters that it keeps elsewhere."""
-        if self.cls.state_dict is Optimizer.state_dict or self.inner is not _holder(self.inner):
+        if self.cls.state_dict is Optimizer.state_dict or self.inner is None:
             return {}
-        return {name: x for name, x in self.inner.state_dict().items() if name not in ("state", "param_groups")}
+        own = self.inner.state_dict()
+        return {name: x for name, x in own.items() if name not in _CHECKPOINT and not _is_checkpoint(x)}
 
     def load(self, saved: dict[str, Any]) -> None:
         """The class's own ``load_state_dict``, where it has one, reads what it would have saved alone."""
-        if self.cls.load_state_dict is Optimizer.load_state_dict or self.inner is not _holder(self.inner):
+        if self.cls.load_state_dict is Optimizer.load_state_dict or self.inner is None:
             return
-        ours = self.ours
+        extras = {name: saved[name] for name in self.extras() if name in saved}
+        if extras.keys() != self.extras().keys():
+            return  # an older checkpoint, of groups and state only
         states = {
-            key: dict(BaseEntries(state, ours.in_state)) if isinstance(state, dict) else state
+            key: dict(BaseEntries(state, self.ours.in_state)) if isinstance(state, dict) else state
             for key, state in saved["state"].items()
         }
-        groups = [dict(self._own(group)) for group in saved["param_groups"]]
-        self.inner.load_state_dict({**saved, "state": states, "param_groups": groups})
+        own = {"state": states, "param_groups": [dict(self._own(group)) for group in saved["param_groups"]]}
+        within = [name for name, x in self.inner.state_dict().items() if _is_checkpoint(x)]
+        self.inner.load_state_dict(extras | (dict.fromkeys(within, own) if within else own))
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
         """What a class that creates its state in its constructor would not create any more."""
@@ -298,6 +302,14 @@ def _writable(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> l
             p.grad = new[row] = x.clone(memory_format=torch.contiguous_format)
         seen.add(x.data_ptr())
     return new
+
+
+_CHECKPOINT = ("state", "param_groups")
+
+
+def _is_checkpoint(x: Any) -> bool:
+    """Is it the state_dict of an optimizer, which a class may have within its own?"""
+    return isinstance(x, dict) and x.keys() >= set(_CHECKPOINT)
 
 
 def _holder(optimizer: Any) -> Any:

@@ -258,15 +258,16 @@ class SharpnessAware(ScaledGradients, Optimizer):
         for group in self._incomplete:
             bases.rename_given(self._base, group)
             for name in self.counted:
-                group.setdefault(name, next((g[name] for g in self.param_groups if name in g), self.defaults[name]))
+                counts = [g[name] for g in self.param_groups if name in g]
+                group.update({name: counts[0]} if counts and name not in group else {})
             for name in self._names:
                 group.setdefault(name, self.defaults[name])
         self._settle_filters()
 
     @property
     def _names(self) -> frozenset[str]:
-        """What every group has. torch adds to the defaults what no group had when it was made."""
-        return (self._base.ours.in_groups | self._base.defaults.keys()) - {LOSS_SCALE}
+        """What every group has. torch adds more to ``defaults``, and so do we to groups, as steps need it."""
+        return self._base.ours.in_groups & self.defaults.keys() | self._base.defaults.keys()
 
     @property
     def _incomplete(self) -> list[Group]:

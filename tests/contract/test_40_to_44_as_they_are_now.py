@@ -151,6 +151,42 @@ def test_contract_41_no_name_collides(backend: str, variant: str) -> None:
     assert other.base_optimizer.param_groups[0]["k"] == 4
 
 
+class Counting(torch.optim.Optimizer):
+    """SGD whose steps grow by what it counts on itself and under a key of its own, and which saves the former."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.count = 0
+        self.state["calls"] = 0  # type: ignore[index, assignment]
+
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        self.state["calls"] += 1  # type: ignore[index, operator]
+        for p in self.param_groups[0]["params"]:
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"] * (self.count + self.state["calls"]))  # type: ignore[index]
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.count = state_dict["count"]
+
+
+@on_backends
+@pytest.mark.parametrize("variant", ["sam", "looksam"])
+def test_contract_41_what_a_class_keeps_elsewhere_is_saved(backend: str, variant: str) -> None:
+    model = network()
+    optimizer = looksam.VARIANTS[variant](model.parameters(), Counting, lr=0.01, k=2, backend=backend)
+    train(model, optimizer, 3)
+    other = copy.deepcopy(model)
+    resumed = looksam.VARIANTS[variant](other.parameters(), Counting, lr=0.01, k=2, backend=backend)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 3)
+    train(other, resumed, 3)
+    assert_same(weights(model), weights(other))
+
+
 @on_backends
 @pytest.mark.parametrize("base", ["sgd", "rmsprop", "lars"])
 def test_contract_41_a_scheduler_writes_what_it_likes(backend: str, base: str) -> None:
