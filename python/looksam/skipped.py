@@ -35,16 +35,18 @@ class Skipped:
 
     def note(self, found_inf: Tensor) -> None:
         """A step is done, or left out where ``found_inf`` is 1.0."""
-        if not readable((found_inf,)):
-            return
-        if found_inf.device.type == "cpu":
-            left_out = any(found_inf.reshape(1).tolist())  # read where it lies: no operation waits for it
-            self._run = self._run + 1 if left_out else 0
-            if left_out:
-                self._count += 1
-                self._warn_after(self._run)
-        else:
+        if type(found_inf) is Tensor and found_inf.is_cpu and torch._C._functorch.maybe_current_level() is None:
+            self._note_here(found_inf.tolist())  # read where it lies: no operation
+        elif readable((found_inf,)):
             self._note_there(found_inf)
+
+    def _note_here(self, left_out: Any) -> None:
+        if left_out:
+            self._run += 1
+            self._count += 1
+            self._warn_after(self._run)
+        else:
+            self._run = 0
 
     def _note_there(self, found_inf: Tensor) -> None:
         if self._count.device != found_inf.device:
