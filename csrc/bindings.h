@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <optional>
+#include <string_view>
 #include <unordered_map>
 
 #include "core/scalars.h"
@@ -32,6 +33,22 @@ inline const at::Tensor& unpack(py::handle object) {
 // None for an undefined tensor.
 inline py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
+// Which tensor a message is about: checks pass it along for every row of every op, and spell it out only in an error.
+class Place {
+ public:
+  Place(const char* what) : name_(what) {}
+  Place(std::string_view column, std::size_t row) : name_(column), row_(static_cast<std::ptrdiff_t>(row)) {}
+
+  friend std::string operator+(const Place& place, const std::string& text) {
+    const std::string name(place.name_);
+    return (place.row_ < 0 ? name : "column '" + name + "', row " + std::to_string(place.row_)) + text;
+  }
+
+ private:
+  std::string_view name_;
+  std::ptrdiff_t row_ = -1;
+};
+
 // Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other tensors
 // does not, and a storage may have been resized to nothing.
 inline bool has_memory(const at::Tensor& x) {
@@ -50,15 +67,11 @@ inline bool has_memory(const at::Tensor& x) {
 }
 
 // The elements of x, which C++ is about to read or write there. what: which tensor it is, for the message.
-inline void require_memory(const at::Tensor& x, const std::string& what) {
+inline void require_memory(const at::Tensor& x, const Place& what) {
   if (!has_memory(x))
     throw py::type_error(what + " has no memory on " + x.device().str() +
                          ": it is a FakeTensor or wraps another tensor, or its storage was freed; backend=\"reference\" takes all "
                          "tensors that PyTorch can compute with");
-}
-
-inline std::string at_row(const std::string& column, std::size_t row) {
-  return "column '" + column + "', row " + std::to_string(row);
 }
 
 // A tensor on the device, whose value the host must not read.
@@ -226,10 +239,10 @@ inline void check_groups(const std::vector<int>& group, py::handle groups) {
 // A tensor on the table's device whose type the kernels know, at the shape that it had when the column was set.
 inline void check_tensor(const at::Tensor& x, const at::Tensor& w, const at::Device& device, const std::string& column,
                          std::size_t row) {
-  if (x.device() != device) throw py::type_error(at_row(column, row) + ": on " + x.device().str() + ", not on " + device.str());
-  if (!dtype_of(x)) throw py::type_error(at_row(column, row) + ": " + toString(x.scalar_type()) + " is not supported");
+  if (x.device() != device) throw py::type_error(Place(column, row) + ": on " + x.device().str() + ", not on " + device.str());
+  if (!dtype_of(x)) throw py::type_error(Place(column, row) + ": " + toString(x.scalar_type()) + " is not supported");
   if (x.sizes() != w.sizes())
-    throw py::value_error(at_row(column, row) + ": the shape has changed since the column was set");
+    throw py::value_error(Place(column, row) + ": the shape has changed since the column was set");
 }
 
 // tensors: a list of tensors and None, one a row.
@@ -238,7 +251,7 @@ inline Tensors column_of(const std::string& name, const py::list& tensors, std::
   for (const py::handle x : tensors) column.push_back(x.is_none() ? at::Tensor() : unpack(x));
   if (column.size() != rows) throw py::value_error("column '" + name + "' does not fit the table");
   for (std::size_t row = 0; name == "w" && row < rows; ++row)
-    if (!column[row].defined()) throw py::type_error(at_row(name, row) + ": a parameter is a tensor, not None");
+    if (!column[row].defined()) throw py::type_error(Place(name, row) + ": a parameter is a tensor, not None");
   return column;
 }
 
