@@ -16,7 +16,7 @@ from looksam.types import BackendName, BaseOptimizer, Closure
 
 
 class SAMPa(SharpnessAware):
-    """SAMPa: two gradients of which neither waits for the other. Xie et al. 2024.
+    """SAMPa: two independent gradients, computable in parallel. Xie et al. 2024.
 
     With y, r of the step before: s at w + rho y / (||y|| + perturb_eps), r at w - lr y; base update with
     d = (1 - lambda) s + lambda r. In the first step, which has no y, both are taken at w. The passes run one after the

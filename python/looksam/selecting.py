@@ -1,4 +1,4 @@
-"""The variants that choose while a step is under way: a part of the weights and of the batch, or whether to look twice."""
+"""The variants that decide during a step: which weights and samples to use, or whether the step is sharp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from looksam.types import BackendName, BaseOptimizer, Closure, NormScope
 
 
 class ESAM(SharpnessAware):
-    """ESAM: perturbs a random part of the weights, comes down along the samples that suffer most. Du et al. 2022.
+    """ESAM: perturbs some weights at random; second gradient on the samples whose loss rose most. Du et al. 2022.
 
     e = (rho / beta) b g / (||g|| + perturb_eps), b ~ Bernoulli(beta) for each element. Of the B samples of the batch the
     gamma B whose losses grow most from w to w + e are kept; s is the gradient of their mean loss; base update with s.
@@ -29,7 +29,7 @@ class ESAM(SharpnessAware):
     the closure returns scaled losses.
 
     Passes per step: 1 + 0.83/k. Extra memory: 1 model copy (w).
-    When: the second pass is to cost less and see the samples that matter; with gamma = 0.5 it is 1/3 (the forward pass for
+    When: the second pass should cost less and use the samples that matter; with gamma = 0.5 it is 1/3 (the forward pass for
     the choice, without gradients) + 0.5. The loss must be a mean over samples.
 
     Args:
@@ -101,7 +101,7 @@ class ESAM(SharpnessAware):
 
 
 class _Deciding(SharpnessAware):
-    """Looks twice where the gradient is large for what it has been lately."""
+    """Makes a sharp step when the gradient is large compared with its recent values."""
 
     shared = (*COMMON, "total_steps", "delta", "lambda1", "lambda2")
     counted = ("phase", "mu", "var", "t")
@@ -147,7 +147,7 @@ class _Deciding(SharpnessAware):
 
 
 class AESAM(_Deciding):
-    """AE-SAM: a SAM step where the gradient is large for what it has been, a plain one elsewhere. Jiang et al. 2023.
+    """AE-SAM: a sharp step when the gradient is large compared with recent ones, else a plain step. Jiang et al. 2023.
 
     x = ||g||^2; mu = delta mu + (1 - delta) x; var = delta var + (1 - delta) (x - mu)^2 with the new mu; the step is SAM's
     if x >= mu + c_t sqrt(var), c_t = (t/T) lambda1 + (1 - t/T) lambda2, else the base's. t counts the steps done, in 0 to
@@ -189,7 +189,7 @@ class AESAM(_Deciding):
 
 
 class AELookSAM(_Deciding):
-    """AE-LookSAM: AE-SAM's choice of the steps, LookSAM's reuse in those between. Jiang et al. 2023.
+    """AE-LookSAM: AE-SAM's choice of the sharp steps, LookSAM's reuse steps between them. Jiang et al. 2023.
 
     Sharp: s at w + rho g / ||g||, q = s - (<g,s> / ||g||^2) g, base update with s. Else: base update with
     g + alpha (||g|| / ||q||) q. Which of them, and what that costs: :class:`looksam.AESAM`.

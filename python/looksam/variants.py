@@ -26,7 +26,7 @@ class SAM(SharpnessAware):
     Args:
         rho: radius of the perturbation (L2, all tensors jointly), >= 0; per group.
         adaptive: scale the perturbation with the weights (ASAM); per group.
-        k: look twice on every k-th step, >= 1.
+        k: a sharp step on every k-th step, >= 1.
         perturb_eps: added to the norm.
         eta: of ASAM, >= 0; per group.
 
@@ -51,7 +51,7 @@ class SAM(SharpnessAware):
 
 
 class LookSAM(SharpnessAware):
-    """LookSAM: looks twice on every k-th step and reuses what changes slowly in between. Liu et al. 2022.
+    """LookSAM: a sharp step on every k-th step; the steps between reuse what changes slowly. Liu et al. 2022.
 
     On step 0, k, 2k, ...: e = rho g / ||g||, s = gradient at w + e, q = s - (<g,s> / ||g||^2) g, base update with s.
     On the others, after one pass: base update with g + alpha (||g|| / ||q||) q.
@@ -61,7 +61,7 @@ class LookSAM(SharpnessAware):
 
     Args:
         rho: radius of the perturbation, >= 0; per group.
-        k: look twice on every k-th step, >= 1; k = 1 is SAM.
+        k: a sharp step on every k-th step, >= 1; k = 1 is SAM.
         alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
         perturb_eps: added to ||g|| in the perturbation.
@@ -214,7 +214,7 @@ class SSAM(SharpnessAware):
     e as SAM; s the gradient at w + e; base update with d = (||g|| / (||s|| + perturb_eps)) s.
 
     Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
-    When: SAM gets unstable at the rho or the learning rate one would like.
+    When: SAM is unstable at the desired rho or learning rate.
 
     Args: as :class:`looksam.SAM`, and its errors.
     """
@@ -235,7 +235,7 @@ class SSAM(SharpnessAware):
 
 
 class GSAM(SharpnessAware):
-    """GSAM: lowers the perturbed loss together with its gap to the loss at w. Zhuang et al. 2022.
+    """GSAM: minimizes the perturbed loss together with its gap to the loss at w. Zhuang et al. 2022.
 
     e as SAM with rho_t; d = (1 + alpha c) s - alpha g, c = <g,s> / (||s||^2 + perturb_eps). rho_t is rho; with ``lr_max``
     it follows the learning rate: rho_t = rho_min + (rho - rho_min) (lr_t - lr_min) / (lr_max - lr_min).
@@ -276,7 +276,7 @@ def _follows_lr(group: Group) -> Any:
 
 
 class WSAM(SharpnessAware):
-    """WSAM: sharpness as a regularizer with a weight of its own. Yue et al. 2023.
+    """WSAM: sharpness as a regularizer with its own weight. Yue et al. 2023.
 
     e as SAM; a = gamma / (1 - gamma). Decoupled: base update with g, then w -= lr a (s - g), which no preconditioner
     rescales. Coupled: base update with d = a s + (1 - a) g; gamma = 0.5 is SAM.
@@ -311,7 +311,7 @@ class WSAM(SharpnessAware):
 
 
 class CRSAM(SharpnessAware):
-    """CR-SAM: a third pass, at the point across, measures the curvature and holds it down. Wu et al. 2024.
+    """CR-SAM: penalizes the curvature, measured with a third pass at w - e. Wu et al. 2024.
 
     e as SAM; s and r the gradients at w + e and w - e; d = (1 + gamma + beta) s + (gamma - beta) r - 2 gamma g.
     ``step(closure)`` calls the closure three times; there is no ``first_step``.
@@ -345,7 +345,7 @@ class CRSAM(SharpnessAware):
 
 
 class VaSSO(SharpnessAware):
-    """VaSSO: steps up along a moving average of the gradients, a quieter adversary. Li & Giannakis 2023.
+    """VaSSO: perturbs along a moving average of the gradients, which has less noise. Li & Giannakis 2023.
 
     m = (1 - theta) m + theta g, the first time m = g; e = rho m / (||m|| + perturb_eps); base update with s.
 
@@ -374,7 +374,7 @@ class VaSSO(SharpnessAware):
 
 
 class FriendlySAM(SharpnessAware):
-    """Friendly SAM: steps up along what is new in the gradient, the noise of its batch. Li et al. 2024.
+    """Friendly SAM: perturbs along the difference of the gradient from its moving average. Li et al. 2024.
 
     c = g - sigma m with m of the step before; m = lambda m + (1 - lambda) g, at first from m = 0;
     e = rho c / (||c|| + perturb_eps); base update with s.
