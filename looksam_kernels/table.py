@@ -69,7 +69,8 @@ class TensorTable:
         """Rows whose w is away from its backup: set by perturb, cleared by step and restore."""
         devices = list(dict.fromkeys(device_of(x) for x in weights)) or [_complete(torch.device(device or "cpu"))]
         self.device = devices[0]
-        self.backend: backends.Backend = backends.select(backend, *devices, readable=readable(weights))
+        there = readable(x for x in weights if x.device.type != "meta")  # the meta device is asked for like any other
+        self.backend: backends.Backend = backends.select(backend, *devices, readable=there)
         self.dirty: set[str] = set()
         """Columns set since the backend last looked at them."""
         self.handle: Any = None

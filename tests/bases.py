@@ -174,6 +174,11 @@ def base_of(case: str) -> str:
     return case.partition("-")[0]
 
 
+def with_all_states(base: str) -> dict[str, Any]:
+    """What the ops read of a base in the last of its cases, in which all its states are there."""
+    return list(BASES[base].kernels.values())[-1] if base in BASES else {}
+
+
 def by_own_names(options: dict[str, Any]) -> dict[str, Any]:
     """Options as the base alone has them: base.<name> is its <name>, and the variant's <name> is none of its."""
     prefix = "base."

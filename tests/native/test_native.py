@@ -13,6 +13,8 @@ from torch import Tensor
 
 from looksam_kernels import Mask, TensorTable, backend_info, ops
 from looksam_kernels.updates import BASES
+from tests import bases
+from tests.kernels.cases import STATES
 
 pytestmark = pytest.mark.skipif(
     not backend_info("cpu")["native"].available, reason=f"no native backend: {backend_info('cpu')['native'].reason}"
@@ -59,13 +61,7 @@ def make_table(master: bool = True) -> TensorTable:
         s=column(wide=False),
         q=column(wide=True),
         q_norm_sq=[torch.tensor(1.0, dtype=torch.float64) for _ in w],
-        exp_avg=column(wide=True),
-        exp_avg_sq=[x.square() for x in column(wide=True)],
-        momentum_buffer=column(wide=True),
-        sum=[x.square() for x in column(wide=True)],
-        square_avg=[x.square() + 1 for x in column(wide=True)],
-        grad_avg=[x.tanh() for x in column(wide=True)],
-        acc_delta=[x.square() for x in column(wide=True)],
+        **{name: [make(x) for x in column(wide=True)] for name, make in STATES.items()},
         step=[torch.tensor(float(row)) for row in range(len(w))],
     )
 
@@ -73,14 +69,14 @@ def make_table(master: bool = True) -> TensorTable:
 def run(base: str) -> list[Tensor]:
     """A refresh, a reuse, and all that they leave."""
     table = make_table()
-    lars = base == "lars"
-    sums, coefficients = ops.measure(table, "trust_normalized", [GROUP], lars=lars)
+    group, lars = GROUP | bases.with_all_states(base), BASES[base].takes_trust_ratio
+    sums, coefficients = ops.measure(table, "trust_normalized", [group], lars=lars)
     ops.perturb(table, coefficients, mask=Mask(keep=0.6))
     moved = [w.clone() for w in table["w"]]
-    sums, coefficients = ops.measure(table, "looksam_refresh", [GROUP], known=sums, max_grad_norm=1.0, lars=lars)
-    ops.step(table, base, coefficients, [GROUP])
-    more, coefficients = ops.measure(table, "looksam_reuse", [GROUP], lars=lars)
-    ops.step(table, base, coefficients, [GROUP])
+    sums, coefficients = ops.measure(table, "looksam_refresh", [group], known=sums, max_grad_norm=1.0, lars=lars)
+    ops.step(table, base, coefficients, [group])
+    more, coefficients = ops.measure(table, "looksam_reuse", [group], lars=lars)
+    ops.step(table, base, coefficients, [group])
     return [sums.values, more.values, *moved, *(x for name in table for x in table[name])]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import looksam_kernels as lk
 from looksam_kernels.updates import BASES
+from tests import bases
 
 backend = pytest.importorskip("looksam_kernels.backends.triton")
 
@@ -59,7 +60,7 @@ def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) ->
 
 def looksam(made: lk.TensorTable, base: str, **changes: Any) -> None:
     """A refresh and a reuse step."""
-    groups, lars = [{**RULES, **HYPER, **changes}], BASES[base].takes_trust_ratio
+    groups, lars = [{**RULES, **HYPER, **bases.with_all_states(base), **changes}], BASES[base].takes_trust_ratio
     known, up = lk.measure(made, "sam", groups, lars=lars)
     lk.perturb(made, up)
     _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf, lars=lars)
@@ -145,7 +146,7 @@ def test_nothing_is_compiled_again_when_numbers_change(base: str, launches: set[
         weight_decay=0.0,
         rho=0.5,
         alpha=1.0,
-        betas=(0.0, 0.5),
+        betas=(0.0, 0.5, 0.9),
         momentum=0.0,
         nesterov=True,
         centered=0,
