@@ -498,11 +498,12 @@ class Table {
     Plan& plan() {
       Kinds kinds(table_.rows(), Kind::f32);
       const Tensors& weights = table_.column("w");
+      const Tensors& masters = table_.column("b");
       for (std::size_t row = 0; row < kinds.size(); ++row) {
         const at::ScalarType w = weights[row].scalar_type();
-        if (w == at::kDouble) kinds[row] = Kind::f64;
         if (w == at::kBFloat16) kinds[row] = Kind::bf16;
         if (w == at::kHalf) kinds[row] = Kind::f16;
+        if (w == at::kDouble || (masters[row].defined() && masters[row].scalar_type() == at::kDouble)) kinds[row] = Kind::f64;
       }
       for (const Taken& taken : taken_) {
         const Tensors& tensors = table_.column(taken.name);
@@ -553,7 +554,7 @@ class Table {
         at::Tensor copy;
         if (!known || !in_row_order(x, weights[row])) {
           if (!taken.rows[row]) continue;
-          const at::TensorOptions options = x.options().dtype(scalar_type(known ? dtype : wide(kinds[row])));
+          const at::TensorOptions options = x.options().dtype(known ? x.scalar_type() : at::kFloat);  // every kernel knows it
           copy = empty_in_row_order(weights[row], options);
           copy.copy_(x);
           (taken.access == Access::write ? copies_ : alive_).emplace_back(x, copy);

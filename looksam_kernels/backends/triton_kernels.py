@@ -72,7 +72,10 @@ def store(column, place, x, TYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.
 
 @triton.jit
 def convert(x, TYPE: tl.constexpr):
-    """x rounded to the nearest number of the type. The interpreter would cut bfloat16 off, so the bits are rounded here."""
+    """x rounded to the nearest number of the type; float64 to bfloat16 by way of float32, as in PyTorch. The interpreter would
+    cut bfloat16 off, so the bits are rounded here."""
+    if tl.bfloat16 == TYPE and x.dtype == tl.float64:
+        x = x.to(tl.float32)
     if INTERPRETED and tl.bfloat16 == TYPE and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -104,7 +104,7 @@ def test_a_dtype_that_the_kernel_of_the_row_does_not_know() -> None:
     cols = cases.columns(rows, DEVICE)
     for column, dtype in (("g", F16), ("s", torch.float64), ("q", BF16)):
         cols[column] = [None if x is None else x.to(dtype) for x in cols[column]]
-    c = COMBINATIONS["s, q <- mean of g"].coefficients(rows, DEVICE)
+    c = COMBINATIONS["s + c q, q <- mean of g"].coefficients(rows, DEVICE)
     results = []
     for backend in ("native", "reference"):
         columns = cases.copy(cols)

@@ -583,10 +583,11 @@ def test_a_non_finite_value_anywhere_leaves_every_tensor_untouched(
     assert cases.same_bits(cols, before)
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_float64_master_of_float32_weights_is_computed_in_float64(target: Target) -> None:
+def test_a_float64_master_of_narrower_weights_is_computed_in_float64(target: Target, dtype: torch.dtype) -> None:
     exact = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=target.device) / 3
-    columns = {"w": exact.float(), "b": exact.clone(), "g": torch.ones_like(exact).float()}
+    columns = {"w": exact.to(dtype), "b": exact.clone(), "g": torch.ones_like(exact).to(dtype)}
     table = lk.TensorTable(
         backend=target.backend,
         step=[torch.zeros((), device=target.device)],
@@ -598,6 +599,11 @@ def test_a_float64_master_of_float32_weights_is_computed_in_float64(target: Targ
         None,
         torch.zeros((), device=target.device),
     )
+    lk.perturb(table, c)
+    assert torch.equal(columns["b"], exact)
+    assert torch.equal(columns["w"], (exact + 1 / 7).to(dtype))
+    lk.restore(table)
+    assert torch.equal(columns["w"], exact.to(dtype))
     lk.step(table, "sgd", c, [{"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}])
     assert torch.equal(columns["b"], exact - 1 / 7)
-    assert torch.equal(columns["w"], (exact - 1 / 7).float())
+    assert torch.equal(columns["w"], (exact - 1 / 7).to(dtype))
