@@ -19,18 +19,18 @@ _C: Any
 _cuda: Any
 _why_not: str | None
 _why_not_cuda: str | None
+_RULES: frozenset[str]
 
 
 def reload() -> None:
     """Looks for the compiled modules again, after a build."""
-    global _C, _why_not, _cuda, _why_not_cuda
+    global _C, _why_not, _cuda, _why_not_cuda, _RULES
     _C, _why_not = extension.load(extension.CPU)[:2]
     _cuda, _why_not_cuda = extension.load(extension.CUDA)[:2]
+    _RULES = frozenset(_C.rules() if _C is not None else ())
 
 
 reload()
-
-_RULES = frozenset(_C.rules() if _C is not None else ())
 
 Adaptive = Sequence[float | None] | None
 

@@ -16,7 +16,6 @@ import pytest
 
 VARIABLE = "LOOKSAM_GPU_TALLY"
 """Names the file."""
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 class Tally(NamedTuple):
@@ -43,18 +42,27 @@ def read(path: Path) -> Tally:
     return Tally(Counter(outcomes.values()), [f"{test}: {why}" for test, why in failures.items()])
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if not WORKER:
-        if report.when == "call" or not report.passed:
+class Plugin:
+    """Of one process. xdist's environment variable does not tell a worker: whatever runs in a worker inherits it."""
+
+    def __init__(self, worker: bool) -> None:
+        self.worker = worker
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not self.worker:
+            if report.when == "call" or not report.passed:
+                _write(report.nodeid, report.outcome, report.longrepr)
+        elif report.failed and context_is_spoilt():
+            os._exit(3)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not self.worker and report.failed:
             _write(report.nodeid, report.outcome, report.longrepr)
-    elif report.failed and context_is_spoilt():
-        os._exit(3)
 
 
-def pytest_collectreport(report: pytest.CollectReport) -> None:
-    if not WORKER and report.failed:
-        _write(report.nodeid, report.outcome, report.longrepr)
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Plugin(worker=hasattr(config, "workerinput")))
 
 
 def _write(test: str, outcome: str, why: Any) -> None:

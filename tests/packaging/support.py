@@ -81,7 +81,9 @@ sys.exit(subprocess.call(["c++", *map(part, given)]))
 """
 STUB = """
 #include <Python.h>
-static PyModuleDef def = {PyModuleDef_HEAD_INIT, "stub", nullptr, -1};
+static PyObject* rules(PyObject*, PyObject*) { return Py_BuildValue("[s]", "stub"); }
+static PyMethodDef methods[] = {{"rules", rules, METH_NOARGS, nullptr}, {}};
+static PyModuleDef def = {PyModuleDef_HEAD_INIT, "stub", nullptr, -1, methods};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&def); }
 """
 
