@@ -12,6 +12,7 @@ GSAM, Zhuang et al. 2022; WSAM (coupled), Yue et al. 2023; VaSSO, Li & Giannakis
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -49,7 +50,7 @@ class Reference:
     """
 
     def __init__(self, inner: Optimizer, method: str, **hyper: Any) -> None:
-        self.inner, self.method = inner, METHODS[method]
+        self.inner, self.method = inner, copy.copy(METHODS[method])
         self.hyper = [dict(hyper) for _ in inner.param_groups]
         self.kept: dict[Tensor, dict[str, Any]] = {}
         self.phase = 0
@@ -223,21 +224,24 @@ class WSAM(SAM):
 
 
 class VaSSO(SAM):
-    """m <- (1 - theta) m + theta g; e = rho m / ||m||; d = s. An m that is not there yet, or zero, becomes g."""
+    """m <- (1 - theta) m + theta g; e = rho m / ||m||; d = s. An m that is not there yet, or zero, becomes g.
 
-    def _mean(self, at: Reference, g: Columns) -> Columns:
-        def mean(p: Tensor, x: Tensor) -> Tensor:
-            m, theta = at.entry(p, "m"), at.of(p)["theta"]
-            return x if m is None or not m.any() else (1 - theta) * m + theta * x
+    Whether it is there is known when the weights move; one that goes between the passes is zero.
+    """
 
-        return {p: mean(p, x) for p, x in g.items()}
+    def _mean(self, at: Reference, p: Tensor, g: Tensor) -> Tensor:
+        if p in self._new:
+            return g
+        theta, m = at.of(p)["theta"], at.entry(p, "m", torch.zeros_like(g))
+        return (1 - theta) * m + theta * g
 
     def perturbation(self, at: Reference, g: Columns) -> Columns:
-        return super().perturbation(at, self._mean(at, g))
+        self._new = {p for p in g if at.entry(p, "m") is None or not at.entry(p, "m").any()}
+        return super().perturbation(at, {p: self._mean(at, p, x) for p, x in g.items()})
 
     def direction(self, at: Reference, g: Columns, s: Columns) -> Columns:
-        for p, m in self._mean(at, {p: x for p, x in g.items() if p in s}).items():
-            at.keep(p, m=m)
+        for p in g.keys() & s.keys():
+            at.keep(p, m=self._mean(at, p, g[p]))
         return s
 
 

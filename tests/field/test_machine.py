@@ -142,6 +142,10 @@ class Lives(RuleBasedStateMachine):
     def begin(self, variant: str, base: str, split: bool) -> None:
         optimizer, options = BASES[base]
         options = {**options, "lr": min(options["lr"], 0.05)}
+        if base == "rmsprop":
+            options["centered"] = (
+                False  # the square of the mean must not exceed the mean square, which edits may make it
+            )
         hyper = {**HYPER[variant]}
         if variant not in ("vasso",):
             hyper["k"] = 2
