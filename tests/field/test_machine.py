@@ -69,6 +69,11 @@ class Bag(nn.Module):
         return total + coupled**2 / 2
 
 
+def matrices(p: Tensor) -> bool:
+    """A layer filter."""
+    return p.ndim >= 2
+
+
 class Raised(Exception):
     pass
 
@@ -109,23 +114,21 @@ class Life(Side):
         for state in self.states:
             for p in [p for p in state if not any(p is other for other in here)]:
                 del state[p]
-        content: Any = {"optimizer": self.inner.state_dict()}
+        file = io.BytesIO()
+        torch.save(self.inner.state_dict(), file)
+        file.seek(0)
+        content = {"optimizer": torch.load(file)}
         if not self.ours:
             own = self.optimizer
-            content |= {"hyper": own.hyper, "phase": own.phase, "kept": [own.kept.get(p, {}) for p in here]}
-        file = io.BytesIO()
-        torch.save(content, file)
-        file.seek(0)
-        return torch.load(file)
+            content["own"] = copy.deepcopy((own.hyper, own.phase, [own.kept.get(p, {}) for p in here]))
+        return content
 
     def load(self, content: Any) -> None:
         self.inner.load_state_dict(content["optimizer"])
         if not self.ours:
-            own = self.optimizer
-            own.hyper, own.phase = copy.deepcopy(content["hyper"]), content["phase"]
             here = [p for g in self.groups for p in g["params"]]
-            kept = zip(here, copy.deepcopy(content["kept"]), strict=True)
-            own.kept = {p: entries for p, entries in kept if entries}
+            self.optimizer.hyper, self.optimizer.phase, kept = copy.deepcopy(content["own"])
+            self.optimizer.kept = {p: entries for p, entries in zip(here, kept, strict=True) if entries}
 
     @property
     def states(self) -> list[dict[Any, Any]]:
@@ -149,6 +152,8 @@ class Lives(RuleBasedStateMachine):
         hyper = {**HYPER[variant]}
         if variant not in ("vasso",):
             hyper["k"] = 2
+        if "layer" in variant:
+            hyper["layer_filter"] = matrices
         self.variant, self.base, self.wrapped = variant, base, not isinstance(optimizer, str)
         self.recipe = (optimizer, hyper, options)
 
@@ -204,12 +209,21 @@ class Lives(RuleBasedStateMachine):
         style=st.sampled_from(STYLES),
         at=st.integers(0, 1),
         what=st.sampled_from([*(f"weights: {name}" for name in moves.MOVES), *(f"state: {x}" for x in CHANGES)]),
+        raises=st.booleans(),
     )
-    def step_with_a_change_inside(self, style: str, at: int, what: str) -> None:
+    def step_with_a_change_inside(self, style: str, at: int, what: str, raises: bool) -> None:
+        """After which the second pass may raise."""
         kind, name = what.split(": ", 1)
         if at == 1 and name in ("other values", "there and back"):
             return  # gone when w is restored
-        self.each(lambda side: side.step(style, {at: (moves.MOVES if kind == "weights" else CHANGES)[name]}))
+        change = (moves.MOVES if kind == "weights" else CHANGES)[name]
+
+        def step(side: Life) -> None:
+            side.raises_in = 1 if raises else None
+            side.step(style, {at: change})
+            side.raises_in = None
+
+        self.each(step)
 
     @rule(style=st.sampled_from(STYLES), at=st.integers(0, 1))
     def step_that_raises(self, style: str, at: int) -> None:

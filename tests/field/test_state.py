@@ -380,6 +380,15 @@ def parameter_replaced(side: Side) -> None:
                 setattr(module, name, new)
 
 
+def group_split_by_a_copy(side: Side) -> None:
+    """The copy has everything that the group has, but for half of its parameters."""
+    group = side.groups[1]
+    side.groups.append({**group, "params": group["params"][1:]})
+    group["params"] = group["params"][:1]
+    if not side.ours:
+        side.optimizer.hyper.append(dict(side.optimizer.hyper[1]))
+
+
 def all_in_one_group(side: Side) -> None:
     side.groups[0]["params"] = [p for g in side.groups for p in g["params"]]
     del side.groups[1:]
@@ -408,6 +417,7 @@ REGROUPED: dict[str, Change] = {
     "parameters reversed": parameters_reversed,
     "parameter moved": parameter_moved_to_another_group,
     "parameter replaced": parameter_replaced,
+    "split": group_split_by_a_copy,
     "all in one": all_in_one_group,
     "put back": last_group_put_back,
 }
@@ -425,9 +435,53 @@ def test_item_01_groups_changed_between_steps(backend: str, style: str, variant:
 
 
 @on_backends
+@on_styles
+@pytest.mark.parametrize("base", MAIN)
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        *(("looksam", change) for change in ("parameter moved", "parameters reversed", "reversed", "all in one")),
+        *(("sam", change) for change in ("one less", "parameter removed", "parameter replaced")),
+    ],
+)
+def test_item_01_parameters_change_groups_between_the_passes(
+    backend: str, style: str, base: str, variant: str, change: str
+) -> None:
+    """One that goes is where it was before the step; the others come back and are updated."""
+    pair = Pair(variant, base, backend, style, groups=halves)
+    pair.steps(2)
+    leaving = [side.groups[1]["params"][0] for side in pair]
+    before = leaving[0].detach().clone()
+    pair.steps(1, {1: REGROUPED[change]})
+    if variant == "sam":
+        assert torch.equal(leaving[0], before)
+    pair.steps(2)
+    pair.assert_equal()
+
+
+@on_backends
+@pytest.mark.parametrize("base", MAIN)
+def test_item_01_a_group_that_comes_late_is_in_step(backend: str, base: str) -> None:
+    """Whichever group is the first one, the cycle goes on."""
+    pair = Pair("looksam", base, backend, hyper={"k": 3})
+    pair.steps(1)
+
+    def add(side: Side) -> None:
+        p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        (side.optimizer if side.ours else side.inner).add_param_group({"params": [p]})
+        if not side.ours:
+            side.optimizer.hyper.append(dict(side.optimizer.hyper[0]))
+
+    pair.both(add)
+    pair.both(groups_reversed)
+    pair.steps(4)
+    pair.assert_equal()
+
+
+@on_backends
 @pytest.mark.parametrize("variant", ["layersam", "looklayersam"])
 @pytest.mark.parametrize(
-    "change", ["parameter moved", "parameters reversed", "parameter removed", "parameter replaced", "reversed"]
+    "change", ["split", "parameter moved", "parameters reversed", "parameter removed", "parameter replaced", "reversed"]
 )
 def test_item_01_layer_filter_goes_with_its_parameters(backend: str, variant: str, change: str) -> None:
     """What the filter said of a parameter holds for it wherever it goes, and the filter is asked about new ones."""

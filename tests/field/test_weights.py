@@ -218,6 +218,32 @@ def test_item_02_weights_moved_around_a_pass(backend: str, style: str, variant: 
 @on_backends
 @on_styles
 @pytest.mark.parametrize("base", MAIN)
+def test_item_02_weights_that_moved_come_back_from_a_pass_that_failed(backend: str, style: str, base: str) -> None:
+    """To the bit, wherever they are now."""
+    for name, move in MOVES.items():
+        if name == "there and back":
+            continue  # rounds what it moves
+        pair = Pair("looksam", base, backend, style)
+        pair.steps(2)
+        before = [p.detach().clone() for p in pair.mine.params]
+
+        def fail(side: Side, move: Callable[[Side], None] = move) -> None:
+            move(side)
+            raise OSError
+
+        with pytest.raises(OSError):  # noqa: PT011
+            pair.mine.step(style, {1: fail})
+        if style == "two calls":
+            pair.mine.optimizer.abandon()
+        for a, b in zip(before, pair.mine.params, strict=True):
+            assert torch.equal(a, b), name
+        pair.steps(2)
+        pair.assert_equal()
+
+
+@on_backends
+@on_styles
+@pytest.mark.parametrize("base", MAIN)
 def test_item_02_lazy_parameters(backend: str, style: str, base: str) -> None:
     """torch's optimizers may be made before the parameters have their shapes."""
     pair = Pair("looksam", base, backend, style, model=lazy)
