@@ -497,6 +497,23 @@ def test_item_01_layer_filter_goes_with_its_parameters(backend: str, variant: st
 
 
 @on_backends
+@pytest.mark.parametrize("variant", ["layersam", "looklayersam"])
+@pytest.mark.parametrize("change", ["parameter moved", "split", "all in one", "reversed"])
+def test_item_01_flags_that_were_set_by_hand_go_with_their_parameters(backend: str, variant: str, change: str) -> None:
+    """As those of a checkpoint do, whose function may be another."""
+    pair = Pair(variant, "sgd", backend, groups=halves)
+    pair.steps(1)
+    pair.mine.groups[1]["layer_filter"] = [False, True]
+    left_out = pair.theirs.groups[1]["params"][0]
+    for hyper in pair.theirs.optimizer.hyper:
+        hyper["layer_filter"] = lambda p: p is not left_out
+    pair.steps(1)
+    pair.both(REGROUPED[change])
+    pair.steps(3)
+    pair.assert_equal()
+
+
+@on_backends
 @on_styles
 @pytest.mark.parametrize("base", MAIN)
 def test_item_01_scheduler_and_groups_meet_after_a_replacement(backend: str, style: str, base: str) -> None:
