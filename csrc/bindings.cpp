@@ -18,7 +18,7 @@ double* doubles(const at::Tensor& x) {
 }
 
 // One number, which the host can reach.
-void check_scalar(const at::Tensor& x, const Place& what) {
+void check_scalar(const at::Tensor& x, const Where& what) {
   if (!x.is_cpu())
     throw py::type_error(what + " is on " + x.device().str() +
                          ", but the table is on the CPU; TensorTable(device=...) says where an empty table is");
@@ -26,7 +26,7 @@ void check_scalar(const at::Tensor& x, const Place& what) {
   if (x.numel() != 1) throw py::value_error(what + " has " + std::to_string(x.numel()) + " elements, not one");
 }
 
-double read_scalar(const at::Tensor& x, const Place& what) {
+double read_scalar(const at::Tensor& x, const Where& what) {
   check_scalar(x, what);
   if (x.scalar_type() == at::kFloat && !x.is_neg()) return *static_cast<const float*>(x.const_data_ptr());
   if (x.scalar_type() == at::kDouble && !x.is_neg()) return *static_cast<const double*>(x.const_data_ptr());
@@ -68,8 +68,7 @@ class Lease {
       const at::Tensor& x = tensors[row];
       if (!x.defined()) continue;
       const bool used = rows == nullptr || (*rows)[row];
-      check_tensor(x, used ? w[row] : x, kHost, name, row);
-      dtype_[row] = *dtype_of(x);
+      dtype_[row] = check_tensor(x, used ? w[row] : x, kHost, name, row);
       if (!used) continue;
       at::Tensor copy;
       if (!in_row_order(x, w[row])) {
@@ -78,7 +77,7 @@ class Lease {
         copies_.emplace_back(x, copy);
       }
       const at::Tensor& source = copy.defined() ? copy : x;
-      require_memory(source, Place(name, row));
+      require_memory(source, Where(name, row));
       data_[row] = access == Access::read ? const_cast<void*>(source.const_data_ptr()) : source.mutable_data_ptr();
       if (access != Access::read && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
     }
@@ -221,9 +220,9 @@ class Table {
       for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
       plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
       plan[row].from_b = is_moved || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
-      if (updated[row] && writes_q && norms_sq[row].defined()) check_scalar(norms_sq[row], Place(norm_sq, row));
+      if (updated[row] && writes_q && norms_sq[row].defined()) check_scalar(norms_sq[row], Where(norm_sq, row));
       if (!updated[row] || base == Base::grad) continue;
-      count[row] = read_scalar(counts[row], Place("step", row)) + 1;
+      count[row] = read_scalar(counts[row], Where("step", row)) + 1;
       const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] && count[row] == count[row - 1] &&
                              !trust_ratio.defined();
       const double r = trust_ratio.defined() ? doubles(trust_ratio)[row] : 1;
@@ -378,7 +377,7 @@ class Table {
   void cached_q_sq(double* values) const {
     const Tensors &q_sq = column("q_norm_sq"), &g = column("g");
     for (std::size_t row = 0; row < rows(); ++row)
-      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row], Place("q_norm_sq", row)) : 0;
+      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row], Where("q_norm_sq", row)) : 0;
   }
 
   py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,

@@ -34,14 +34,14 @@ inline const at::Tensor& unpack(py::handle object) {
 inline py::object wrap(const at::Tensor& tensor) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)); }
 
 // Which tensor a message is about: checks pass it along for every row of every op, and spell it out only in an error.
-class Place {
+class Where {
  public:
-  Place(const char* what) : name_(what) {}
-  Place(std::string_view column, std::size_t row) : name_(column), row_(static_cast<std::ptrdiff_t>(row)) {}
+  Where(const char* what) : name_(what) {}
+  Where(std::string_view column, std::size_t row) : name_(column), row_(static_cast<std::ptrdiff_t>(row)) {}
 
-  friend std::string operator+(const Place& place, const std::string& text) {
-    const std::string name(place.name_);
-    return (place.row_ < 0 ? name : "column '" + name + "', row " + std::to_string(place.row_)) + text;
+  friend std::string operator+(const Where& where, const std::string& text) {
+    const std::string name(where.name_);
+    return (where.row_ < 0 ? name : "column '" + name + "', row " + std::to_string(where.row_)) + text;
   }
 
  private:
@@ -52,6 +52,16 @@ class Place {
 // Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other tensors
 // does not, and a storage may have been resized to nothing.
 inline bool has_memory(const at::Tensor& x) {
+  // Nearly all: torch's own dense tensors on the CPU, with nothing between them and their storage. Asked for every tensor of every
+  // op, so without the calls below.
+  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::AutocastCPU});
+  const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
+  if ((impl.key_set().raw_repr() & ~plain.raw_repr()) == 0 && impl.is_contiguous()) {
+    c10::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
+    const auto end = static_cast<std::size_t>(impl.storage_offset() + impl.numel()) * impl.itemsize();
+    if (storage != nullptr && storage->_mutable_data_ptr_no_checks().get() != nullptr && storage->nbytes() >= end) return true;
+  }
   if (!x.has_storage()) return false;
   const c10::Storage& storage = x.unsafeGetTensorImpl()->unsafe_storage();
   if (storage.device_type() != x.device().type() || x._is_zerotensor()) return false;
@@ -67,7 +77,7 @@ inline bool has_memory(const at::Tensor& x) {
 }
 
 // The elements of x, which C++ is about to read or write there. what: which tensor it is, for the message.
-inline void require_memory(const at::Tensor& x, const Place& what) {
+inline void require_memory(const at::Tensor& x, const Where& what) {
   if (!has_memory(x))
     throw py::type_error(what + " has no memory on " + x.device().str() +
                          ": it is a FakeTensor or wraps another tensor, or its storage was freed; backend=\"reference\" takes all "
@@ -237,12 +247,14 @@ inline void check_groups(const std::vector<int>& group, py::handle groups) {
 }
 
 // A tensor on the table's device whose type the kernels know, at the shape that it had when the column was set.
-inline void check_tensor(const at::Tensor& x, const at::Tensor& w, const at::Device& device, const std::string& column,
+inline Dtype check_tensor(const at::Tensor& x, const at::Tensor& w, const at::Device& device, const std::string& column,
                          std::size_t row) {
-  if (x.device() != device) throw py::type_error(Place(column, row) + ": on " + x.device().str() + ", not on " + device.str());
-  if (!dtype_of(x)) throw py::type_error(Place(column, row) + ": " + toString(x.scalar_type()) + " is not supported");
+  if (x.device() != device) throw py::type_error(Where(column, row) + ": on " + x.device().str() + ", not on " + device.str());
+  const std::optional<Dtype> dtype = dtype_of(x);
+  if (!dtype) throw py::type_error(Where(column, row) + ": " + toString(x.scalar_type()) + " is not supported");
   if (x.sizes() != w.sizes())
-    throw py::value_error(Place(column, row) + ": the shape has changed since the column was set");
+    throw py::value_error(Where(column, row) + ": the shape has changed since the column was set");
+  return *dtype;
 }
 
 // tensors: a list of tensors and None, one a row.
@@ -251,7 +263,7 @@ inline Tensors column_of(const std::string& name, const py::list& tensors, std::
   for (const py::handle x : tensors) column.push_back(x.is_none() ? at::Tensor() : unpack(x));
   if (column.size() != rows) throw py::value_error("column '" + name + "' does not fit the table");
   for (std::size_t row = 0; name == "w" && row < rows; ++row)
-    if (!column[row].defined()) throw py::type_error(Place(name, row) + ": a parameter is a tensor, not None");
+    if (!column[row].defined()) throw py::type_error(Where(name, row) + ": a parameter is a tensor, not None");
   return column;
 }
 

@@ -453,10 +453,10 @@ class Table {
         if (needed[row]) throw py::value_error("row " + std::to_string(row) + " takes part, but has no '" + name + "'");
         continue;
       }
-      if (x.device() != device_) throw py::type_error(Place(name, row) + ": on " + x.device().str() + ", not on " + device_.str());
+      if (x.device() != device_) throw py::type_error(Where(name, row) + ": on " + x.device().str() + ", not on " + device_.str());
       if (x.scalar_type() != dtype)
-        throw py::type_error(Place(name, row) + ": " + toString(x.scalar_type()) + " is not supported; it must be " + toString(dtype));
-      if (x.numel() != 1) throw py::value_error(Place(name, row) + ": " + std::to_string(x.numel()) + " elements, not one");
+        throw py::type_error(Where(name, row) + ": " + toString(x.scalar_type()) + " is not supported; it must be " + toString(dtype));
+      if (x.numel() != 1) throw py::value_error(Where(name, row) + ": " + std::to_string(x.numel()) + " elements, not one");
       refs[row] = address_of(x, access, name, row);
     }
     return on_device(session, name, refs);
@@ -464,7 +464,7 @@ class Table {
 
   // Written elements must be this tensor's own: another may share them until then (copy on write).
   static std::uint64_t address_of(const at::Tensor& x, Access access, const std::string& name, std::size_t row) {
-    require_memory(x, Place(name, row));
+    require_memory(x, Where(name, row));
     if (access == Access::write && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
     return reinterpret_cast<std::uint64_t>(access == Access::write ? x.mutable_data_ptr() : x.const_data_ptr());
   }
@@ -483,7 +483,7 @@ class Table {
         if (tensors[row].defined()) {
           check_tensor(tensors[row], weights[row], table_.device_, name, row);
         } else if (rows[row] && !optional) {
-          throw py::value_error(Place(name, row) + ": takes part, but has no tensor");
+          throw py::value_error(Where(name, row) + ": takes part, but has no tensor");
         }
       }
       Taken* const before = of(name);

@@ -170,12 +170,21 @@ int first_same_place(py::handle tensors, py::handle others) {
   return -1;
 }
 
+// p.grad of each, None where there is none.
+py::list gradients(py::handle params) {
+  const Items items(params);
+  py::list found(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i) found[i] = wrap(unpack(items[i]).grad());
+  return found;
+}
+
 }  // namespace
 
 void bind_snapshot(py::module_& module) {
   py::class_<Snapshot>(module, "Snapshot")
       .def(py::init<py::handle, py::handle, py::handle, const std::vector<std::string>&>())
       .def("changes", &Snapshot::changes);
+  module.def("gradients", &gradients);
   module.def("any_shared", &any_shared);
   module.def("first_same_place", &first_same_place);
 }

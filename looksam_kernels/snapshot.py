@@ -68,6 +68,12 @@ def _of_params(state: States) -> Iterator[tuple[Tensor, MutableMapping[str, Any]
     return ((p, s) for p, s in state.items() if isinstance(p, Tensor))
 
 
+def gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """``p.grad`` of each."""
+    compiled = native.compiled()
+    return [p.grad for p in params] if compiled is None else compiled.gradients(params)
+
+
 def any_shared(tensors: Sequence[Tensor | None]) -> bool:
     """Does anybody else hold the memory of one of these tensors, as a buffer does whose parts are gradients?"""
     compiled = native.compiled()

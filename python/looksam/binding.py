@@ -135,7 +135,7 @@ class Binding:
         for number, p in self._others:
             if p.grad is not None:
                 raise TypeError(f"parameter {number} has a gradient, but is {kind(p)}: {UNSUPPORTED}")
-        return self.shards.local([p.grad for p in self.params])
+        return self.shards.local(snapshot.gradients(self.params))
 
     def take(self, column: str, writes: str | None = None) -> list[int | None] | None:
         """Puts the gradients of now into ``column``, and creates all the state, ``writes`` included, that the
