@@ -228,9 +228,13 @@ def cuda_arch_list() -> str:
 
 
 def main() -> None:
-    """For CMake: one value a line, of ``flags`` or of ``sources``."""
+    """For CMake: ``flags``, or the ``sources`` that need no torch."""
     csrc = Path(__file__).resolve().parents[2] / "csrc"
-    print(*{"flags": MATH_FLAGS, "sources": files(csrc, SOURCES[CPU][1:])}[sys.argv[1]], sep=";", end="")
+    print(
+        *{"flags": MATH_FLAGS, "sources": files(csrc, [x for x in SOURCES[CPU] if "/" in x])}[sys.argv[1]],
+        sep=";",
+        end="",
+    )
 
 
 if __name__ == "__main__":
