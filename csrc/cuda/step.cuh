@@ -101,8 +101,8 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
-  // At 64 registers it spills on sm_100; this leaves it 80, or 128 with three states or more, or 255 with four in two packs.
-  static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : states_of<Update> * T::lanes < 32 ? 2 : 1;
+  // At 64 registers it spills on sm_100; this leaves it 80, or 128 with three states or more, or 255 with as many in two packs (128 spill on sm_80).
+  static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : states_of<Update> * T::lanes < 24 ? 2 : 1;
   static constexpr int kBlocksPerProcessor = T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
   using Shared = StepShared<T>;
 
