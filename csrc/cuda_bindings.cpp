@@ -315,7 +315,8 @@ class Table {
       lease.take("b", Access::write, written, /*optional=*/true);
       for (std::size_t i = 0; i < inputs.size(); ++i)
         lease.take(inputs[i], i == 0 && base == Base::grad ? Access::write : Access::read, updated, /*optional=*/true);
-      for (std::size_t k = 0; k < states.size(); ++k) lease.take(states[k].name, Access::write, with_state[k]);
+      for (std::size_t k = 0; k < states.size(); ++k)
+        lease.take(states[k].name, Access::write, with_state[k], /*optional=*/false, /*wide_only=*/true);
       if (writes_q) lease.take(writes, Access::write, updated);
       const Plan& plan = lease.plan();
       const at::Tensor d_exact = numbers(session, d, "coefficients.d", inputs.size());
@@ -469,15 +470,15 @@ class Table {
     return reinterpret_cast<std::uint64_t>(access == Access::write ? x.mutable_data_ptr() : x.const_data_ptr());
   }
 
-  // The columns of one op. Tensors in another order than their row's, or of a type that the row's kernel does not know, are
-  // read from and written to a copy.
+  // The columns of one op. Tensors in another order than their row's, or of a type in which the row's kernel does not read
+  // them, are read from and written to a copy.
   class Lease {
    public:
     Lease(Table& table, const Session& session) : table_(table), session_(session) {}
 
     // rows: those that are read or written, the same for each use of a column; they must all have a tensor, unless that is
-    // optional.
-    void take(const std::string& name, Access access, const RowFlags& rows, bool optional = false) {
+    // optional. wide_only: their kernel reads no other type, as of the base's states.
+    void take(const std::string& name, Access access, const RowFlags& rows, bool optional = false, bool wide_only = false) {
       const Tensors &tensors = table_.column(name), &weights = table_.column("w");
       for (std::size_t row = 0; row < rows.size(); ++row) {
         if (tensors[row].defined()) {
@@ -488,7 +489,7 @@ class Table {
       }
       Taken* const before = of(name);
       if (before == nullptr) {
-        taken_.push_back({name, access, rows, {}});
+        taken_.push_back({name, access, rows, wide_only, {}});
       } else if (access == Access::write) {
         before->access = access;
       }
@@ -506,6 +507,7 @@ class Table {
         if (w == at::kDouble || (masters[row].defined() && masters[row].scalar_type() == at::kDouble)) kinds[row] = Kind::f64;
       }
       for (const Taken& taken : taken_) {
+        if (taken.wide_only) continue;
         const Tensors& tensors = table_.column(taken.name);
         for (std::size_t row = 0; row < kinds.size(); ++row) {
           if (kinds[row] != Kind::f32 || !tensors[row].defined()) continue;
@@ -535,6 +537,7 @@ class Table {
       std::string name;
       Access access;
       RowFlags rows;
+      bool wide_only;
       std::vector<std::uint64_t> refs;
     };
 
@@ -550,12 +553,13 @@ class Table {
         const at::Tensor& x = tensors[row];
         if (!x.defined()) continue;
         const Dtype dtype = *dtype_of(x);
-        const bool known = dtype == wide(kinds[row]) || dtype == narrow(kinds[row]);
+        const bool known = dtype == wide(kinds[row]) || (!taken.wide_only && dtype == narrow(kinds[row]));
         at::Tensor copy;
         if (!known || !in_row_order(x, weights[row])) {
           if (!taken.rows[row]) continue;
-          const at::TensorOptions options = x.options().dtype(known ? x.scalar_type() : at::kFloat);  // every kernel knows it
-          copy = empty_in_row_order(weights[row], options);
+          // Every kernel knows float, if not for its states.
+          const at::ScalarType other = taken.wide_only ? scalar_type(wide(kinds[row])) : at::kFloat;
+          copy = empty_in_row_order(weights[row], x.options().dtype(known ? x.scalar_type() : other));
           copy.copy_(x);
           (taken.access == Access::write ? copies_ : alive_).emplace_back(x, copy);
         }

@@ -101,7 +101,8 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
-  // At 64 registers it spills on sm_100; this leaves it 80, or 128 with three states or more, or 255 with as many in two packs (128 spill on sm_80).
+  // At 64 registers it spills on sm_100; this leaves it 80, or 128 with three states or more, or 255 with as many in two
+  // packs (128 spill on sm_80).
   static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : states_of<Update> * T::lanes < 24 ? 2 : 1;
   static constexpr int kBlocksPerProcessor = T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
   using Shared = StepShared<T>;
@@ -143,9 +144,9 @@ struct StepBody {
     // They stay in shared memory: in registers they would leave too few.
     const UpdateScalars<Wide>& h = updates ? scalars_of<T>(block, shared, a, chunk.row, 1) : shared.scalars;
     const auto state_of_row = [&](int k) {
-      return Span<T>(updates && has_state<Update>(k, h) ? a.state[k][chunk.row] : Ref{0}, chunk.offset);
+      return StateSpan<T>(updates && has_state<Update>(k, h) ? a.state[k][chunk.row] : Ref{0}, chunk.offset);
     };
-    const Span<T> state[kMaxStates] = {state_of_row(0), state_of_row(1), state_of_row(2), state_of_row(3)};
+    const StateSpan<T> state[kMaxStates] = {state_of_row(0), state_of_row(1), state_of_row(2), state_of_row(3)};
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          written.aligned() && output.aligned() && state[0].aligned() && state[1].aligned() &&
                          state[2].aligned() && state[3].aligned();
@@ -249,7 +250,7 @@ struct LambBody {
       return Span<T>(post.c[i] != 0 ? at(a.input[i], chunk.row) : Ref{0}, chunk.offset);
     };
     const Span<T> x[kMaxInputs] = {input(0), input(1), input(2)};
-    const Span<T> m(a.state[0][chunk.row], chunk.offset), v(a.state[1][chunk.row], chunk.offset);
+    const StateSpan<T> m(a.state[0][chunk.row], chunk.offset), v(a.state[1][chunk.row], chunk.offset);
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          m.aligned() && v.aligned();
     const UpdateScalars<Wide> h = scalars_of<T>(block, shared, a, chunk.row, 0);

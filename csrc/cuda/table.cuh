@@ -94,19 +94,19 @@ struct Raw {
   }
 };
 
-// One row's tensor from its current chunk on.
-template <class T>
+// One row's tensor from its current chunk on. may_be_narrow: its type is known at run time only.
+template <class T, bool may_be_narrow = sizeof(typename T::Narrow) != sizeof(typename T::Wide)>
 class Span {
  public:
   using Wide = typename T::Wide;
   using Narrow = typename T::Narrow;
 
-  LOOKSAM_HD Span(Ref ref, std::int64_t offset) : data_(ref.data()), narrow_(sizeof(Narrow) != sizeof(Wide) && ref.narrow()) {
-    if (data_ != nullptr) data_ += offset * (narrow_ ? sizeof(Narrow) : sizeof(Wide));
+  LOOKSAM_HD Span(Ref ref, std::int64_t offset) : data_(ref.data()), narrow_(may_be_narrow && ref.narrow()) {
+    if (data_ != nullptr) data_ += offset * (narrow() ? sizeof(Narrow) : sizeof(Wide));
   }
 
   LOOKSAM_HD bool present() const { return data_ != nullptr; }
-  LOOKSAM_HD bool narrow() const { return narrow_; }
+  LOOKSAM_HD bool narrow() const { return may_be_narrow && narrow_; }
   LOOKSAM_HD bool aligned() const { return looksam::aligned(data_); }
 
   // Elements i .. i + size - 1; whole: these are all lanes, and the tensor is aligned. 0 in the other lanes, and in all of an
@@ -114,15 +114,15 @@ class Span {
   template <bool whole, Cache cache = Cache::keep>
   LOOKSAM_HD Raw<T> load(int i, int size) const {
     Raw<T> raw = {};
-    raw.narrow = narrow_;
+    raw.narrow = narrow();
     if (data_ == nullptr) return raw;
-    narrow_ ? load_as<Narrow, whole, cache>(raw, i, size) : load_as<Wide, whole, cache>(raw, i, size);
+    narrow() ? load_as<Narrow, whole, cache>(raw, i, size) : load_as<Wide, whole, cache>(raw, i, size);
     return raw;
   }
 
   template <bool whole, Cache cache = Cache::keep>
   LOOKSAM_HD void store(int i, int size, const Vector<T>& x) const {
-    narrow_ ? store_as<Narrow, whole, cache>(i, size, x) : store_as<Wide, whole, cache>(i, size, x);
+    narrow() ? store_as<Narrow, whole, cache>(i, size, x) : store_as<Wide, whole, cache>(i, size, x);
   }
 
  private:
@@ -184,6 +184,10 @@ struct Combination {
     return sum;
   }
 };
+
+// A state of the base update: always of the wide type, which spares its kernel the registers of a choice.
+template <class T>
+using StateSpan = Span<T, false>;
 
 // A chunk's vectors, dealt out to the threads of a block: consecutive threads, consecutive vectors. `whole` is false at the
 // tail of a tensor, and everywhere in tensors that are not aligned.

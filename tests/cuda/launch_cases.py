@@ -13,7 +13,7 @@ import looksam_kernels as lk
 from looksam_kernels.backends import native
 from tests.cuda import sanitize
 from tests.kernels import cases
-from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, RULE_GROUPS, Row
+from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, F64, RULE_GROUPS, Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -100,9 +100,10 @@ def test_more_groups_than_the_epilogue_takes() -> None:
 
 
 def test_a_dtype_that_the_kernel_of_the_row_does_not_know() -> None:
-    rows = [Row((65,), BF16, master=True), Row((65,), F32)]
+    rows = [Row((65,), BF16, master=True), Row((65,), F32), Row((65,), F64)]
     cols = cases.columns(rows, DEVICE)
-    for column, dtype in (("g", F16), ("s", torch.float64), ("q", BF16)):
+    foreign = {"g": F16, "s": F64, "q": BF16, "exp_avg": BF16, "exp_avg_sq": F32}
+    for column, dtype in foreign.items():
         cols[column] = [None if x is None else x.to(dtype) for x in cols[column]]
     c = COMBINATIONS["s + c q, q <- mean of g"].coefficients(rows, DEVICE)
     results = []
@@ -110,7 +111,7 @@ def test_a_dtype_that_the_kernel_of_the_row_does_not_know() -> None:
         columns = cases.copy(cols)
         lk.step(cases.table(rows, columns, backend), *BASE_CASES["adamw"][:1], c, BASE_CASES["adamw"][1])
         results.append(columns)
-    for name in ("w", "b", "exp_avg", "q"):
+    for name in ("w", "b", "exp_avg", "exp_avg_sq", "q"):
         for mine, theirs in zip(results[0][name], results[1][name], strict=True):
             torch.testing.assert_close(mine, theirs)
 
@@ -139,7 +140,7 @@ def test_six_steps_follow_the_reference(variant: str, base: str) -> None:
     name, (hyper, *_) = BASE_CASES[base]
     options = {key: value for key, value in hyper.items() if key not in ("always_adapt", "trust_clip")}
     ends = []
-    for backend, dtype in (("native", F32), ("reference", F32), ("reference", torch.float64)):
+    for backend, dtype in (("native", F32), ("reference", F32), ("reference", F64)):
         params = [torch.nn.Parameter(w.to(dtype)) for w in tensors(9, size=70)]
         optimizer = getattr(looksam, variant)(params, name, backend=backend, **options)
         targets = [torch.linspace(-1, 1, p.numel(), dtype=dtype, device=DEVICE) for p in params]
@@ -223,7 +224,7 @@ def test_what_a_table_keeps_on_the_device_does_not_grow_with_the_mixes_of_dtypes
     made = cases.table(rows, cols, "native")
     counts = []
     for mix in range(40):
-        g = [x.to((F32, BF16, F16, torch.float64)[mix >> i & 3]) for i, x in enumerate(cols["g"])]
+        g = [x.to((F32, BF16, F16, F64)[mix >> i & 3]) for i, x in enumerate(cols["g"])]
         made["g"] = g
         found = lk.sums(made, (("g", "g"),)).values
         fresh = lk.sums(cases.table(rows, {**cols, "g": g}, "native"), (("g", "g"),)).values

@@ -111,7 +111,7 @@ FAULTS: dict[str, tuple[build.Fault, str]] = {
         SUMS,
     ),
     "the offset of a chunk is taken in bytes": (
-        ("table.cuh", "data_ += offset * (narrow_ ? sizeof(Narrow) : sizeof(Wide))", "data_ += offset"),
+        ("table.cuh", "data_ += offset * (narrow() ? sizeof(Narrow) : sizeof(Wide))", "data_ += offset"),
         PERTURB,
     ),
     "a mask is counted from the chunk on": (
