@@ -131,7 +131,7 @@ def whole(make: Callable[[Arena], SharpnessAware], sharp: bool) -> Callable[[Are
 
 
 def plain_adamw(arena: Arena) -> SharpnessAware:
-    variant = Variant(sharp=PLAIN, cheap=PLAIN)
+    variant = Variant(sharp=PLAIN, between=PLAIN)
     return SharpnessAware(arena.params, "adamw", variant, {}, backend=arena.backend, base_kwargs=BASE)
 
 
@@ -230,7 +230,7 @@ def perturb(arena: Arena) -> Run:
     return Run(prepare, lambda: ops.perturb(table, up))
 
 
-def step(base: str, rule: str = "first") -> Callable[[Arena], Run]:
+def step(base: str, rule: str = "at_w") -> Callable[[Arena], Run]:
     """A rule that needs s steps down from perturbed weights: it reads the backup, and the restore is free."""
 
     def build(arena: Arena) -> Run:
@@ -268,7 +268,7 @@ OPS = (
     Case("step SGD", "R w,g,m W w,m", step("sgd")),
     Case("step Adam", "R w,g,m,v W w,m,v", step("adam")),
     Case("step AdamW", "R w,g,m,v W w,m,v", step("adamw")),
-    Case("step AdamW from b", "R b,s,m,v W w,m,v", step("adamw", "second")),
+    Case("step AdamW from b", "R b,s,m,v W w,m,v", step("adamw", "at_perturbed")),
     Case("step AdamW from b, writes q", "R g,s,b,m,v W w,m,v,q", step("adamw", "looksam_refresh")),
     Case("step AdamW with q", "R g,q,w,m,v W w,m,v", step("adamw", "looksam_reuse")),
     Case("step LAMB", "R g,w,m,v W m,v; R w,m,v W w", step("lamb")),

@@ -14,7 +14,7 @@ from mkdocs.utils import get_relative_url
 
 log = get_plugin_logger("looksam")
 PACKAGE = Path(__file__).parent.parent / "python" / "looksam"
-VARIANTS = (PACKAGE / "variants.py", PACKAGE / "selecting.py", PACKAGE / "parallel.py")
+VARIANTS = tuple(PACKAGE / name for name in ("variants.py", "esam.py", "aesam.py", "sampa.py", "standalone.py"))
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
 SHIM = "https://unpkg.com/iframe-worker/shim"

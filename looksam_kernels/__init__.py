@@ -1,4 +1,4 @@
-"""The low room: tensors in, tensors out. No optimizer class and no variant's name in here.
+"""The lower layer: functions on tensors. No optimizer class and no variant's name in here.
 
 A sharpness-aware step is a few :func:`sums` over aligned lists of tensors, a few scalars on the device
 (:func:`coefficients`), and one linear combination fused into a base update (:func:`perturb`, :func:`step`).

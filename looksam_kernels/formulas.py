@@ -1,10 +1,10 @@
-"""Sums -> coefficients, for every rule, in float64, with all zero rules in one place (the twin of csrc/core/scalars.h).
+"""Sums -> coefficients, for every rule, in float64, with all zero rules in one place (the twin of csrc/core/formulas.h).
 
 A *rule* says which columns enter a direction, which sums it needs and by which formula the sums become one coefficient
 a row for each input. Everything is vectorised over rows; a global norm is a total that every row shares.
 
 Notation: g gradient at w, s gradient at w + e, r gradient at a third point, q LookSAM's orthogonal component, m a
-momentum of gradients, y a gradient carried to the next step. A loss scale is taken out before the formulas and put back
+momentum of gradients, y a gradient kept for the next step. A loss scale is taken out before the formulas and put back
 into the coefficients after them, so the formulas know none.
 """
 
@@ -161,7 +161,7 @@ def opposite(sums: Sums, hyper: Hyper) -> Tensor:
 
 
 def vasso(sums: Sums, hyper: Hyper) -> Tensor:
-    """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_second` will write it. VaSSO,
+    """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_direction` will write it. VaSSO,
     Li & Giannakis 2023."""
     return _over_combination((theta := _theta(sums, hyper), 1 - theta), ("g", "m"), sums, hyper)
 
@@ -171,12 +171,12 @@ def friendly(sums: Sums, hyper: Hyper) -> Tensor:
     return _over_combination((1.0, -hyper.row("sigma")), ("g", "m"), sums, hyper)
 
 
-def carried(sums: Sums, hyper: Hyper) -> Tensor:
+def along_previous(sums: Sums, hyper: Hyper) -> Tensor:
     """e = rho y / (||y|| + perturb_eps), y the gradient of the step before. SAMPa, Xie et al. 2024."""
     return _over_norm(hyper.row("rho"), sums.total("y", "y").sqrt(), hyper)
 
 
-def ahead(sums: Sums, hyper: Hyper) -> Tensor:
+def extrapolate(sums: Sums, hyper: Hyper) -> Tensor:
     """w - lr y: where plain gradient descent would be. SAMPa, Xie et al. 2024."""
     return -hyper.row("lr")
 
@@ -264,13 +264,13 @@ def crsam(sums: Sums, hyper: Hyper) -> Direction:
     return Direction(d=(gamma - beta, 1 + gamma + beta, -2 * gamma))
 
 
-def vasso_second(sums: Sums, hyper: Hyper) -> Direction:
+def vasso_direction(sums: Sums, hyper: Hyper) -> Direction:
     """d = s; m <- (1 - theta) m + theta g, the first time g. VaSSO, Li & Giannakis 2023."""
     theta = _theta(sums, hyper)
     return Direction(d=(1.0, 0.0, 0.0), q=(0.0, theta, 1 - theta))
 
 
-def friendly_second(sums: Sums, hyper: Hyper) -> Direction:
+def friendly_direction(sums: Sums, hyper: Hyper) -> Direction:
     """d = s; m <- lambda m + (1 - lambda) g. Friendly SAM, Li et al. 2024."""
     keep = hyper.row("lambda_")
     return Direction(d=(1.0, 0.0, 0.0), q=(0.0, 1 - keep, keep))
@@ -355,13 +355,13 @@ ASCENTS = {
     "opposite": Ascent(opposite, _pairs("gg")),
     "vasso": Ascent(vasso, _pairs("gg gm mm"), ("g", "m")),
     "friendly": Ascent(friendly, _pairs("gg gm mm"), ("g", "m")),
-    "carried": Ascent(carried, _pairs("yy"), ("y",)),
-    "ahead": Ascent(ahead, _pairs("yy"), ("y",)),
+    "along_previous": Ascent(along_previous, _pairs("yy"), ("y",)),
+    "extrapolate": Ascent(extrapolate, _pairs("yy"), ("y",)),
 }
 
 DESCENTS = {
-    "first": Descent(as_is, ("g",), _pairs("gg")),
-    "second": Descent(as_is, ("s",), _pairs("ss")),
+    "at_w": Descent(as_is, ("g",), _pairs("gg")),
+    "at_perturbed": Descent(as_is, ("s",), _pairs("ss")),
     "looksam_refresh": Descent(looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q"),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), _pairs("gg qq"), _pairs("gq")),
     "ssam": Descent(ssam, ("s",), _pairs("gg ss")),
@@ -369,11 +369,11 @@ DESCENTS = {
     "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
     "wsam_coupled": Descent(wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
     "crsam": Descent(crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr"), whole=True),
-    "vasso_second": Descent(
-        vasso_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
+    "vasso_direction": Descent(
+        vasso_direction, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
     ),
-    "friendly_second": Descent(
-        friendly_second, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
+    "friendly_direction": Descent(
+        friendly_direction, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
     ),
     "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y", whole=True),
 }

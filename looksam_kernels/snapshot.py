@@ -1,4 +1,4 @@
-"""What an optimizer's groups and state held at one moment, and whether they still do (the twin of csrc/snapshot.cpp)."""
+"""What an optimizer's groups and state held at one moment, and whether they still do (the twin of csrc/bindings/snapshot.cpp)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def any_shared(tensors: Sequence[Tensor | None]) -> bool:
-    """Does anybody else hold the memory of one of these tensors, as a buffer does whose parts are gradients?"""
+    """Does another tensor share the memory of one of these tensors, as a buffer does whose parts are gradients?"""
     compiled = native.compiled()
     if compiled is not None:
         return bool(compiled.any_shared(tensors))

@@ -119,7 +119,7 @@ class TensorTable:
         return backends.name_of(self.backend)
 
     def drop(self, name: str) -> None:
-        """Forgets a column, so that its tensors are freed at once if nobody else holds them."""
+        """Forgets a column, so that its tensors are freed at once if nothing else holds them."""
         if self._columns.pop(name, None) is not None:
             del self._present[name]
             self.dirty.add(name)

@@ -1,4 +1,4 @@
-"""The base updates on one tensor, in plain PyTorch, and the table of all bases (the twin of csrc/core/update.h).
+"""The base updates on one tensor, in plain PyTorch, and the table of all bases (the twin of csrc/core/updates.h).
 
 An update takes the weight w, the direction d, the states by name, the number of updates, this one included (float64,
 0-dim), and the hyper-parameters of the group by torch.optim's names, and returns the new weight and the new states.
@@ -228,7 +228,7 @@ def _probe() -> torch.nn.Parameter:
 
 
 class Base(NamedTuple):
-    """Everything that is said of a base in Python. In C++ it is a struct in csrc/core/update.h, in Triton a function in
+    """Everything that is said of a base in Python. In C++ it is a struct in csrc/core/updates.h, in Triton a function in
     backends/triton_kernels.py, with the same states and hyper-parameters in the same order."""
 
     update: Update | None

@@ -1,7 +1,7 @@
 // All headers come before the target changes: code that they emit must run on every processor.
 #if defined(__x86_64__)
 #include "../core/vec.h"
-#include "kernels.h"
+#include "args.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
@@ -11,7 +11,7 @@
 
 #define LOOKSAM_ISA avx512
 #define LOOKSAM_ISA_NAME "avx512"
-#include "body.h"
+#include "chunks.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
 // What every processor of the architecture runs.
 #define LOOKSAM_ISA baseline
 #define LOOKSAM_ISA_NAME "baseline"
-#include "body.h"
+#include "chunks.h"

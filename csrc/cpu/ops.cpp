@@ -28,11 +28,11 @@ double total(const double* partial, const ChunkMap& map, std::int64_t row) {
 }
 
 // Memory of this thread for lamb's u. Kept: to be given fresh pages in every step takes longer than to fill them.
-void* room_for_u(const StepArgs& args, std::int64_t row) {
-  static thread_local std::vector<double> room;
+void* scratch_for_u(const StepArgs& args, std::int64_t row) {
+  static thread_local std::vector<double> scratch;
   const auto bytes = static_cast<std::size_t>(args.map.numel[row]) * (in_double(args.w, args.b, row) ? 8 : 4);
-  if (room.size() * sizeof(double) < bytes) room.resize(bytes / sizeof(double) + 1);
-  return room.data();
+  if (scratch.size() * sizeof(double) < bytes) scratch.resize(bytes / sizeof(double) + 1);
+  return scratch.data();
 }
 
 void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, const ParallelFor& parallel_for) {
@@ -56,7 +56,7 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t row = small[i];
       StepArgs own = args;
-      own.u = room_for_u(args, row);
+      own.u = scratch_for_u(args, row);
       kernels.step(own, map.first[row], map.first[row + 1]);
       find_trust_ratio(row);
       kernels.lamb_apply(own, map.first[row], map.first[row + 1]);
@@ -64,7 +64,7 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
   });
   for (const std::int64_t row : large) {
     const std::int64_t begin = map.first[row];
-    args.u = room_for_u(args, row);
+    args.u = scratch_for_u(args, row);
     parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
       kernels.step(args, begin + first, begin + last);
     });

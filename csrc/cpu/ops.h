@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "kernels.h"
+#include "args.h"
 
 namespace looksam::cpu {
 

@@ -37,8 +37,8 @@ void step(Kind kind, std::int64_t blocks, const StepArgs& args, Stream stream);
 void lamb_apply(Kind kind, std::int64_t blocks, const StepArgs& args, Stream stream);
 
 // to <- from, a multiple of 4 bytes, inside the kernel's arguments: a launch for every 32 KB. `from` may go at once.
-void file(void* to, const void* from, std::size_t bytes, Stream stream);
-// Fills row_of of the map, whose other arrays are filed, and sets the counters to 0.
+void upload(void* to, const void* from, std::size_t bytes, Stream stream);
+// Fills row_of of the map, whose other arrays are uploaded, and sets the counters to 0.
 void index_chunks(const ChunkMap& map, std::int32_t* row_of, std::uint32_t* row_arrivals, std::uint32_t* arrivals,
                   Stream stream);
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../core/mask.h"
+#include "../core/masks.h"
 #include "block.cuh"
 #include "table.cuh"
 

@@ -97,7 +97,7 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
   return shared.scalars;
 }
 
-// Update: a base of core/update.h; GradRunsAs for grad too.
+// Update: a base of core/updates.h; GradRunsAs for grad too.
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;

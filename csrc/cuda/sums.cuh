@@ -2,7 +2,7 @@
 //
 //   every block       one chunk: the pairs' partial sums, stored by the chunk's index
 //   last of a row     adds the row's partial sums up, in the order of its chunks
-//   last of all       the totals over the rows, and the coefficients of every row (core/scalars.h)
+//   last of all       the totals over the rows, and the coefficients of every row (core/formulas.h)
 #pragma once
 
 #include <type_traits>
@@ -45,8 +45,8 @@ struct SumsArgs {
   std::int32_t rows_here;          // with chunks in this launch
   std::int32_t operands;
   const Ref* operand[kOperands];
-  Ref* filed;                      // the operand that travels with this launch is written here; null: none does
-  std::int32_t carried;            // which operand that is
+  Ref* travels_to;                      // the operand that travels with this launch is written here; null: none does
+  std::int32_t travels;            // which operand that is
   std::int32_t adaptive;           // this operand is T times its column; negative: none is
   const Ref* w;                    // read for T only
   const double* eta;               // [rows], NaN where T = 1
@@ -62,7 +62,7 @@ template <int kRows, int kGroups>
 struct SumsLaunch {
   SumsArgs args;
   RowHyper group[kGroups];
-  Carried<kRows> column;
+  Travelling<kRows> column;
 
   static constexpr int rows = kRows, groups = kGroups;
 };
@@ -77,7 +77,7 @@ struct SumsBody {
   using Wide = typename T::Wide;
   static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
 
-  // What the functions of scalars.h index at run time lies here: in registers it would go to local memory.
+  // What the functions of formulas.h index at run time lies here: in registers it would go to local memory.
   static constexpr int kRowsAtATime = 64;
   struct Shared {
     SumScratch scratch;
@@ -88,9 +88,9 @@ struct SumsBody {
   template <class Block>
   LOOKSAM_HD static void run(const Block& block, Shared& shared, const Launch& launch) {
     const SumsArgs& a = launch.args;
-    if (a.filed != nullptr)
+    if (a.travels_to != nullptr)
       for (std::int64_t i = block.index() * block.size() + block.rank(); i < a.rows.count; i += block.count() * block.size())
-        a.filed[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
+        a.travels_to[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
 
     bool last = a.rows_here == 0;
     if (!last) {
@@ -112,8 +112,8 @@ struct SumsBody {
     const SumsArgs& a = launch.args;
     const auto span = [&](int k) {
       if (k >= a.operands) return Span<T>({0}, 0);
-      const bool carried = a.filed != nullptr && k == a.carried;
-      return Span<T>(carried ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
+      const bool travelling = a.travels_to != nullptr && k == a.travels;
+      return Span<T>(travelling ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
     };
     const Span<T> x[kOperands] = {span(0), span(1), span(2)};
     const double eta = a.adaptive >= 0 ? a.eta[chunk.row] : 0;

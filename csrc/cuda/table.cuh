@@ -4,7 +4,7 @@
 // given by value, so that filling the table needs no staging memory, no synchronisation, and works while a graph is captured.
 #pragma once
 
-#include "../core/scalars.h"
+#include "../core/formulas.h"
 #include "../core/table.h"
 #include "../core/vec.h"
 
@@ -39,7 +39,7 @@ struct Bits {
 
 // A column on its way to the device, 6 bytes a row: addresses have 48 bits. CUDA lets arguments be 32,764 bytes long.
 template <int kRows>
-struct Carried {
+struct Travelling {
   std::uint32_t low[kRows];
   std::uint16_t high[kRows];
 

@@ -2,8 +2,8 @@
 
 Each device's rows are a part, with a table of their own and the backend that runs there. The sums of all parts come together
 on the device of the first row, where the rule makes the coefficients of all rows, so norms are joint; each part then
-gets the coefficients of its rows. Copies between GPUs are in the order of their streams and nobody waits for them; the host
-waits only where some rows are on the CPU.
+gets the coefficients of its rows. Copies between GPUs are in the order of their streams. The host
+waits for them only where some rows are on the CPU.
 """
 
 from __future__ import annotations

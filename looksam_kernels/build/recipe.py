@@ -37,10 +37,18 @@ CUDA_CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-DLOOKSAM_MODULE=_cuda")
 NVCC_FLAGS = ("-O3",)
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
-SOURCES = {CPU: ("bindings.cpp", "snapshot.cpp", "cpu/*.cpp"), CUDA: ("cuda_bindings.cpp", "cuda/*.cu")}
+SOURCES = {CPU: ("bindings/cpu.cpp", "bindings/snapshot.cpp", "cpu/*.cpp"), CUDA: ("bindings/cuda.cpp", "cuda/*.cu")}
 HEADERS = {
-    CPU: ("bindings.h", "snapshot.h", "core/*.h", "cpu/*.h"),
-    CUDA: ("bindings.h", "core/*.h", "cuda/*.h", "cuda/*.cuh"),
+    CPU: ("bindings/arguments.h", "bindings/snapshot.h", "core/*.h", "cpu/*.h"),
+    CUDA: (
+        "bindings/arguments.h",
+        "bindings/session.h",
+        "bindings/device_table.h",
+        "bindings/borrowed_columns.h",
+        "core/*.h",
+        "cuda/*.h",
+        "cuda/*.cuh",
+    ),
 }
 
 
@@ -231,7 +239,7 @@ def main() -> None:
     """For CMake: ``flags``, or the ``sources`` that need no torch."""
     csrc = Path(__file__).resolve().parents[2] / "csrc"
     print(
-        *{"flags": MATH_FLAGS, "sources": files(csrc, [x for x in SOURCES[CPU] if "/" in x])}[sys.argv[1]],
+        *{"flags": MATH_FLAGS, "sources": files(csrc, [x for x in SOURCES[CPU] if x.startswith("cpu/")])}[sys.argv[1]],
         sep=";",
         end="",
     )

@@ -7,24 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from looksam.aesam import AESAM, AELookSAM
+    from looksam.esam import ESAM
     from looksam.optimizer import SharpnessAware
-    from looksam.parallel import SAMPa
     from looksam.passes import frozen_running_stats
     from looksam.plans import rule
-    from looksam.selecting import AESAM, ESAM, AELookSAM
+    from looksam.sampa import SAMPa
+    from looksam.standalone import LAMB, LARS, Lion
     from looksam.variants import (
         ASAM,
         CRSAM,
         GSAM,
-        LAMB,
-        LARS,
         SAM,
         SSAM,
         VARIANTS,
         WSAM,
         FriendlySAM,
         LayerSAM,
-        Lion,
         LookLayerSAM,
         LookSAM,
         VaSSO,
@@ -58,7 +57,7 @@ __all__ = [
     "rule",
 ]
 
-_MODULES = ("optimizer", "parallel", "passes", "plans", "selecting", "variants")
+_MODULES = ("aesam", "esam", "optimizer", "passes", "plans", "sampa", "standalone", "variants")
 
 
 def __getattr__(name: str) -> Any:

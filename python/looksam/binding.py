@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from looksam import hyper
-from looksam.distributed import Whole, shards_of
 from looksam.hyper import Group
 from looksam.masters import Masters
+from looksam.shards import Whole, shards_of
 from looksam_kernels import TensorTable, ops, snapshot
 from looksam_kernels.formulas import KEEP_NORM
 from looksam_kernels.numbers import scalar_dtype
@@ -48,7 +48,7 @@ class Source(Protocol):
     state: MutableMapping[Tensor, State]
 
     def settle(self) -> None:
-        """Completes groups that somebody has put together by hand."""
+        """Completes groups that were put together by hand."""
 
 
 class Binding:
@@ -92,7 +92,7 @@ class Binding:
 
     @property
     def hyper(self) -> list[Group]:
-        """The groups' hyper-parameters of now, without what is of nobody here."""
+        """The groups' hyper-parameters of now, without the entries that no step reads."""
         return [{name: value for name, value in g.items() if name in self._reads} for g in self.groups]
 
     @property
@@ -157,7 +157,7 @@ class Binding:
         etas = hyper.etas(self.groups)
         return etas and [etas[number] for number in self.number]
 
-    def make_room(self, column: str) -> None:
+    def make_backups(self, column: str) -> None:
         """Somewhere to save the weights that a perturbation along ``column`` moves."""
         table = self.table
         if all(table.present("b")):

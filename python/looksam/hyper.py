@@ -243,7 +243,7 @@ class Rules:
 def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
     """
     Raises:
-        TypeError: a key is one of the ``known`` names but for a letter. (Others belong to somebody else: ``name``,
+        TypeError: a key is one of the ``known`` names but for a letter. (Others belong to other code: ``name``,
             ``initial_lr``, ``lr_scale``, ...)
     """
     names = {"params", "param_names", *known}

@@ -16,7 +16,7 @@ def needs_master(p: Tensor) -> bool:
 class Masters:
     """Keeps masters in step with their parameters.
 
-    A master is what the updates read and write; the parameter is its rounding. When somebody else has written the
+    A master is what the updates read and write; the parameter is its rounding. When other code has written the
     parameter (a checkpoint was loaded, an average copied in), the master takes over the new value wherever it no longer
     rounds to it. Loading a checkpoint into model and optimizer, in either order, therefore keeps the exact master.
 

@@ -1,4 +1,4 @@
-"""SharpnessAware: the optimizer as its users see it. It decides when to look twice; :class:`Step` does the rest."""
+"""SharpnessAware: the optimizer as its users see it. It decides which plan a step follows; :class:`RunningStep` executes it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from looksam import bases
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import from_another_variant, load_exactly
-from looksam.distributed import refuse_flat, refuse_shard_of_optimizer
 from looksam.filters import LayerFilters
 from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
 from looksam.messages import arguments, check_backend, shown
-from looksam.passes import Passes
+from looksam.passes import PassRunner
 from looksam.plans import Plan, Variant
+from looksam.shards import refuse_flat, refuse_shard_of_optimizer
 from looksam.skipped import Skipped
-from looksam.steps import Step
+from looksam.steps import RunningStep
 from looksam.trainers import count_step
 from looksam.types import BackendName, BaseOptimizer, Closure
 from looksam_kernels import notice
@@ -33,13 +33,13 @@ Loss = TypeVar("Loss")
 
 
 class SharpnessAware(ScaledGradients, Optimizer):
-    """A base optimizer that steps down along a gradient taken further up.
+    """A base optimizer whose gradient is taken, or corrected, at perturbed weights.
 
     Two call styles. ``loss = opt.step(closure)``, where the closure zeroes the gradients, computes the loss, calls
     ``backward`` and returns the loss: called twice on sharp steps, once on the others; the first loss is returned.
     Or, after ``loss.backward()``::
 
-        if opt.first_step(zero_grad=True):  # False: this step was a cheap one and is done
+        if opt.first_step(zero_grad=True):  # False: a reuse or plain step, which is done
             loss_function(model(x), y).backward()
             opt.second_step(zero_grad=True)
 
@@ -52,7 +52,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
         base_kwargs: the base's arguments; ``base_<name>`` where the variant has an argument of that name. All bases
             take ``max_grad_norm``: the norm of the direction is clipped there (``None``: not; 1.0 for LAMB). And, for
-            the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.Passes`.
+            the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.PassRunner`.
 
     State per parameter: the base's, and ``q``, ``q_norm_sq`` where the variant reuses a gradient component. The place in
     the cycle of k steps is ``phase`` in every group.
@@ -72,7 +72,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     """Does the closure return the losses of single samples, and leave backward to the optimizer?"""
 
     _binding: Binding | None
-    _step: Step | None
+    _step: RunningStep | None
     """The step under way."""
     _done_in_first: bool
 
@@ -91,7 +91,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         check_backend(backend)
         refuse_shard_of_optimizer()
         owner, base_kwargs = type(self).__name__, dict(base_kwargs)
-        self._passes = Passes(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
+        self._passes = PassRunner(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
         params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
         ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(own_entries(self._written)))
@@ -147,13 +147,13 @@ class SharpnessAware(ScaledGradients, Optimizer):
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
         with self._all_or_nothing() as step:
             scale = self._grad_scale(new_gradients=True)
-            first_loss = self._look(closure, step, scale)
+            first_loss = self._run_passes(closure, step, scale)
             self._finish(step, scale)
         return first_loss
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> bool:
-        """To be called with the gradients at w. On a sharp step moves the weights to w + e; on a cheap one does it all.
+        """To be called with the gradients at w. On a sharp step moves the weights to w + e; on another one does all of it.
 
         Args:
             zero_grad: afterwards set the gradients to ``None``. Otherwise they stay, and the second backward adds to them.
@@ -165,18 +165,18 @@ class SharpnessAware(ScaledGradients, Optimizer):
         if own._moved:
             raise RuntimeError("first_step() twice; call second_step() after the second backward")
         plan = own._plan
-        if len(plan.looks) > 1 and not plan.in_two_calls:
+        if len(plan.passes) > 1 and not plan.in_two_calls:
             raise RuntimeError(
-                f"{type(own).__name__} cannot be split into first_step and second_step: it looks {len(plan.looks)} times, "
-                "and not first at the weights themselves and then at perturbed ones; call step(closure)"
+                f"{type(own).__name__} cannot be split into first_step and second_step: its {len(plan.passes)} passes are not "
+                "one at the weights and one at perturbed weights; call step(closure)"
             )
         with own._all_or_nothing() as step:
             own._decide(step, scale := own._probable_scale())
-            sharp = len(step.plan.looks) > 1
+            sharp = len(step.plan.passes) > 1
             if sharp:
-                first, second = step.plan.looks
-                step.collect(first, keep_grad=not zero_grad)
-                step.ascend(second, scale)
+                first, second = step.plan.passes
+                step.take_gradients(first, keep_grad=not zero_grad)
+                step.perturb(second, scale)
                 own._passes.open()
         if not sharp:
             own._complete()
@@ -188,7 +188,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """To be called with the gradients at w + e: restores w and updates it. Nothing is left to do on a cheap step.
+        """To be called with the gradients at w + e: restores w and updates it. Nothing is left to do on another step.
 
         Raises:
             RuntimeError: no ``first_step`` came before, or no second backward.
@@ -211,7 +211,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     @property
     def needs_second_pass(self) -> bool:
         """Does the step that is coming, or under way, need a second forward and backward?"""
-        return len(self._plan.looks) > 1
+        return len(self._plan.passes) > 1
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -254,7 +254,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._settle_filters()
 
     def settle(self) -> None:
-        """Completes groups that somebody has put together by hand: defaults, the place in the cycle, layer filters."""
+        """Completes groups that were put together by hand: defaults, the place in the cycle, layer filters."""
         for group in self._incomplete:
             bases.rename_given(self._base, group)
             for name in self.counted:
@@ -290,7 +290,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     @property
     def _plan(self) -> Plan:
         group = self.param_groups[0]
-        return self.variant.sharp if group.get("phase", 0) % self._period(group) == 0 else self.variant.cheap
+        return self.variant.sharp if group.get("phase", 0) % self._period(group) == 0 else self.variant.between
 
     def _period(self, group: Group) -> int:
         """The k of a variant that has one; another k in the group is the base's."""
@@ -299,30 +299,30 @@ class SharpnessAware(ScaledGradients, Optimizer):
     @property
     def _moved(self) -> bool:
         """Are the weights away from where the step began?"""
-        return self._step is not None and self._step.moved
+        return self._step is not None and self._step.perturbed
 
-    def _look(self, closure: Closure, step: Step, grad_scale: Tensor | None) -> Any:
-        """All looks of a step, one after the other; returns the first loss."""
+    def _run_passes(self, closure: Closure, step: RunningStep, grad_scale: Tensor | None) -> Any:
+        """All passes of a step, one after the other; returns the first loss."""
         first_loss, number = None, 0
-        while number < len(step.plan.looks):
-            look = step.plan.looks[number]
-            if look.ascent is not None:
-                step.ascend(look, grad_scale)
-            loss = self._pass(closure, number, len(step.plan.looks))
+        while number < len(step.plan.passes):
+            current = step.plan.passes[number]
+            if current.ascent is not None:
+                step.perturb(current, grad_scale)
+            loss = self._pass(closure, number, len(step.plan.passes))
             if number == 0:
                 first_loss = loss
                 self._decide(step, grad_scale)
-            step.collect(step.plan.looks[number])
+            step.take_gradients(step.plan.passes[number])
             number += 1
         return first_loss
 
     def _pass(self, closure: Closure, number: int, of: int) -> Any:
-        """Runs the closure for look ``number`` of ``of``: the gradients are then in ``.grad``. Returns the loss."""
+        """Runs the closure for pass ``number`` of ``of``: the gradients are then in ``.grad``. Returns the loss."""
         with torch.enable_grad():
             return self._passes.run(closure, number, of)
 
-    def _decide(self, step: Step, grad_scale: Tensor | None) -> None:
-        """After the first gradient, before it is collected: may choose another plan that begins with the same look."""
+    def _decide(self, step: RunningStep, grad_scale: Tensor | None) -> None:
+        """After the first gradient, before the step takes it: may choose another plan that begins with the same pass."""
 
     def _advance(self, plan: Plan) -> None:
         """A step of this plan is done: moves what ``counted`` names, in all groups alike."""
@@ -346,12 +346,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
         _hooked(type(self)._step_on_gradients)(self)
 
     def _step_on_gradients(self) -> None:
-        """step() without a closure: ends a two-call step, does a cheap one, or only creates the state."""
+        """step() without a closure: ends a two-call step, does a reuse or plain step, or only creates the state."""
         with self._all_or_nothing() as step:
-            looks = step.plan.looks
-            if step.moved or len(looks) == 1:
+            passes = step.plan.passes
+            if step.perturbed or len(passes) == 1:
                 self._passes.close()
-                step.collect(looks[-1])
+                step.take_gradients(passes[-1])
                 self._finish(step, self._grad_scale(new_gradients=False))
             elif self._no_gradient():
                 step.create_state()
@@ -359,7 +359,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
             else:
                 by_hand = "; or call first_step(), then backward again, then second_step()"
                 raise RuntimeError(
-                    f"this step needs the gradient {'twice' if len(looks) == 2 else f'{len(looks)} times'}: call "
+                    f"this step needs the gradient {'twice' if len(passes) == 2 else f'{len(passes)} times'}: call "
                     "step(closure) with a closure that zeroes the gradients, computes the loss, calls backward and "
                     f"returns the loss{by_hand if step.plan.in_two_calls else ''}"
                 )
@@ -370,22 +370,22 @@ class SharpnessAware(ScaledGradients, Optimizer):
         binding.follow()
         return all(g is None or not g.any() for g in binding.gradients())
 
-    def _finish(self, step: Step, grad_scale: Tensor | None) -> None:
-        found_inf = step.descend(grad_scale)
+    def _finish(self, step: RunningStep, grad_scale: Tensor | None) -> None:
+        found_inf = step.update(grad_scale)
         self._report(found_inf)
         self._step = None
         self._skipped.note(found_inf)
         self._advance(step.plan)
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[Step]:
+    def _all_or_nothing(self) -> Iterator[RunningStep]:
         """The step under way, or a new one. Whatever is raised inside leaves every weight as before the step."""
         try:
             if self._step is None:
                 if self._incomplete:
                     self.settle()
                 self._rules.follow(self.param_groups)
-                self._step = Step(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
+                self._step = RunningStep(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
             yield self._step
         except BaseException:
             self._abandon()

@@ -43,13 +43,13 @@ def _is_statistic(name: str, buffer: Tensor) -> bool:
     return known and not is_lazy(buffer) and not buffer.is_inference()
 
 
-class Passes:
-    """Runs the closure of a step, once for each look.
+class PassRunner:
+    """Runs the closure of a step, once for each pass.
 
     Args:
-        model: from the second look on its running statistics are frozen, if it is given.
-        same_rng: every look draws the same random numbers (dropout), from torch's CPU and CUDA default generators.
-        m_sharpness: every rank looks with its own gradient; only the last look's is averaged. ``model`` is then a
+        model: from the second pass on its running statistics are frozen, if it is given.
+        same_rng: every pass draws the same random numbers (dropout), from torch's CPU and CUDA default generators.
+        m_sharpness: every rank perturbs along its own gradient; only the last pass's is averaged. ``model`` is then a
             ``DistributedDataParallel``, or the closure takes a keyword ``ddp_sync``.
 
     Raises:
@@ -71,7 +71,7 @@ class Passes:
         self._between = ExitStack()
 
     def run(self, closure: Callable[..., Any], number: int, of: int) -> Any:
-        """Look ``number`` of a step with ``of`` looks: the closure's loss."""
+        """Pass ``number`` of a step with ``of`` passes: the closure's loss."""
         if self._plain or of == 1:
             return closure()
         if self.same_rng:
@@ -120,7 +120,7 @@ class Passes:
         return {"model": self.model, "same_rng": self.same_rng, "m_sharpness": self.m_sharpness}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Passes.__init__(self, **state)
+        PassRunner.__init__(self, **state)
 
 
 def _takes_ddp_sync(closure: Callable[..., Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Step: one step under way, from the first gradient to the updated weights."""
+"""RunningStep: one step under way, from the first gradient to the updated weights."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from looksam import bases, hyper
 from looksam.binding import Binding
-from looksam.distributed import Pair, Replicas
 from looksam.hyper import Group
-from looksam.passes import Passes
-from looksam.plans import Look, Plan, spent
+from looksam.passes import PassRunner
+from looksam.plans import Pass, Plan, spent
+from looksam.ranks import Replicas, TwoRanks
 from looksam_kernels import ops, snapshot
 from looksam_kernels.formulas import ASCENTS, Coefficients, Sums
 
 
-class Step:
-    """Looks, climbs and comes down as the plan says; who calls it runs the forwards and backwards in between.
+class RunningStep:
+    """Takes gradients, perturbs and updates as the plan says; the caller runs the forwards and backwards in between.
 
-    Until :meth:`descend` has returned, :meth:`abandon` goes back to where the step began.
+    Until :meth:`update` has returned, :meth:`abandon` goes back to where the step began.
     """
 
     def __init__(
@@ -26,108 +26,108 @@ class Step:
         plan: Plan,
         binding: Binding,
         base: bases.Fused | bases.Wrapped,
-        passes: Passes,
+        passes: PassRunner,
         radius: hyper.Radius | None = None,
     ) -> None:
         self.plan, self._radius = plan, radius
-        self.moved = False
+        self.perturbed = False
         """Are the weights away from where the step began?"""
         self._binding, self._base, self._passes = binding, base, passes
         self._begun = self._has_gradients = False
         self._sums: Sums | None = None
         self._found_inf: Tensor | None = None
 
-    def collect(self, look: Look, keep_grad: bool = False) -> None:
+    def take_gradients(self, current: Pass, keep_grad: bool = False) -> None:
         """Takes the gradients of now into the table: the tensors themselves, or copies where they must also stay."""
         plan, binding = self.plan, self._binding
-        last = look is plan.looks[-1]
-        self._follow(binding.take(look.column, plan.writes if last else None))
+        last = current is plan.passes[-1]
+        self._follow(binding.take(current.column, plan.writes if last else None))
         table = binding.table
-        self._check_kept(look)
-        self._check_gradients(look)
-        if keep_grad or (not last and snapshot.any_shared(table[look.column])):
+        self._check_kept(current)
+        self._check_gradients(current)
+        if keep_grad or (not last and snapshot.any_shared(table[current.column])):
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
-            table[look.column] = [g if g is None else g.clone() for g in table[look.column]]
+            table[current.column] = [g if g is None else g.clone() for g in table[current.column]]
         if not (keep_grad or last):
             for p in binding.params:
                 p.grad = None
 
-    def _check_kept(self, look: Look) -> None:
+    def _check_kept(self, current: Pass) -> None:
         """
         Raises:
             RuntimeError: a gradient that is kept was overwritten by this pass.
         """
         table = self._binding.table
-        for kept in self.plan.looks[: self.plan.looks.index(look)]:
-            row = snapshot.first_same_place(table[kept.column], table[look.column]) if kept.column in table else -1
+        for kept in self.plan.passes[: self.plan.passes.index(current)]:
+            row = snapshot.first_same_place(table[kept.column], table[current.column]) if kept.column in table else -1
             if row >= 0:
                 raise RuntimeError(
                     f"the gradient of parameter {self._binding.number[row]} was written to the same memory as in the pass "
                     "before, which is still needed; let every pass make its own: p.grad = new_gradient.clone()"
                 )
 
-    def _check_gradients(self, look: Look) -> None:
+    def _check_gradients(self, current: Pass) -> None:
         """
         Raises:
             RuntimeError: this pass has no gradient at all though the first had.
         """
-        looks = self.plan.looks
-        has_any = any(x is not None for x in self._binding.table[look.column])
-        if look is looks[0]:
+        passes = self.plan.passes
+        has_any = any(x is not None for x in self._binding.table[current.column])
+        if current is passes[0]:
             self._has_gradients = has_any
         elif self._has_gradients and not has_any:
             raise RuntimeError(
-                f"pass {looks.index(look) + 1} of {len(looks)} made no gradient, though the first did: a closure must zero "
+                f"pass {passes.index(current) + 1} of {len(passes)} made no gradient, though the first did: a closure must zero "
                 "the gradients, compute the loss anew, call backward and return the loss each time it is called; in the "
                 "two-call style that is to be done between first_step() and second_step()"
             )
 
-    def collect_both(self, pair: Pair) -> None:
-        """In place of two :meth:`collect`: this rank has made one gradient of the plan's two, its partner the other."""
-        binding, (first, last) = self._binding, self.plan.looks
+    def exchange_gradients(self, pair: TwoRanks) -> None:
+        """In place of two :meth:`take_gradients`: this rank has made one gradient of the plan's two, its partner the other."""
+        binding, (first, last) = self._binding, self.plan.passes
         self._follow(binding.follow())
         mine = [p.grad for p in binding.params]
         theirs = pair.exchange(mine)
         if pair.rank == 0:
             for p, x in zip(binding.params, theirs, strict=True):
                 p.grad = x
-        self.collect(last)
+        self.take_gradients(last)
         binding.table[first.column] = mine if pair.rank == 0 else theirs
 
-    def ascend(self, look: Look, grad_scale: Tensor | None) -> None:
-        """Measures the gradients collected so far and moves the weights to where ``look`` is taken."""
-        assert look.ascent is not None
-        binding, rule = self._binding, look.ascent
+    def perturb(self, current: Pass, grad_scale: Tensor | None) -> None:
+        """Measures the gradients collected so far and moves the weights to where ``current`` takes its gradient."""
+        assert current.ascent is not None
+        binding, rule = self._binding, current.ascent
         if not self._begun:
             self._follow(binding.follow())
-        if not self.moved:
-            binding.make_room(ASCENTS[rule].inputs[0])
+        if not self.perturbed:
+            binding.make_backups(ASCENTS[rule].inputs[0])
         etas = binding.etas()
         if etas is not None and rule == "sam":
             rule = "asam"
         coefficients = self._measure(rule, self._groups(), grad_scale, etas)
-        self.moved = True
+        self.perturbed = True
         ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.hyper))
-        binding.drop(spent(self.plan, look))
+        binding.drop(spent(self.plan, current))
         self._weights_changed()
 
     def norm_sq(self, grad_scale: Tensor | None) -> Tensor:
-        """||g||^2 of the first look, over all tensors, without the loss scale."""
-        self._measure("first", self._groups(), grad_scale, None)
+        """||g||^2 of the first pass, over all tensors, without the loss scale."""
+        self._measure("at_w", self._groups(), grad_scale, None)
         assert self._sums is not None
         total = self._sums.total("g", "g")
         return total if grad_scale is None else total / grad_scale.to(total) ** 2
 
-    def descend(self, grad_scale: Tensor | None) -> Tensor:
+    def update(self, grad_scale: Tensor | None) -> Tensor:
         """Measures what is still unknown, combines, restores and updates.
 
         Returns:
             1.0 if a gradient was not finite and the update was therefore left out, else 0.0.
         """
         binding, plan = self._binding, self.plan
-        if self._passes.m_sharpness and self.moved:
+        if self._passes.m_sharpness and self.perturbed:
             replicas = Replicas(self._passes.model)
-            self._found_inf = replicas.agree(binding.table, plan.descent, plan.looks[-1].column, self._found_inf)
+            self._found_inf = replicas.agree(binding.table, plan.descent, plan.passes[-1].column, self._found_inf)
             self._sums = self._sums and self._sums.stored()
         groups = self._groups()
         clip = groups[0]["max_grad_norm"] if self._base.clips else None
@@ -142,14 +142,14 @@ class Step:
 
         torch.distributed.checkpoint asks for this, by a step with zero gradients on a fresh optimizer.
         """
-        self._follow(self._binding.take(self.plan.looks[-1].column, writes=self.plan.writes))
+        self._follow(self._binding.take(self.plan.passes[-1].column, writes=self.plan.writes))
         self._base.create_state(self._binding)
         self._end()
 
     def abandon(self) -> None:
         """Every weight is as before the step."""
         self._binding.restore()
-        if self.moved:
+        if self.perturbed:
             self._weights_changed()
         self._end()
 
@@ -174,7 +174,7 @@ class Step:
         etas: list[float | None] | None,
         max_grad_norm: float | None = None,
     ) -> Coefficients:
-        """The scalars of a rule; sums and found_inf go on from one look to the next."""
+        """The scalars of a rule; sums and found_inf go on from one pass to the next."""
         self._sums, coefficients = ops.measure(
             self._binding.table,
             rule,
@@ -197,6 +197,6 @@ class Step:
 
     def _end(self) -> None:
         self._binding.masters.written()
-        self.moved = False
+        self.perturbed = False
         self._passes.close()
-        self._binding.drop([look.column for look in self.plan.looks])
+        self._binding.drop([x.column for x in self.plan.passes])

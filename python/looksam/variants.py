@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from looksam.aesam import AESAM, AELookSAM
+from looksam.esam import ESAM
 from looksam.hyper import RANGES, Group, within
 from looksam.optimizer import SharpnessAware
-from looksam.parallel import SAMPa
-from looksam.plans import PLAIN, REUSE, Look, Plan, Variant, two_looks
-from looksam.selecting import AESAM, ESAM, AELookSAM
+from looksam.plans import PLAIN, REUSE, Pass, Plan, Variant, sharp_plan
+from looksam.sampa import SAMPa
 from looksam.types import BackendName, BaseOptimizer, LayerScale, NormScope
 
 
@@ -46,7 +47,7 @@ class SAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
-        variant = Variant(sharp=two_looks("sam", "second"), cheap=PLAIN)
+        variant = Variant(sharp=sharp_plan("sam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -97,7 +98,7 @@ class LookSAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
-        variant = Variant(sharp=two_looks("sam", "looksam_refresh"), cheap=REUSE)
+        variant = Variant(sharp=sharp_plan("sam", "looksam_refresh"), between=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -139,7 +140,7 @@ class LayerSAM(SharpnessAware):
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
         hyper |= {"layer_scale": layer_scale, "layer_filter": layer_filter}
-        variant = Variant(sharp=two_looks(layer_scale, "second"), cheap=PLAIN)
+        variant = Variant(sharp=sharp_plan(layer_scale, "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -174,7 +175,7 @@ class LookLayerSAM(SharpnessAware):
             "perturb_eps": perturb_eps,
         }
         hyper |= {"layer_scale": layer_scale, "layer_filter": layer_filter}
-        variant = Variant(sharp=two_looks(layer_scale, "looksam_refresh"), cheap=REUSE)
+        variant = Variant(sharp=sharp_plan(layer_scale, "looksam_refresh"), between=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -230,7 +231,7 @@ class SSAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
-        variant = Variant(sharp=two_looks("sam", "ssam"), cheap=PLAIN)
+        variant = Variant(sharp=sharp_plan("sam", "ssam"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -266,7 +267,7 @@ class GSAM(SharpnessAware):
     ) -> None:
         hyper = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
         hyper |= {"k": k, "perturb_eps": perturb_eps}
-        variant = Variant(sharp=two_looks("sam", "gsam"), cheap=PLAIN, radius=_follows_lr)
+        variant = Variant(sharp=sharp_plan("sam", "gsam"), between=PLAIN, radius=_follows_lr)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -306,7 +307,7 @@ class WSAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
-        variant = Variant(sharp=two_looks("sam", "wsam" if decouple else "wsam_coupled"), cheap=PLAIN)
+        variant = Variant(sharp=sharp_plan("sam", "wsam" if decouple else "wsam_coupled"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -339,8 +340,8 @@ class CRSAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "gamma": gamma, "beta": beta, "k": k, "perturb_eps": perturb_eps}
-        looks = (*two_looks("sam", "crsam").looks, Look("r", "opposite"))
-        variant = Variant(sharp=Plan(looks, "crsam"), cheap=PLAIN)
+        passes = (*sharp_plan("sam", "crsam").passes, Pass("r", "opposite"))
+        variant = Variant(sharp=Plan(passes, "crsam"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -369,7 +370,7 @@ class VaSSO(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "theta": theta, "perturb_eps": perturb_eps}
-        plan = two_looks("vasso", "vasso_second")
+        plan = sharp_plan("vasso", "vasso_direction")
         super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
 
 
@@ -401,140 +402,8 @@ class FriendlySAM(SharpnessAware):
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "perturb_eps": perturb_eps}
-        plan = two_looks("friendly", "friendly_second")
+        plan = sharp_plan("friendly", "friendly_direction")
         super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
-
-
-class LAMB(SharpnessAware):
-    """LAMB, fused: Adam's direction with decay, scaled per tensor by the trust ratio. You et al. 2020.
-
-    g /= max(1, ||g|| / max_grad_norm); m, v as in Adam with bias correction; u = m / (sqrt(v) + eps) + weight_decay w;
-    w -= lr r u with r = ||w_p|| / ||u_p||, 1 where either is 0 and where weight_decay = 0 unless ``always_adapt``.
-
-    Args:
-        lr, betas, eps, weight_decay, maximize: as torch.optim.Adam; lr may be a 0-dim tensor.
-        max_grad_norm: clips the global norm of the gradients; ``None``: not.
-        always_adapt: use the trust ratio in groups without weight decay too.
-        trust_clip: r at most 1.
-        backend: see :class:`looksam.SharpnessAware`.
-    """
-
-    fused_base = "lamb"
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-        max_grad_norm: float | None = 1.0,
-        always_adapt: bool = False,
-        trust_clip: bool = False,
-        maximize: bool = False,
-        backend: BackendName | None = None,
-    ) -> None:
-        base_kwargs = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "always_adapt": always_adapt,
-            "trust_clip": trust_clip,
-            "maximize": maximize,
-        }
-        variant = Variant(sharp=PLAIN, cheap=PLAIN)
-        super().__init__(params, "lamb", variant, {}, backend=backend, base_kwargs=base_kwargs)
-
-
-class LARS(SharpnessAware):
-    """LARS, fused: SGD whose direction, with decay, is scaled per tensor by the trust ratio. You, Gitman & Ginsburg 2017.
-
-    r = trust_coefficient ||w_p|| / (||g_p|| + weight_decay ||w_p|| + eps), 1 where either norm is 0 and where
-    weight_decay = 0 unless ``always_adapt``; then SGD with momentum of r (g + weight_decay w), as torch.optim.SGD.
-
-    Args:
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD; lr may be a 0-dim tensor.
-        trust_coefficient: >= 0.
-        eps: >= 0, added to the denominator.
-        trust_clip: r = min(1, r / lr), so that a tensor's rate is the smaller of lr and r (LARC).
-        always_adapt: use the trust ratio in groups without weight decay too.
-        max_grad_norm: clips the global norm of the gradients before; ``None``: not.
-        backend: see :class:`looksam.SharpnessAware`.
-    """
-
-    fused_base = "lars"
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1.0,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        weight_decay: float = 1e-4,
-        nesterov: bool = False,
-        trust_coefficient: float = 0.001,
-        eps: float = 1e-8,
-        trust_clip: bool = False,
-        always_adapt: bool = False,
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        backend: BackendName | None = None,
-    ) -> None:
-        base_kwargs = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "trust_clip": trust_clip,
-            "always_adapt": always_adapt,
-            "max_grad_norm": max_grad_norm,
-            "maximize": maximize,
-        }
-        variant = Variant(sharp=PLAIN, cheap=PLAIN)
-        super().__init__(params, "lars", variant, {}, backend=backend, base_kwargs=base_kwargs)
-
-
-class Lion(SharpnessAware):
-    """Lion, fused: steps of size lr in the direction of a sign. Chen et al. 2023.
-
-    w *= 1 - lr weight_decay; w -= lr sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g. The lr is three to ten
-    times smaller than AdamW's, the weight decay larger by as much.
-
-    Args:
-        lr: > 0; may be a 0-dim tensor.
-        betas: weights of m in the sign and in its own average.
-        weight_decay: decoupled, as torch.optim.AdamW's.
-        max_grad_norm: clips the global norm of the gradients before; ``None``: not.
-        maximize: climb.
-        backend: see :class:`looksam.SharpnessAware`.
-    """
-
-    fused_base = "lion"
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        backend: BackendName | None = None,
-    ) -> None:
-        base_kwargs = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "maximize": maximize,
-        }
-        variant = Variant(sharp=PLAIN, cheap=PLAIN)
-        super().__init__(params, "lion", variant, {}, backend=backend, base_kwargs=base_kwargs)
 
 
 VARIANTS: dict[str, type[SharpnessAware]] = {

@@ -72,7 +72,7 @@ def test_contract_02_two_call_style_equals_the_closure_style(backend: str, varia
 
 @on_backends
 def test_contract_02_davda54_loop_runs_unchanged(backend: str) -> None:
-    """The loop of davda54/sam always does both passes; on a cheap step the second is spare."""
+    """The loop of davda54/sam always does both passes; on a reuse or plain step the second is spare."""
     model = network()
     optimizer = build(model.parameters(), "looksam", k=2, backend=backend)
     other = network()
@@ -173,7 +173,7 @@ def test_contract_03_closure_runs_with_grad_enabled(backend: str) -> None:
 def test_contract_04_raising_closure_changes_nothing(
     backend: str, variant: str, base: str, failing: int, late: bool
 ) -> None:
-    """Of the third call: of a cheap step, of the third pass or of the next step. Ctrl-C is no Exception, running out of
+    """Of the third call: of a reuse or plain step, of the third pass or of the next step. Ctrl-C is no Exception, running out of
     memory is one."""
     error = KeyboardInterrupt if late else MemoryError
     model, other = network(), network()
@@ -241,7 +241,7 @@ def test_contract_06_step_without_closure(backend: str, variant: str) -> None:
     optimizer.step(closure := Closure(model, optimizer))
     before = weights(model)
     closure()
-    assert optimizer.step() is None  # a cheap one
+    assert optimizer.step() is None  # a reuse or plain one
     assert not torch.equal(before[0], weights(model)[0])
 
 

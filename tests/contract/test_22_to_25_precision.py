@@ -77,7 +77,7 @@ def test_contract_22_scaled_steps_equal_unscaled_ones(backend: str, variant: str
 def test_contract_22_overflow_changes_nothing_and_halves_the_scale(
     backend: str, variant: str, base: str, steps_before: int, bad_call: int
 ) -> None:
-    """Pass 1 only, pass 2 only, a cheap step; on a fresh optimizer and on one with state."""
+    """Pass 1 only, pass 2 only, a reuse or plain step; on a fresh optimizer and on one with state."""
     model, amp = network(), scaler()
     optimizer = build(model.parameters(), variant, base, backend=backend)
     for _ in range(steps_before):
@@ -116,7 +116,7 @@ def test_contract_22_without_a_scaler_a_non_finite_step_is_skipped_too(
 @pytest.mark.parametrize("variant", [name for name in IN_TWO_CALLS if name not in DECIDING])
 @pytest.mark.parametrize("bad_call", [None, 0, 1])
 def test_contract_22_two_call_style(backend: str, variant: str, bad_call: int | None) -> None:
-    """``scaler.step(optimizer)`` in place of ``second_step``, and on cheap steps in place of ``first_step``."""
+    """``scaler.step(optimizer)`` in place of ``second_step``, and on reuse or plain steps in place of ``first_step``."""
     model, other, amp = network(), network(), scaler()
     optimizer = build(model.parameters(), variant, backend=backend)
     backward = Closure(model, optimizer, scale=amp.scale, after=poison(model, -1 if bad_call is None else bad_call))
@@ -264,7 +264,7 @@ def test_contract_24_autocast_cache(backend: str, variant: str) -> None:
         return backward(optimizer, layer(layer(x)).float().square().mean())
 
     if variant == "sampa":
-        optimizer.step(closure)  # both passes at w, as there is nothing to climb along yet
+        optimizer.step(closure)  # both passes at w, as there is nothing to perturb along yet
         seen.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=True):
         losses = [optimizer.step(closure).item() for _ in range(2)]

@@ -57,7 +57,7 @@ def test_contract_38_no_recompilation(backend: str, statistics: str) -> None:
 @on_variants_without_host_reads
 @pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
 def test_contract_38_two_graphs_replay_the_steps(variant: str, base: str) -> None:
-    """A sharp and a cheap step, captured once and replayed, equal eager steps bit for bit."""
+    """A sharp and a reuse or plain step, captured once and replayed, equal eager steps bit for bit."""
     torch.manual_seed(0)
     x, y = torch.randn(16, 5, device="cuda"), torch.randn(16, 3, device="cuda")
     results = []

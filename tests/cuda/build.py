@@ -20,7 +20,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda-tests"
-KERNELS = ("sums", "perturb", "step", "file")
+KERNELS = ("sums", "perturb", "step", "upload")
 
 CXX = os.environ.get("CXX", "c++")
 COMMON = ["-fPIC", "-Wall", "-Werror", "-DLOOKSAM_HARNESS", "-DLOOKSAM_MODULE=_harness"]
@@ -72,7 +72,7 @@ def compiled(command: Sequence[str], source: Path, folder: Path) -> Path:
 def binding_object() -> Path:
     """The CUDA binding for CPU tensors and the harness. Without sanitizers: they are for the kernels."""
     with locked("binding") as folder:
-        return compiled([CXX, "-std=c++20", "-O1", *COMMON, *PYTHON], CSRC / "cuda_bindings.cpp", folder)
+        return compiled([CXX, "-std=c++20", "-O1", *COMMON, *PYTHON], CSRC / "bindings/cuda.cpp", folder)
 
 
 def harness(sanitize: bool, fault: Fault | None = None) -> Path:

@@ -48,7 +48,7 @@ def ops(table: TensorTable, base: str) -> list[Callable[[], None]]:
 
 @pytest.mark.parametrize("base", ["adamw", "lars"])
 def test_whichever_launch_fails_the_op_can_be_run_again(base: str) -> None:
-    """As after an asynchronous error that the driver gives to the next launch: nothing counts as filed that was not."""
+    """As after an asynchronous error that the driver gives to the next launch: nothing counts as uploaded that was not."""
     start = cases.columns(ROWS)
     whole = cases.copy(start)
     before = harness.launches()

@@ -163,7 +163,7 @@ def test_what_the_sanitizers_run() -> None:
     sanitize.main(DEVICE)
 
 
-def test_a_column_is_filed_by_the_launch_that_files_it_not_before() -> None:
+def test_a_column_is_uploaded_by_the_launch_that_uploads_it_not_before() -> None:
     """An op that fails on its way there leaves nothing behind that the next one takes for addresses."""
     rows = [Row((33,)), Row((5,))]
     cols = cases.columns(rows, DEVICE)

@@ -61,7 +61,7 @@ def compiled() -> dict[str, Compiled]:
 def test_no_kernel_spills_or_has_a_stack(compiled: dict[str, Compiled]) -> None:
     resources = {key: value for part in compiled.values() for key, value in part.resources.items()}
     assert {sm for _, sm in resources} == set(ARCHITECTURES)
-    bodies = ("SumsBody", "PerturbBody", "StepBody", "LambBody", "LarsBody", "FileBody", "IndexBody")
+    bodies = ("SumsBody", "PerturbBody", "StepBody", "LambBody", "LarsBody", "UploadBody", "IndexBody")
     assert all(any(body in kernel for kernel, _ in resources) for body in bodies)
     for (kernel, sm), found in resources.items():
         print(f"sm_{sm} {found.registers:4d} registers  {kernel}")
@@ -86,4 +86,4 @@ def test_streaming_kernels_access_16_bytes_at_a_time(compiled: dict[str, Compile
 
 def test_the_binding_compiles_against_a_torch_without_cuda(tmp_path: Path) -> None:
     options = ["-std=c++20", "-fsyntax-only", "-Wall", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DLOOKSAM_MODULE=_cuda"]
-    build.run(build.CXX, *options, *build.PYTHON, *build.cuda_include(str(NVCC)), build.CSRC / "cuda_bindings.cpp")
+    build.run(build.CXX, *options, *build.PYTHON, *build.cuda_include(str(NVCC)), build.CSRC / "bindings/cuda.cpp")

@@ -50,7 +50,7 @@ def test_contract_33_replicas_stay_equal(ranks: Ranks, backend: str, variant: st
 
 
 def m_sharpness_by_hand(steps: int, k: int, reuse: bool) -> list[np.ndarray]:
-    """LookSAM (or SAM) over SGD with momentum where each half of the batch climbs by itself, in one process."""
+    """LookSAM (or SAM) over SGD with momentum where each half of the batch perturbs by itself, in one process."""
     model = network(dtype=torch.float64)
     params = list(model.parameters())
     descent = torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-2)
@@ -108,12 +108,12 @@ def test_contract_34_m_sharpness(ranks: Ranks, backend: str, variant: str, views
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in DECIDING])
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
-def test_contract_34_replicas_that_climb_apart_stay_equal(ranks: Ranks, variant: str, base: str) -> None:
-    """Whatever the way down uses, a norm of g as in SSAM included, is the average's."""
+def test_contract_34_replicas_perturbed_apart_stay_equal(ranks: Ranks, variant: str, base: str) -> None:
+    """Whatever the direction uses, a norm of g as in SSAM included, is the average's."""
     (w0, kept0), (w1, kept1) = ranks.run(ddp, variant, base, STEPS, {}, {"m_sharpness": True})
     for a, b in zip([*w0, *kept0], [*w1, *kept1], strict=True):
         np.testing.assert_array_equal(a, b)
-    if variant != "sampa":  # it climbs along y, which is an average
+    if variant != "sampa":  # its perturbation is along y, which is an average
         (synced, _), _ = ranks.run(ddp, variant, base, STEPS, {}, {})
         assert np.abs(synced[0] - w0[0]).max() > 1e-6
 

@@ -115,7 +115,7 @@ def check(
 
 
 def collectives(rank: int, variant: str, base: str) -> list[int]:
-    """All-reduces of ours in a sharp and in a cheap step; what would make a full tensor raises."""
+    """All-reduces of ours in a sharp and in a reuse or plain step; what would make a full tensor raises."""
     model = sharded()
     optimizer = build(model.parameters(), variant, base)
     train(model, optimizer, 2, half(rank))

@@ -504,7 +504,7 @@ def test_errors(target: Target) -> None:
         lk.step(made, name, c, [{**g, option: 0} for g in groups])
     made = cases.table(rows, cols, target.backend, perturbed=[True])
     with pytest.raises(ValueError, match="before the perturbation"):
-        lk.measure(made, "second", RULE_GROUPS, lars=True)
+        lk.measure(made, "at_perturbed", RULE_GROUPS, lars=True)
     with pytest.raises(ValueError, match="unknown rule"):
         lk.measure(cases.table(rows, cols, target.backend), "look", groups)
 

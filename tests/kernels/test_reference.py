@@ -147,7 +147,7 @@ def test_lars_by_hand() -> None:
     made = table(w, g=g, step=[torch.zeros(()) for _ in w])
     own = {"trust_coefficient": 0.1, "eps": 2.0, "always_adapt": False, "trust_clip": False}
     groups = [{**SGD, **own, "lr": 0.5, "weight_decay": 0.2}]
-    sums, c = lk.measure(made, "first", groups, lars=True)
+    sums, c = lk.measure(made, "at_w", groups, lars=True)
     assert sums.of("w", "w").tolist() == [25.0, 0.0]
     assert c.trust is not None
     assert c.trust.tolist() == pytest.approx([0.1, 1.0])
@@ -161,7 +161,7 @@ def test_lars_by_hand() -> None:
         ({"weight_decay": 0.0, "always_adapt": True}, 0.5 / 4),
     ):
         fresh = table([torch.tensor([3.0, 4.0], dtype=F64)], g=g[:1])
-        _, c = lk.measure(fresh, "first", [{**groups[0], **options}], lars=True)
+        _, c = lk.measure(fresh, "at_w", [{**groups[0], **options}], lars=True)
         assert c.trust is not None
         assert c.trust.item() == pytest.approx(expected)
 
@@ -180,7 +180,7 @@ def test_sam_by_hand() -> None:
     torch.testing.assert_close(w, torch.tensor([1.06, 2.08], dtype=F64))
     assert made["b"][0].tolist() == [1.0, 2.0]
     made["s"] = [torch.tensor([1.0, 0.0], dtype=F64)]
-    _, c = lk.measure(made, "second", groups, found_inf=c.found_inf)
+    _, c = lk.measure(made, "at_perturbed", groups, found_inf=c.found_inf)
     lk.step(made, "sgd", c, groups)
     assert w.tolist() == [0.5, 2.0]
 
@@ -245,7 +245,7 @@ def test_clipping_and_maximize_by_hand() -> None:
         w, g=[torch.tensor([3.0], dtype=F64), torch.tensor([4.0], dtype=F64)], step=[torch.zeros(()) for _ in w]
     )
     groups = [{**SGD, "lr": 1.0, "maximize": True}]
-    _, c = lk.measure(made, "first", groups, max_grad_norm=1.0)
+    _, c = lk.measure(made, "at_w", groups, max_grad_norm=1.0)
     lk.step(made, "sgd", c, groups)
     assert [x.item() for x in w] == pytest.approx([0.6, 0.8])
 

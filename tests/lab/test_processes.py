@@ -126,7 +126,7 @@ def test_only_the_first_process_writes_and_prints(outcomes, alone):
     [
         ({"fsdp": True, "m_sharpness": True}, "--m-sharpness needs each process's own gradient"),
         ({"jobs": 2}, "--jobs: under torchrun"),
-        ({"m_sharpness": True, "methods": ["sgd"]}, "no method given climbs; use one of .*looksam"),
+        ({"m_sharpness": True, "methods": ["sgd"]}, "no method given perturbs; use one of .*looksam"),
     ],
 )
 def test_options_that_exclude_each_other(options, message):

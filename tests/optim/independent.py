@@ -288,7 +288,7 @@ class FromTorch:
 
 
 class Independent:
-    """The base optimizer, and what all methods share: looks, jitter, and the way down.
+    """The base optimizer, and what all methods share: gradients, jitter, and the update.
 
     A tensor without a gradient takes no part. One that has a gradient in the last pass only was not perturbed, and its d is
     that gradient; where it has none in the last pass it is restored and not updated.
@@ -315,10 +315,10 @@ class Independent:
     def step(self, gradients: Gradients) -> None:
         self.gradients, self.number = gradients, 0
         self.added: Arrays = [None] * len(self.w)
-        self.descend(self.jitter(self.sharp() if self.t % self.k == 0 else self.cheap(self.look())))
+        self.update_with(self.jitter(self.sharp() if self.t % self.k == 0 else self.between(self.gradient_at())))
         self.t += 1
 
-    def look(self, e: Arrays | None = None) -> Arrays:
+    def gradient_at(self, e: Arrays | None = None) -> Arrays:
         """The gradients at w + e."""
         e = self.jitter(e or [None] * len(self.w))
         self.passes += 1
@@ -327,16 +327,16 @@ class Independent:
         return self.jitter(self.gradients(up, self.t, self.number))
 
     def sharp(self) -> Arrays:
-        return self.look()
+        return self.gradient_at()
 
-    def cheap(self, g: Arrays) -> Arrays:
+    def between(self, g: Arrays) -> Arrays:
         return g
 
-    def climb(self, x: Arrays) -> Arrays:
+    def along(self, x: Arrays) -> Arrays:
         """e = rho x / (||x|| + eps)."""
         return ascent_sam(self.w, x, self.h)
 
-    def descend(self, d: Arrays) -> None:
+    def update_with(self, d: Arrays) -> None:
         for i, x in enumerate(clip(d, self.h)):
             if x is not None and x.size > 0:
                 new = self.base.update(i, self.w[i], x, self.h[i])
@@ -358,8 +358,8 @@ class SAM(Independent):
     """d = s, at w + e."""
 
     def sharp(self) -> Arrays:
-        g = self.look()
-        return self.combine(g, self.look(self.ascent(self.w, g, self.h)))
+        g = self.gradient_at()
+        return self.combine(g, self.gradient_at(self.ascent(self.w, g, self.h)))
 
     def combine(self, g: Arrays, s: Arrays) -> Arrays:
         return s
@@ -378,7 +378,7 @@ class LookSAM(SAM):
             self.kept[i] = sp if gp is None else sp - c * gp
         return s
 
-    def cheap(self, g: Arrays) -> Arrays:
+    def between(self, g: Arrays) -> Arrays:
         """d = g + alpha (||g|| / ||q||) q. Tensors without a gradient are in neither norm."""
         q = [None if gp is None else qp for gp, qp in zip(g, self.kept, strict=True)]
         joint = ratio(norm(g), norm(q))
@@ -438,10 +438,10 @@ class CRSAM(SAM):
     """a at w + e, b at w - e: d = (1 + gamma + beta) a + (gamma - beta) b - 2 gamma g."""
 
     def sharp(self) -> Arrays:
-        g = self.look()
+        g = self.gradient_at()
         e = self.ascent(self.w, g, self.h)
-        a = self.look(e)
-        b = self.look([None if x is None else -x for x in e])
+        a = self.gradient_at(e)
+        b = self.gradient_at([None if x is None else -x for x in e])
         return self.each(
             lambda b, a, g, hp: (
                 (1 + hp["gamma"] + hp["beta"]) * a + (hp["gamma"] - hp["beta"]) * b - 2 * hp["gamma"] * g
@@ -456,12 +456,12 @@ class VaSSO(Independent):
     """m <- g at first, then m <- (1 - theta) m + theta g; e = rho m / (||m|| + eps); d = s."""
 
     def sharp(self) -> Arrays:
-        g = self.look()
+        g = self.gradient_at()
         m = [
             None if gp is None else gp if mp is None else (1 - hp["theta"]) * mp + hp["theta"] * gp
             for gp, mp, hp in zip(g, self.kept, self.h, strict=True)
         ]
-        s = self.look(self.climb(m))
+        s = self.gradient_at(self.along(m))
         self.keep(m, s)
         return s
 
@@ -476,10 +476,10 @@ class FriendlySAM(VaSSO):
     """c = g - sigma m, at first c = g; then m <- lambda m + (1 - lambda) g; e = rho c / (||c|| + eps); d = s."""
 
     def sharp(self) -> Arrays:
-        g = self.look()
+        g = self.gradient_at()
         before = [0.0 if mp is None else mp for mp in self.kept]
         columns = list(zip(g, before, self.h, strict=True))
-        s = self.look(self.climb([None if gp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns]))
+        s = self.gradient_at(self.along([None if gp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns]))
         m = [None if gp is None else hp["lambda_"] * mp + (1 - hp["lambda_"]) * gp for gp, mp, hp in columns]
         self.keep(m, s)
         return s
@@ -490,7 +490,7 @@ class SAMPa(Independent):
 
     def sharp(self) -> Arrays:
         y = self.kept
-        a = self.look(self.climb(y))
-        b = self.look([None if yp is None else -hp["lr"] * yp for yp, hp in zip(y, self.h, strict=True)])
+        a = self.gradient_at(self.along(y))
+        b = self.gradient_at([None if yp is None else -hp["lr"] * yp for yp, hp in zip(y, self.h, strict=True)])
         self.kept = [yp if bp is None else bp for yp, bp in zip(y, b, strict=True)]
         return self.each(lambda b, a, hp: (1 - hp["lambda_"]) * a + hp["lambda_"] * b, b, a)

@@ -42,7 +42,7 @@ def present(name: str, step: int, number: int) -> bool:
         "never": False,
         "first_only": number == 1,
         "second_only": number == 2,
-        "some_steps": step % 4 != 1,  # 1 and 5 are cheap steps, 9 is a sharp one
+        "some_steps": step % 4 != 1,  # 1 and 5 are reuse or plain steps, 9 is a sharp one
         "lost": not (number == 2 and step in (0, 6)),  # before it has a q, and when it has one
     }.get(name, True)
 

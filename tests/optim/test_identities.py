@@ -124,7 +124,7 @@ def test_rho_0_equals_the_base_bit_for_bit_on_sharp_and_on_reuse_steps(variant, 
     """s is g, so q is exactly 0, so a reuse step is a base step. Other methods combine s and g with factors that round."""
     names = tuple(n for n in names_for(METHODS[variant], BASES[base]) if n in ALWAYS)
     method = with_hyper(METHODS[variant], rho=0.0)
-    alone = Method(looksam.SAM, None, ({"rho": 0.0},) * 3, k=10**9)  # cheap steps, all but the first
+    alone = Method(looksam.SAM, None, ({"rho": 0.0},) * 3, k=10**9)  # reuse or plain steps, all but the first
     ours = Run(Problem(names=names), method, BASES[base], backend).steps(2 * K + 1)
     plain = Run(Problem(names=names), alone, BASES[base], backend).steps(2 * K + 1)
     assert same_bits(ours.weights, plain.weights)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import looksam
 import looksam_kernels as lk
-from looksam.plans import PLAIN, Variant, two_looks
+from looksam.plans import PLAIN, Variant, sharp_plan
 from looksam_kernels import formulas
 from looksam_kernels.formulas import Direction
 from tests.optim.cases import BACKENDS
@@ -48,7 +48,7 @@ def define() -> None:
 
 class Own(looksam.SharpnessAware):
     def __init__(self, params: Any, base: Any, backend: str | None = None, **base_kwargs: Any) -> None:
-        variant = Variant(sharp=two_looks("unified", "remembered"), cheap=PLAIN)
+        variant = Variant(sharp=sharp_plan("unified", "remembered"), between=PLAIN)
         hyper = {"rho": RHO, "mix": MIX, "keep": KEEP, "k": 1}
         super().__init__(params, base, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 

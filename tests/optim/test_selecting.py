@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import looksam
-from looksam.samples import sharpest
+from looksam.esam import sharpest
 from tests.contract.support import BASES, Closure, assert_same, network, on_bases, states, weights
 from tests.kernels.cases import kept_elements
 from tests.optim import cases

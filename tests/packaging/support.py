@@ -76,7 +76,7 @@ with open({log!r}, "a") as log:
 def part(word):
     if "/csrc/" not in word or not word.endswith((".cpp", ".cu")):
         return word
-    return {stub!r} if word.endswith("bindings.cpp") else {empty!r}
+    return {stub!r} if word.endswith("bindings/cpu.cpp") else {empty!r}
 sys.exit(subprocess.call(["c++", *map(part, given)]))
 """
 STUB = """
@@ -103,4 +103,4 @@ class QuickCompiler:
 
     def compiled(self) -> int:
         """How many times the module was compiled."""
-        return self.log.read_text().count("/csrc/bindings.cpp") if self.log.exists() else 0
+        return self.log.read_text().count("/csrc/bindings/cpu.cpp") if self.log.exists() else 0

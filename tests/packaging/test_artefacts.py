@@ -55,7 +55,14 @@ def test_a_wheel_from_the_sdist_equals_one_from_the_checkout(sdist: Path, wheel:
 def test_the_wheel_holds_the_native_sources_and_runs_on_every_python(wheel: Path) -> None:
     names = contents(wheel)
     assert wheel.name == f"looksam_kernels-{VERSION}-py3-none-any.whl"
-    for name in ("bindings.cpp", "core/update.h", "cpu/ops.cpp", "cuda_bindings.cpp", "cuda/step.cu", "cuda/step.cuh"):
+    for name in (
+        "bindings/cpu.cpp",
+        "core/updates.h",
+        "cpu/ops.cpp",
+        "bindings/cuda.cpp",
+        "cuda/step.cu",
+        "cuda/step.cuh",
+    ):
         assert f"looksam_kernels/csrc/{name}" in names
     assert {name.split("/")[0] for name in names} == {
         "looksam", "looksam_kernels", f"looksam_kernels-{VERSION}.dist-info",

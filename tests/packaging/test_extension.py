@@ -89,8 +89,8 @@ def test_every_source_counts(tmp_path: Path) -> None:
     csrc = recipe.shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     assert before == {module: recipe.digest(csrc, module) for module in before}
     for name, changed in (
-        ("core/update.h", {recipe.CPU, recipe.CUDA}),
-        ("cpu/body.h", {recipe.CPU}),
+        ("core/updates.h", {recipe.CPU, recipe.CUDA}),
+        ("cpu/chunks.h", {recipe.CPU}),
         ("cuda/step.cuh", {recipe.CUDA}),
         ("harness/execute.h", set()),
     ):
@@ -137,4 +137,4 @@ def test_a_python_started_in_the_checkout_runs_native_and_mixes_nothing(site: Pa
 
 def test_the_recipe_is_the_one_that_is_compiled() -> None:
     assert builder.csrc() == ROOT / "csrc"
-    assert {path.name for path in recipe.sources(ROOT / "csrc", recipe.CPU)} >= {"bindings.cpp", "ops.cpp", "avx2.cpp"}
+    assert {path.name for path in recipe.sources(ROOT / "csrc", recipe.CPU)} >= {"cpu.cpp", "ops.cpp", "avx2.cpp"}

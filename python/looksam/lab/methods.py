@@ -36,7 +36,7 @@ def _by_itself(name: Any) -> type[torch.optim.Optimizer]:
 
     class ByItself(looksam.SharpnessAware):
         def __init__(self, params: Any, **options: Any) -> None:
-            super().__init__(params, name, Variant(sharp=PLAIN, cheap=PLAIN), {}, base_kwargs=options)
+            super().__init__(params, name, Variant(sharp=PLAIN, between=PLAIN), {}, base_kwargs=options)
 
     params = inspect.signature(ByItself).parameters["params"]
     clipping = inspect.Parameter("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, default=FUSED[name].max_grad_norm)

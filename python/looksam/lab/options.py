@@ -90,7 +90,7 @@ OPTIONS = (
     click.option("--mixup", type=NOT_NEGATIVE, default=0.0, help="Parameter of the Beta distribution; 0 is off."),
     click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Mixed precision: autocast; fp16 scales the loss."),
     click.option("--accumulate", type=COUNT, default=1, help="Micro-batches per step; --batch-size is their sum."),
-    click.option("--m-sharpness", is_flag=True, help="Under torchrun: each process climbs along its own gradient."),
+    click.option("--m-sharpness", is_flag=True, help="Under torchrun: each process perturbs along its own gradient."),
     click.option("--fsdp", is_flag=True, help="Under torchrun: shard the parameters (FSDP2) instead of DDP."),
     click.option("--backend", help="Force a backend of looksam_kernels; see looksam info."),
     click.option("--seed", type=SEED, default=0, help="First seed."),
@@ -167,4 +167,4 @@ def check_processes(values: dict[str, Any], methods: Sequence[str], world: World
     if values["m_sharpness"] and values["fsdp"]:
         raise click.UsageError("--m-sharpness needs each process's own gradient, which --fsdp never has; drop one")
     if values["m_sharpness"] and all(parse_method(method).variant is None for method in methods):
-        raise click.UsageError(f"--m-sharpness: no method given climbs; use one of {', '.join(VARIANTS)}")
+        raise click.UsageError(f"--m-sharpness: no method given perturbs; use one of {', '.join(VARIANTS)}")

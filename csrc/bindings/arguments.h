@@ -15,7 +15,7 @@
 #include <string_view>
 #include <unordered_map>
 
-#include "core/scalars.h"
+#include "../core/formulas.h"
 
 namespace py = pybind11;
 
@@ -69,7 +69,7 @@ inline bool has_memory(const at::Tensor& x) {
   if (count == 0) return true;
   try {
     if (storage.data() == nullptr) return false;
-  } catch (const c10::Error&) {  // a storage that lets nobody at its data
+  } catch (const c10::Error&) {  // a storage whose data may not be accessed
     return false;
   }
   return storage.nbytes() >= (x.is_contiguous() ? (offset + count) * x.itemsize()

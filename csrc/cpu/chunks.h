@@ -7,7 +7,7 @@
 // all instruction sets give the same bits.
 
 #include "../core/vec.h"
-#include "kernels.h"
+#include "args.h"
 
 #if !defined(LOOKSAM_ISA)
 #error "define LOOKSAM_ISA"
@@ -90,7 +90,7 @@ inline T* values(Span x, int size, Tile<T>& tile) {
 
 // Writing: where results for `x` go, and, once they are there, x <- results unless they went straight into it.
 template <class T>
-inline T* room(Span x, Tile<T>& tile) {
+inline T* target_of(Span x, Tile<T>& tile) {
   return x.dtype == dtype_of<T> ? static_cast<T*>(x.data) : tile.at;
 }
 template <class T>
@@ -309,7 +309,7 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
       }
       e = kept;
     }
-    T* out = room(w_span, out_tile);
+    T* out = target_of(w_span, out_tile);
     if (eta != eta) {
       LOOKSAM_VECTORIZE
       for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], T(1), e[i]);
@@ -342,14 +342,14 @@ void restore_chunk(const StepArgs& a, const Chunk chunk) {
   }
 }
 
-// The new weights go into the master copy where there is one, and from there to w; room() and put() of both.
+// The new weights go into the master copy where there is one, and from there to w; target_of() and put() of both.
 template <class T>
 struct Weights {
   Span w, b;
   bool w_was_read;
   Tile<T>& tile;
 
-  T* room_for_new() const { return b.data != nullptr ? room(b, tile) : w_was_read ? room(w, tile) : tile.at; }
+  T* target_for_new() const { return b.data != nullptr ? target_of(b, tile) : w_was_read ? target_of(w, tile) : tile.at; }
   void put_new(const T* results, int size) const {
     put(b, results, size);
     w_was_read ? put(w, results, size) : write_once(w, results, size);
@@ -394,7 +394,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       if (row.from_b) restore(w_span, b_span, size, out_tile);
     } else {
       const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
-      T* out = two_phases ? static_cast<T*>(a.u) + offset : target.room_for_new();
+      T* out = two_phases ? static_cast<T*>(a.u) + offset : target.target_for_new();
       Span state_span[kMaxStates];
       T* state[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k) {
@@ -450,7 +450,7 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
     const T* u = values(Span{static_cast<T*>(a.u) + offset, dtype_of<T>}, size, out_tile);
     const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
-    T* out = target.room_for_new();
+    T* out = target.target_for_new();
     LOOKSAM_VECTORIZE
     for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], u[i], trust_ratio, h);
     if (post.terms > 0) {

@@ -2,8 +2,8 @@
 
 #include <ATen/Parallel.h>
 
-#include "bindings.h"
-#include "cpu/ops.h"
+#include "arguments.h"
+#include "../cpu/ops.h"
 #include "snapshot.h"
 
 namespace looksam {
@@ -55,11 +55,11 @@ void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body)
 enum class Access { read, overwrite, update };
 
 // A column for the length of one op. Tensors in another order than their row's are read from and written to a copy.
-class Lease {
+class BorrowedColumn {
  public:
-  Lease() = default;
-  Lease(const Lease&) = delete;
-  Lease& operator=(const Lease&) = delete;
+  BorrowedColumn() = default;
+  BorrowedColumn(const BorrowedColumn&) = delete;
+  BorrowedColumn& operator=(const BorrowedColumn&) = delete;
 
   void take(const std::string& name, const Tensors& tensors, const Tensors& w, Access access, const RowFlags* rows) {
     data_.assign(w.size(), nullptr);
@@ -86,7 +86,7 @@ class Lease {
 
   Column column() const { return {data_.data(), dtype_.data()}; }
 
-  void give_back() {
+  void write_back() {
     if (!writes_) return;
     for (const auto& [x, copy] : copies_) x.copy_(copy);
   }
@@ -158,12 +158,12 @@ class Table {
     std::vector<unsigned char> from_b(rows());
     for (std::size_t row = 0; row < rows(); ++row)
       from_b[row] = is_true(moved[row]) || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
-    Lease w, b, input[kMaxInputs];
-    lend("w", Access::update, &moves, w);
-    lend("b", Access::update, &moves, b);
+    BorrowedColumn w, b, input[kMaxInputs];
+    borrow("w", Access::update, &moves, w);
+    borrow("b", Access::update, &moves, b);
     cpu::PerturbArgs args = {};
     for (std::size_t i = 0; i < inputs.size(); ++i) {
-      lend(inputs[i], Access::read, &moves, input[i], /*optional=*/true);
+      borrow(inputs[i], Access::read, &moves, input[i], /*optional=*/true);
       args.input[i] = input[i].column();
     }
     const std::vector<double> eta = to_eta(adaptive);
@@ -180,8 +180,8 @@ class Table {
       const py::gil_scoped_release release;
       cpu::perturb(args, parallel_for);
     }
-    w.give_back();
-    b.give_back();
+    w.write_back();
+    b.write_back();
     for (std::size_t row = 0; row < rows(); ++row)
       if (moves[row]) moved[row] = true;
   }
@@ -229,13 +229,13 @@ class Table {
       plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row], r);
     }
 
-    Lease w, b, q_out, state[kMaxStates], input[kMaxInputs];
-    lend("w", Access::update, &written, w);
-    lend("b", Access::update, &written, b, /*optional=*/true);
+    BorrowedColumn w, b, q_out, state[kMaxStates], input[kMaxInputs];
+    borrow("w", Access::update, &written, w);
+    borrow("b", Access::update, &written, b, /*optional=*/true);
     for (std::size_t i = 0; i < inputs.size(); ++i)
-      lend(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i], /*optional=*/true);
-    for (std::size_t k = 0; k < states.size(); ++k) lend(states[k].name, Access::update, &with_state[k], state[k]);
-    if (writes_q) lend(writes, Access::overwrite, &updated, q_out);
+      borrow(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i], /*optional=*/true);
+    for (std::size_t k = 0; k < states.size(); ++k) borrow(states[k].name, Access::update, &with_state[k], state[k]);
+    if (writes_q) borrow(writes, Access::overwrite, &updated, q_out);
     const std::size_t terms = inputs.size() * rows();
     const at::Tensor d_coefficient = to_numbers(d, "coefficients.d", terms, kHost);
     const at::Tensor q_coefficient = writes_q ? to_numbers(q, "coefficients.q", terms, kHost) : at::Tensor();
@@ -258,8 +258,8 @@ class Table {
       const py::gil_scoped_release release;
       cpu::step(args, plan.data(), hyper_of_row.data(), writes_q ? q_sq.data() : nullptr, parallel_for);
     }
-    for (Lease* lease : {&w, &b, &q_out, &input[0]}) lease->give_back();
-    for (Lease& lease : state) lease.give_back();
+    for (BorrowedColumn* column : {&w, &b, &q_out, &input[0]}) column->write_back();
+    for (BorrowedColumn& borrowed : state) borrowed.write_back();
     for (std::size_t row = 0; row < rows(); ++row) {
       if (!updated[row]) continue;
       if (base != Base::grad) write_scalar(counts[row], count[row]);
@@ -275,9 +275,9 @@ class Table {
       written[row] = is_true(moved[row]);
       plan[row].action = written[row] ? cpu::Action::restore : cpu::Action::skip;
     }
-    Lease w, b;
-    lend("w", Access::update, &written, w);
-    lend("b", Access::read, &written, b);
+    BorrowedColumn w, b;
+    borrow("w", Access::update, &written, w);
+    borrow("b", Access::read, &written, b);
     cpu::StepArgs args = {};
     args.map = chunks();
     args.base = Base::grad;
@@ -287,7 +287,7 @@ class Table {
       const py::gil_scoped_release release;
       cpu::step(args, plan.data(), nullptr, nullptr, parallel_for);
     }
-    w.give_back();
+    w.write_back();
   }
 
  private:
@@ -305,12 +305,12 @@ class Table {
   }
 
   // Every row of the mask must have a tensor in the column, unless that is optional.
-  void lend(const std::string& name, Access access, const RowFlags* mask, Lease& lease, bool optional = false) const {
+  void borrow(const std::string& name, Access access, const RowFlags* mask, BorrowedColumn& borrowed, bool optional = false) const {
     const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows() && mask != nullptr && !optional; ++row)
       if ((*mask)[row] && !tensors[row].defined())
         throw py::value_error("row " + std::to_string(row) + " takes part, but column '" + name + "' has no tensor for it");
-    lease.take(name, tensors, column("w"), access, mask);
+    borrowed.take(name, tensors, column("w"), access, mask);
   }
 
   ChunkMap chunks() {
@@ -336,22 +336,22 @@ class Table {
   // values [pairs, rows]. In batches, should there be more pairs than one pass takes.
   void add_up(const std::vector<Pair>& pairs, py::handle adaptive, double* values) {
     const std::vector<double> eta = to_eta(adaptive);
-    Lease w;
-    lend("w", Access::read, nullptr, w);
+    BorrowedColumn w;
+    borrow("w", Access::read, nullptr, w);
     for (std::size_t next = 0; next < pairs.size();) {
       cpu::SumsArgs args = {};
       args.map = chunks();
       args.w = w.column();
       args.eta = eta.empty() ? nullptr : eta.data();
-      Lease lease[cpu::kMaxOperands];
+      BorrowedColumn borrowed[cpu::kMaxOperands];
       std::vector<std::string> operands;
       const auto operand = [&](const std::string& name) {
         for (std::size_t k = 0; k < operands.size(); ++k)
           if (operands[k] == name) return static_cast<int>(k);
         const std::size_t k = operands.size();
         operands.push_back(name);
-        lend(name == "Tg" ? "g" : name, Access::read, nullptr, lease[k]);
-        args.operand[k] = {lease[k].column(), name == "Tg"};
+        borrow(name == "Tg" ? "g" : name, Access::read, nullptr, borrowed[k]);
+        args.operand[k] = {borrowed[k].column(), name == "Tg"};
         return static_cast<int>(k);
       };
       double* const batch = values + next * rows();

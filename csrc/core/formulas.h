@@ -8,14 +8,14 @@
 // its own direction also has a case in length().
 #pragma once
 
-#include "update.h"
+#include "updates.h"
 
 namespace looksam {
 
 inline constexpr int kMaxInputs = 3;
 
 // Columns by what they hold: g gradient at w, s at w + e, r at a third point; q LookSAM's orthogonal component, m a
-// momentum of gradients, y a gradient carried to the next step. Tg is ASAM's T times g.
+// momentum of gradients, y a gradient kept for the next step. Tg is ASAM's T times g.
 enum Col : std::uint8_t { g, s, r, q, m, y, w, Tg };
 inline constexpr int kCols = 8;
 inline constexpr const char* kColNames[kCols] = {"g", "s", "r", "q", "m", "y", "w", "Tg"};
@@ -25,9 +25,9 @@ LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg;
 
 enum class Rule : std::uint8_t {
   // ascents, e = T^2 sum_i c_i x_i
-  sam, asam, esam, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, carried, ahead,
+  sam, asam, esam, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, along_previous, extrapolate,
   // descents, d and what is written or added beside it
-  as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso_second, friendly_second, sampa,
+  as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso_direction, friendly_direction, sampa,
 };
 
 enum Parameter : std::uint32_t {
@@ -56,11 +56,11 @@ inline constexpr RuleInfo kRules[] = {
     {"opposite", Rule::opposite, 1, {g}, kRho, false, false},
     {"vasso", Rule::vasso, 2, {g, m}, kRho | kTheta, false, false},
     {"friendly", Rule::friendly, 2, {g, m}, kRho | kSigma, false, false},
-    {"carried", Rule::carried, 1, {y}, kRho, false, false},
-    {"ahead", Rule::ahead, 1, {y}, kLr, false, false},
+    {"along_previous", Rule::along_previous, 1, {y}, kRho, false, false},
+    {"extrapolate", Rule::extrapolate, 1, {y}, kLr, false, false},
     // descents
-    {"first", Rule::as_is, 1, {g}, 0, false, false},
-    {"second", Rule::as_is, 1, {s}, 0, false, false},
+    {"at_w", Rule::as_is, 1, {g}, 0, false, false},
+    {"at_perturbed", Rule::as_is, 1, {s}, 0, false, false},
     {"looksam_refresh", Rule::looksam_refresh, 2, {s, g}, 0, true, false},
     {"looksam_reuse", Rule::looksam_reuse, 2, {g, q}, kAlpha, false, false},
     {"ssam", Rule::ssam, 1, {s}, 0, false, false},
@@ -68,8 +68,8 @@ inline constexpr RuleInfo kRules[] = {
     {"wsam", Rule::wsam, 2, {s, g}, kGamma | kLr, false, true},
     {"wsam_coupled", Rule::wsam_coupled, 2, {s, g}, kGamma, false, false},
     {"crsam", Rule::crsam, 3, {r, s, g}, kBeta | kGamma, false, false},
-    {"vasso_second", Rule::vasso_second, 3, {s, g, m}, kTheta, true, false},
-    {"friendly_second", Rule::friendly_second, 3, {s, g, m}, kLambda, true, false},
+    {"vasso_direction", Rule::vasso_direction, 3, {s, g, m}, kTheta, true, false},
+    {"friendly_direction", Rule::friendly_direction, 3, {s, g, m}, kLambda, true, false},
     {"sampa", Rule::sampa, 2, {r, s}, kLambda, true, false},
 };
 
@@ -159,7 +159,7 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::asam:
     case Rule::esam:
     case Rule::unit:
-    case Rule::carried:
+    case Rule::along_previous:
     case Rule::as_is: return {{1}, {}, {}};
     case Rule::trust_normalized:
     case Rule::trust:
@@ -167,7 +167,7 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::opposite: return {{-1}, {}, {}};
     case Rule::vasso: return {{first_theta(row, h), 1 - first_theta(row, h)}, {}, {}};
     case Rule::friendly: return {{1, -h.sigma}, {}, {}};
-    case Rule::ahead: return {{-h.lr}, {}, {}};
+    case Rule::extrapolate: return {{-h.lr}, {}, {}};
     case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
     case Rule::looksam_reuse: return {{1, h.alpha * reuse_ratio(scoped.of(g, g), scoped.of(q, q))}, {}, {}};
     case Rule::ssam: return {{over_norm(root(total.of(g, g)), root(total.of(s, s)), eps)}, {}, {}};
@@ -175,8 +175,8 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
     case Rule::wsam_coupled: return {{gamma_odds, 1 - gamma_odds}, {}, {}};
     case Rule::crsam: return {{h.gamma - h.beta, 1 + h.gamma + h.beta, -2 * h.gamma}, {}, {}};
-    case Rule::vasso_second: return {{1, 0, 0}, {0, first_theta(row, h), 1 - first_theta(row, h)}, {}};
-    case Rule::friendly_second: return {{1, 0, 0}, {0, 1 - h.lambda, h.lambda}, {}};
+    case Rule::vasso_direction: return {{1, 0, 0}, {0, first_theta(row, h), 1 - first_theta(row, h)}, {}};
+    case Rule::friendly_direction: return {{1, 0, 0}, {0, 1 - h.lambda, h.lambda}, {}};
     case Rule::sampa: return {{h.lambda, 1 - h.lambda}, {1, 0}, {}};
   }
   return {};
@@ -204,7 +204,7 @@ LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const Ro
     return clip < 1 ? clip : 1;
   }
   switch (rule) {
-    case Rule::ahead: return 1;
+    case Rule::extrapolate: return 1;
     case Rule::trust: return h.rho;
     case Rule::trust_global: return over_norm(h.rho, root(total.of(g, g)), eps);
     case Rule::unit: return over_norm(h.rho, root(h.layer_scaled > 0 ? row.of(g, g) : total.of(g, g)), eps);

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "bindings.h"
+#include "arguments.h"
 
 namespace looksam {
 namespace {
@@ -148,7 +148,7 @@ class Snapshot {
   std::vector<Entry> entries_;
 };
 
-// Does anybody else hold the memory of one of these tensors? A tensor of its own has a storage of its own.
+// Does another tensor share the memory of one of these? A tensor of its own has a storage of its own.
 bool any_shared(py::handle tensors) {
   const Items items(tensors);
   for (std::size_t i = 0; i < items.size(); ++i) {

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from looksam.distributed import Pair, Whole, shards_of
 from looksam.hyper import Group
 from looksam.optimizer import SharpnessAware
-from looksam.plans import Look, Plan, Variant
-from looksam.steps import Step
+from looksam.plans import Pass, Plan, Variant
+from looksam.ranks import TwoRanks
+from looksam.shards import Whole, shards_of
+from looksam.steps import RunningStep
 from looksam.types import BackendName, BaseOptimizer, Closure
 
 
@@ -38,7 +39,7 @@ class SAMPa(SharpnessAware):
     The others, and the errors: :class:`looksam.SAM`. State per parameter beside the base's: ``y``.
     """
 
-    _pair: Pair | None = None
+    _pair: TwoRanks | None = None
 
     def __init__(
         self,
@@ -54,17 +55,17 @@ class SAMPa(SharpnessAware):
         if process_group is not None:
             if base_kwargs.get("m_sharpness"):
                 raise ValueError("SAMPa takes process_group or m_sharpness, not both")
-            self._pair = Pair(process_group)
+            self._pair = TwoRanks(process_group)
         hyper = {"rho": rho, "lambda_": lambda_, "perturb_eps": perturb_eps}
-        plan = Plan((Look("s", "carried"), Look("r", "ahead")), "sampa")
+        plan = Plan((Pass("s", "along_previous"), Pass("r", "extrapolate")), "sampa")
         super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
 
-    def _look(self, closure: Closure, step: Step, grad_scale: Tensor | None) -> Any:
+    def _run_passes(self, closure: Closure, step: RunningStep, grad_scale: Tensor | None) -> Any:
         if self._pair is None:
-            return super()._look(closure, step, grad_scale)
-        step.ascend(step.plan.looks[self._pair.rank], grad_scale)
+            return super()._run_passes(closure, step, grad_scale)
+        step.perturb(step.plan.passes[self._pair.rank], grad_scale)
         loss = self._pass(closure, 0, 1)
-        step.collect_both(self._pair)
+        step.exchange_gradients(self._pair)
         return loss
 
     def add_param_group(self, param_group: Group) -> None:

@@ -7,18 +7,18 @@
 namespace looksam::cuda {
 
 template <int kWords>
-struct FileArgs {
+struct UploadArgs {
   std::uint32_t* to;
   std::int32_t words;
   std::uint32_t word[kWords];
 };
 
-using SmallFile = FileArgs<1016>;
-using LargeFile = FileArgs<8184>;
-static_assert(sizeof(SmallFile) <= 4096 && sizeof(LargeFile) <= 32764);
+using SmallUpload = UploadArgs<1016>;
+using LargeUpload = UploadArgs<8184>;
+static_assert(sizeof(SmallUpload) <= 4096 && sizeof(LargeUpload) <= 32764);
 
 template <class Args>
-struct FileBody {
+struct UploadBody {
   static constexpr int kBlocksPerProcessor = 1;
   struct Shared {};
 
