@@ -113,13 +113,13 @@ def test_contract_02_misuse_is_an_error() -> None:
         optimizer.state_dict()
 
 
-@pytest.mark.parametrize(("variant", "looks"), [("crsam", 3), ("sampa", 2)])
-def test_contract_02_what_cannot_be_split_says_so(variant: str, looks: int) -> None:
+@pytest.mark.parametrize(("variant", "passes"), [("crsam", 3), ("sampa", 2)])
+def test_contract_02_what_cannot_be_split_says_so(variant: str, passes: int) -> None:
     model = network()
     optimizer = build(model.parameters(), variant)
     Closure(model, optimizer)()
     before = weights(model)
-    with pytest.raises(RuntimeError, match=rf"cannot be split.*looks {looks} times.*call step\(closure\)"):
+    with pytest.raises(RuntimeError, match=rf"cannot be split.*its {passes} passes.*call step\(closure\)"):
         optimizer.first_step()
     with pytest.raises(RuntimeError, match=r"the gradient (twice|3 times): call step\(closure\)") as caught:
         optimizer.step()
