@@ -64,8 +64,8 @@ def test_compare_writes_every_file_and_prints_the_report_last(compared):
     assert result.exit_code == 0, result.output
     assert result.output.rstrip().splitlines()[-1] == str(folder / "report.md")
     assert {p.name for p in folder.iterdir()} == {
-        *("results.jsonl", "report.md", "checkpoints"),
-        *(f"{n}.png" for n in FIGURES),
+        *("results.jsonl", "report.md", "report.html", "checkpoints"),
+        *(f"{n}.{suffix}" for n in FIGURES for suffix in ("png", "svg")),
     }
 
 
@@ -208,7 +208,15 @@ def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
         (["train", "sam", "--set", "k"], "--set k: write OPTION=VALUE"),
         (["train", "sam", "--data", "no/such/folder"], "must hold train/<class>"),
         (["train", "sam", "--train-size", "5000"], "digits has 1000 training images"),
-        (["compare"], "Missing argument"),
+        (["train"], "Missing argument 'METHOD'"),
+        (["train", "sam", "sgd"], "train takes one METHOD, not 2; looksam compare takes several"),
+        (["tradeoff", "--scale", "gpu"], "--scale gpu needs images: give --data"),
+        (["train", "--recipe", "imagenet-vit-b16-looksam"], "--recipe imagenet-vit-b16-looksam needs images: give --data"),
+        (["tradeoff", "--periods", "0,1"], "0,1 holds a number below 1"),
+        (["tradeoff", "--periods", "x"], "'x' is not a list of numbers"),
+        (["sensitivity", "sgd"], "sensitivity: sgd has no radius rho"),
+        (["train", "sgd:batch_size=0"], "batch_size=0 is not possible"),
+        (["train", "sgd:adversarial=x"], "adversarial=x is not possible"),
         (["train", "sam", "--fsdp"], "--fsdp needs several processes; start: torchrun --nproc-per-node N -m looksam"),
         (["train", "sam", "--m-sharpness"], "--m-sharpness needs several processes; start: torchrun"),
         (["train", "sam", "--accumulate", "3"], "--batch-size 50 cannot be shared out over 1 process(es) x 3"),

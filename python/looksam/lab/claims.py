@@ -90,18 +90,19 @@ def contender(experiment: Experiment, method: str) -> Contender | None:
 
 
 def _sentences(contenders: list[Contender]) -> Iterator[str]:
-    families: dict[tuple[str, str], list[Contender]] = {}
-    bases: dict[str, list[Contender]] = {}
+    families: dict[tuple[str, str, str], list[Contender]] = {}
+    bases: dict[tuple[str, str], list[Contender]] = {}
     for contender in contenders:
         method = parse_method(contender.name)
+        run = str(method.of_the_run)  # those that were trained alike are compared
         if method.variant is None:
-            bases.setdefault(method.base, []).append(contender)
+            bases.setdefault((method.base, run), []).append(contender)
         else:
             family = SAME_PERTURBATION.get(method.variant, method.variant)
-            families.setdefault((family, method.base), []).append(contender)
-    for (family, base_name), members in families.items():
+            families.setdefault((family, method.base, run), []).append(contender)
+    for (family, base_name, run), members in families.items():
         full = [c for c in members if parse_method(c.name).period == 1 and parse_method(c.name).variant == family]
-        for base in bases.get(base_name, []):
+        for base in bases.get((base_name, run), []):
             yield from _family(base, full, [c for c in members if c not in full])
 
 

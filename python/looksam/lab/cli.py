@@ -15,11 +15,16 @@ import click
 COMMANDS = {
     "train": "Train a model with one METHOD.",
     "compare": "Train with each METHOD and compare them.",
-    "report": "Rebuild the report of an experiment.",
+    "tradeoff": "Accuracy against passes and throughput, over the period k.",
+    "sensitivity": "Accuracy over alpha and rho.",
+    "report": "Rebuild the reports of experiments, and one page of them all.",
     "cache": "Show or clear the cache of decoded data sets.",
     "info": "Show versions, devices and backends.",
 }
-"""Each is the module of its name in ``commands``, imported when it is called: they import torch, and help does not need it."""
+"""Each is the module of its name in ``experiments`` or ``commands``, imported when it is called: they import torch, and help
+does not need it."""
+TOOLS = ("report", "cache", "info")
+"""The commands that are no experiments."""
 
 
 class Commands(click.Group):
@@ -31,7 +36,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"{__package__}.commands.{cmd_name}").command
+        package = "commands" if cmd_name in TOOLS else "experiments"
+        command: click.Command = import_module(f"{__package__}.{package}.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

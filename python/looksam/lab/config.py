@@ -20,6 +20,7 @@ class DataConfig:
     directory: str | None = None
     image_size: int | None = None
     train_size: int | None = None
+    test_size: int | None = None
     label_noise: float = 0.0
     holdout: float = 0.0
 
@@ -30,7 +31,9 @@ class TrainConfig:
 
     ``options`` holds keyword arguments for the optimizer as (name, value) pairs, already chosen for this method.
     ``epochs``, ``warmup`` and ``rho_warmup`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size``
-    counts the images of one step, over all processes and the ``accumulate`` micro-batches of each.
+    counts the images of one step, over all processes and the ``accumulate`` micro-batches of each. ``adversarial`` is the
+    l-infinity radius, in pixel values of 0..1, within which every training image is perturbed against the model first.
+    ``study`` names the experiment whose design measures more than losses and accuracies, ``settings`` are its options.
     """
 
     method: str
@@ -53,15 +56,18 @@ class TrainConfig:
     augment: str | None = None
     randaugment: tuple[int, float] = (2, 9.0)
     mixup: float = 0.0
+    adversarial: float = 0.0
     amp: str | None = None
     accumulate: int = 1
     m_sharpness: bool = False
     fsdp: bool = False
     device: str = "auto"
     threads: int = 0
+    study: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"options": dict(self.options)}
+        return asdict(self) | {"options": dict(self.options), "settings": dict(self.settings)}
 
 
 def make_generator(seed: int, stream: str) -> torch.Generator:

@@ -72,6 +72,11 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         data = replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
     if config.holdout:
         data = _hold_out(data, config.holdout)
+    if config.test_size is not None:
+        if not 0 < config.test_size <= len(data.test_y):
+            raise DataError(f"--test-size {config.test_size}: {data.name} has {len(data.test_y)} test images")
+        kept = torch.randperm(len(data.test_y), generator=make_generator(0, "test-subset"))[: config.test_size]
+        data = replace(data, test_x=data.test_x[kept], test_y=data.test_y[kept])
     if config.label_noise:
         labels = noisy_labels(data.train_y, config.label_noise, len(data.classes), seed)
         data = replace(data, train_y=labels)

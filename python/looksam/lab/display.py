@@ -33,6 +33,8 @@ class Display:
         if event.part is not None:
             epochs = math.floor(self.progress.tasks[self.progress.task_ids.index(row)].completed)
             self.progress.update(row, completed=epochs + event.part)
+        elif event.measurement is not None:
+            self.writer.measurement(config.method, config.seed, event.measurement)
         elif event.record is not None:
             record = self.last[config] = event.record
             self.writer.epoch(record)

@@ -1,8 +1,8 @@
-"""An experiment: methods x seeds, trained, recorded and reported. The body of ``train`` and ``compare``."""
+"""An experiment: methods x seeds, trained, measured, recorded and reported. The body of every command that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .claims import claims
 from .console import make_console
+from .design import Design
 from .display import Display
+from .options import METHOD_HELP, training_options, with_presets
 from .parallel import describe, run_here, run_jobs
 from .plan import Plan, make_plan, resume_command
 from .processes import World, joined
@@ -28,6 +30,22 @@ class ExperimentCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["looksam.arguments"] = list(args)  # parsing empties the list
         return super().parse_args(ctx, args)
+
+
+def command_of(design: Design) -> click.Command:
+    """The command that runs a design and reports it."""
+
+    @click.pass_context
+    def callback(ctx: click.Context, /, **values: Any) -> None:
+        values = with_presets(ctx, design, values)
+        if design.measure or design.watch:
+            values |= {"study": design.name, "study_settings": {name: values[name] for name in design.settings}}
+        run_experiment(ctx, design.expand(values["methods"], values), values["seeds"], values)
+
+    function: Callable[..., Any] = training_options(callback)
+    for option in (*reversed(design.options), click.argument("methods", nargs=-1, metavar="[METHOD]...")):
+        function = option(function)
+    return click.command(design.name, cls=ExperimentCommand, help=f"{design.summary}\n{METHOD_HELP}")(function)
 
 
 def run_experiment(ctx: click.Context, methods: Sequence[str], seeds: int, values: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""The figures of a report, drawn from the records alone."""
+"""How figures look, and those of every experiment: drawn from the records alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .design import Figures
+from .measure import EpochRecord
 from .records import Experiment, Run, mean_and_error
-from .train import EpochRecord
 
 # Okabe and Ito 2008: told apart with any colour vision. Line styles repeat the distinction in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -31,59 +33,41 @@ def style(index: int) -> dict[str, object]:
     }
 
 
-def draw_figures(experiment: Experiment, folder: Path) -> dict[str, Path]:
-    """Write the PNG files; returns title -> path. Empty if no run finished, and for the many settings of a tuning."""
-    if experiment.header["config"]["data"].get("holdout") or not any(
-        experiment.finished(m) for m in experiment.contenders
-    ):
+def curves(experiment: Experiment) -> Figures:
+    """Accuracy over epochs, passes and time, the training loss, and the final accuracies. Empty if no run finished, and
+    for the many settings of a tuning."""
+    if experiment.header["config"]["data"].get("holdout") or not any(map(experiment.finished, experiment.contenders)):
         return {}
-
-    def accuracy(epoch: EpochRecord) -> float:
-        return 100 * epoch.test_accuracy
-
-    def train_loss(epoch: EpochRecord) -> float:
-        return math.nan if epoch.train_loss is None else epoch.train_loss
-
-    curves: list[tuple[str, str, str, str, Callable[[EpochRecord], float], Callable[[Run], list[float]]]] = [
-        ("accuracy_epochs", "Test accuracy by epoch", "epoch", "test accuracy (%)", accuracy, _epochs),
-        (
-            "accuracy_passes",
-            "Test accuracy by work",
-            "forward+backward passes",
-            "test accuracy (%)",
-            accuracy,
-            _passes,
-        ),
-        (
-            "accuracy_seconds",
-            "Test accuracy by time",
-            "training time (s)",
-            "test accuracy (%)",
-            accuracy,
-            _seconds,
-        ),
-        ("train_loss", "Training loss", "epoch", "training loss (nats)", train_loss, _epochs),
-    ]
-    paths = {}
-    for name, title, xlabel, ylabel, value, position in curves:
+    figures: Figures = {}
+    for name, title, xlabel, ylabel, value, position in CURVES:
         figure, axes = new_figure(title, xlabel, ylabel)
         for index, method in enumerate(experiment.contenders):
             if runs := experiment.finished(method):
                 _curve(axes, runs, value, position, method, index)
         finish(figure, axes)
-        paths[title] = save(figure, folder / f"{name}.png")
-    paths["Final test accuracy"] = _final_accuracy(experiment, folder / "accuracy_final.png")
-    return paths
+        figures[title] = name, figure
+    figures["Final test accuracy"] = "accuracy_final", _final_accuracy(experiment)
+    return figures
 
 
 def new_figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    dress(axes, title, xlabel, ylabel)
+    return figure, axes
+
+
+def row_of_axes(count: int, height: float = 4.0, **options: Any) -> tuple[Figure, list[Axes]]:
+    """``count`` axes beside each other."""
+    figure, axes = plt.subplots(1, count, figsize=(max(8, 3.6 * count), height), layout="constrained", **options)
+    return figure, list(np.atleast_1d(axes))
+
+
+def dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=13)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def finish(figure: Figure, axes: Axes) -> None:
@@ -93,10 +77,13 @@ def finish(figure: Figure, axes: Axes) -> None:
     figure.legend(loc="outside right upper", frameon=False, handlelength=3)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+def save(figures: Figures, folder: Path) -> None:
+    """As PNG and as SVG; equal figures give equal files."""
+    with plt.rc_context({"svg.hashsalt": "looksam"}):
+        for stem, figure in figures.values():
+            figure.savefig(folder / f"{stem}.png", dpi=150, metadata={"Software": None})
+            figure.savefig(folder / f"{stem}.svg", metadata={"Date": None, "Creator": None})
+            plt.close(figure)
 
 
 def _epochs(run: Run) -> list[float]:
@@ -109,6 +96,25 @@ def _passes(run: Run) -> list[float]:
 
 def _seconds(run: Run) -> list[float]:
     return np.cumsum([e.seconds for e in run.epochs]).tolist()
+
+
+def _accuracy(epoch: EpochRecord) -> float:
+    return 100 * epoch.test_accuracy
+
+
+def _train_loss(epoch: EpochRecord) -> float:
+    return math.nan if epoch.train_loss is None else epoch.train_loss
+
+
+CURVES: tuple[
+    tuple[str, str, str, str, Callable[[EpochRecord], float], Callable[[Run], list[float]]], ...
+] = (
+    ("accuracy_epochs", "Test accuracy by epoch", "epoch", "test accuracy (%)", _accuracy, _epochs),
+    ("accuracy_passes", "Test accuracy by work", "forward+backward passes", "test accuracy (%)", _accuracy, _passes),
+    ("accuracy_seconds", "Test accuracy by time", "training time (s)", "test accuracy (%)", _accuracy, _seconds),
+    ("train_loss", "Training loss", "epoch", "training loss (nats)", _train_loss, _epochs),
+)  # fmt: skip
+"""File, title, axes, value of an epoch, where a run's epochs stand."""
 
 
 def _curve(
@@ -136,11 +142,11 @@ def _curve(
         )
 
 
-def _final_accuracy(experiment: Experiment, path: Path) -> Path:
+def _final_accuracy(experiment: Experiment) -> Figure:
     methods = [m for m in experiment.contenders if experiment.finished(m)]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(methods)), layout="constrained")
     for row, method in enumerate(methods):
-        values = [100 * run.epochs[-1].test_accuracy for run in experiment.finished(method)]
+        values = experiment.accuracies(method)
         mean, error = mean_and_error(values)
         colour = COLOURS[experiment.contenders.index(method) % len(COLOURS)]
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.35, markeredgewidth=0)
@@ -160,4 +166,4 @@ def _final_accuracy(experiment: Experiment, path: Path) -> Path:
     axes.set_title("Final test accuracy", loc="left", fontsize=13)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
-    return save(figure, path)
+    return figure

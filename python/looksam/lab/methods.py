@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import looksam
 from looksam.plans import PLAIN, Variant
 from looksam_kernels import updates
 
+from .augment import AUGMENTATIONS
 from .config import TrainConfig
 from .controls import RandomReuse
 
@@ -53,6 +54,21 @@ BASES: dict[str, Base] = {
     for name, row in FUSED.items()
 }
 VARIANTS: dict[str, type[torch.optim.Optimizer]] = {**looksam.VARIANTS, "looksam_random": RandomReuse}
+
+RUN_OPTIONS: dict[str, Callable[[Any], bool]] = {
+    "batch_size": lambda value: isinstance(value, int) and value >= 1,
+    "warmup": lambda value: _is_number(value) and value >= 0,
+    "rho_warmup": lambda value: _is_number(value) and value >= 0,
+    "augment": lambda value: value in AUGMENTATIONS,
+    "mixup": lambda value: _is_number(value) and value >= 0,
+    "adversarial": lambda value: _is_number(value) and 0 <= value < 1,
+}
+"""Options of the training, not of an optimizer, that a method may have for itself -> whether a value is one."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 FORM = "NAME[-K][+BASE][:OPTION=VALUE,...]"
 _GRAMMAR = re.compile(r"(?P<name>[a-z]\w*)(-(?P<k>\d+))?(\+(?P<base>\w+))?")
@@ -104,6 +120,11 @@ class Method:
         """Of the variant's constructor; None if it has no such argument."""
         parameter = None if self.variant is None else inspect.signature(VARIANTS[self.variant]).parameters.get(option)
         return None if parameter is None else parameter.default
+
+    @property
+    def of_the_run(self) -> dict[str, Any]:
+        """The settings that are options of the training."""
+        return {name: value for name, value in self.settings if name in RUN_OPTIONS}
 
     @property
     def clips(self) -> bool:
@@ -181,8 +202,11 @@ def parse_method(text: str, default_base: str = "sgd") -> Method:
     if k is not None and (k < 1 or "k" not in method.parameters()):
         reason = "K must be at least 1" if k < 1 else f"{name} has no period K"
         raise ValueError(f"method {text!r}: {reason}")
-    for option, _ in settings:
-        if not method.takes(option, by_name=True) or (option == "k" and k is not None):
+    for option, value in settings:
+        if option in RUN_OPTIONS:
+            if not RUN_OPTIONS[option](value):
+                raise ValueError(f"method {text!r}: {option}={value} is not possible")
+        elif not method.takes(option, by_name=True) or (option == "k" and k is not None):
             raise ValueError(
                 f"method {text!r}: {name} takes no option {option!r}; it takes {', '.join(_options(method))}"
             )
@@ -190,7 +214,8 @@ def parse_method(text: str, default_base: str = "sgd") -> Method:
 
 
 def _options(method: Method) -> list[str]:
-    return sorted((method.parameters() | method.base_parameters()) - ({"k"} if method.k is not None else set()))
+    own = method.parameters() | method.base_parameters() | RUN_OPTIONS.keys()
+    return sorted(own - ({"k"} if method.k is not None else set()))
 
 
 def canonical_name(text: str, default_base: str = "sgd") -> str:
@@ -214,7 +239,21 @@ def select_options(text: str, options: dict[str, Any]) -> tuple[tuple[str, Any],
         owner, dot, option = key.rpartition(".")
         if owner in ("", method.name) and method.takes(option, by_name=bool(dot)):
             chosen[option] = value
-    return tuple(sorted((chosen | dict(method.settings)).items()))
+    own = {name: value for name, value in method.settings if name not in RUN_OPTIONS}
+    return tuple(sorted((chosen | own).items()))
+
+
+def with_settings(text: str, settings: dict[str, Any]) -> str:
+    """The canonical name of a method with more settings."""
+    added = ",".join(f"{option}={value}" for option, value in settings.items())
+    return canonical_name(f"{text}{',' if ':' in text else ':'}{added}" if added else text)
+
+
+def with_period(text: str, k: int) -> str:
+    """The method, which names no period, with period ``k``; 1 is left out."""
+    head, colon, tail = text.partition(":")
+    name, plus, base = head.partition("+")
+    return canonical_name(f"{name}{f'-{k}' if k > 1 else ''}{plus}{base}{colon}{tail}")
 
 
 def check_options(methods: Iterable[str], options: dict[str, Any]) -> None:

@@ -8,13 +8,26 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from .augment import AUGMENTATIONS
 from .config import DataConfig, TrainConfig
-from .methods import BASES, FORM, VARIANTS, canonical_name, check_options, parse_method, parse_value, select_options
+from .design import SCALES, Design
+from .methods import (
+    BASES,
+    FORM,
+    RUN_OPTIONS,
+    VARIANTS,
+    canonical_name,
+    check_options,
+    parse_method,
+    parse_value,
+    select_options,
+)
 from .models import MODELS
 from .precision import PRECISIONS
 from .processes import TORCHRUN, World
+from .recipes import RECIPES
 from .schedule import SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,12 +53,21 @@ SEED = click.IntRange(0, 2**63 - 1)
 METHOD_HELP = f"""
 METHOD is {FORM}, for example sgd, sam, sam-5 (SAM on every 5th step),
 looksam-5:rho=0.1,alpha=0.7, looklayersam-5+lamb, sgd:weight_decay=0.01,nesterov=true.
+A method may also have its own {", ".join(RUN_OPTIONS)}.
 Base optimizers: {", ".join(BASES)}. Variants: {", ".join(VARIANTS)}.
 
 Several processes share each run under: {TORCHRUN} ...
 """
 
 OPTIONS = (
+    click.option(
+        "--scale",
+        type=click.Choice(SCALES),
+        default="laptop",
+        help="Values of the options that are left out: for a minute, for half an hour, for a data-centre GPU.",
+    ),
+    click.option("--recipe", type=click.Choice(list(RECIPES)), help="Methods and values of the literature, by name."),
+    click.option("--seeds", type=COUNT, default=4, help="Number of seeds, counted from --seed."),
     click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Base of methods that name none."),
     click.option(
         "--data",
@@ -55,11 +77,12 @@ OPTIONS = (
     click.option("--data-dir", help="Where Fashion-MNIST lies: the folder that holds FashionMNIST/raw."),
     click.option("--image-size", type=COUNT, help="Resize images of a folder or tar to this many pixels."),
     click.option("--train-size", type=COUNT, help="Train on a fixed random subset of this many images."),
+    click.option("--test-size", type=COUNT, help="Test on a fixed random subset of this many images."),
     click.option("--label-noise", type=FRACTION, default=0.0, help="Part of the training labels made wrong."),
     click.option(
         "--model", type=click.Choice(MODELS), help="Default: cnn for digits and Fashion-MNIST, else resnet18."
     ),
-    click.option("--width", type=POSITIVE, default=1.0, help="Factor on the channels of cnn and resnet18."),
+    click.option("--width", type=POSITIVE, default=1.0, help="Factor on the channels of the convolutional models."),
     click.option("--patch", type=COUNT, help="Patch size of the transformers, in pixels."),
     click.option("--epochs", type=COUNT, default=50),
     click.option("--batch-size", type=COUNT, help="Default: 50 for digits, else 128."),
@@ -88,6 +111,9 @@ OPTIONS = (
         help="Operations, strength of 30.",
     ),
     click.option("--mixup", type=NOT_NEGATIVE, default=0.0, help="Parameter of the Beta distribution; 0 is off."),
+    click.option(
+        "--adversarial", type=FRACTION, default=0.0, help="Train on images attacked within this radius (of 0..1)."
+    ),
     click.option("--amp", type=click.Choice(list(PRECISIONS)), help="Mixed precision: autocast; fp16 scales the loss."),
     click.option("--accumulate", type=COUNT, default=1, help="Micro-batches per step; --batch-size is their sum."),
     click.option("--m-sharpness", is_flag=True, help="Under torchrun: each process perturbs along its own gradient."),
@@ -125,6 +151,22 @@ def parse_options(rho: float | None, alpha: float | None, settings: Sequence[str
     return options
 
 
+def common_config(values: dict[str, Any]) -> TrainConfig:
+    """What the runs have in common, but for what a method has for itself."""
+    data = DataConfig(
+        values["data"], values["data_dir"], values["image_size"], values["train_size"], values["test_size"],
+        values["label_noise"], values.get("holdout", 0.0),
+    )  # fmt: skip
+    same = (
+        *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
+        *("schedule", "warmup", "rho_warmup", "clip", "augment", "randaugment", "mixup", "adversarial", "device"),
+        *("amp", "accumulate", "m_sharpness", "fsdp"),
+    )
+    settings = tuple(values.get("study_settings", {}).items())
+    chosen = {name: values[name] for name in same}
+    return TrainConfig("", data=data, study=values.get("study"), settings=settings, **chosen)
+
+
 def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) -> list[TrainConfig]:
     """One configuration per method and seed, seed by seed, from the values of OPTIONS.
 
@@ -138,21 +180,31 @@ def build_configs(methods: Sequence[str], seeds: int, values: dict[str, Any]) ->
         raise click.UsageError(str(error)) from error
     if twice := {name for name in names if names.count(name) > 1}:
         raise click.UsageError(f"method given twice: {', '.join(sorted(twice))}")
-    data = DataConfig(
-        values["data"], values["data_dir"], values["image_size"], values["train_size"], values["label_noise"],
-        values.get("holdout", 0.0),
-    )  # fmt: skip
-    same = (
-        *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
-        *("schedule", "warmup", "rho_warmup", "clip", "augment", "randaugment", "mixup", "device"),
-        *("amp", "accumulate", "m_sharpness", "fsdp"),
-    )
-    common = TrainConfig("", data=data, **{name: values[name] for name in same})
+    common = common_config(values)
     return [
-        replace(common, method=name, seed=seed, options=select_options(name, options))
+        replace(common, method=name, seed=seed, options=select_options(name, options), **parse_method(name).of_the_run)
         for seed in range(values["seed"], values["seed"] + seeds)
         for name in names
     ]
+
+
+def with_presets(ctx: click.Context, design: Design, values: dict[str, Any]) -> dict[str, Any]:
+    """``values``; what the user left out as the recipe has it, else the scale. Raises click.UsageError."""
+    recipe = RECIPES[values["recipe"]] if values["recipe"] else {}
+    preset = {**design.scales[values["scale"]], **recipe}
+    given = {
+        name for name in values
+        if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    }  # fmt: skip
+    values = values | {name: value for name, value in preset.items() if name not in given}
+    if values["data"] is None:
+        raise click.UsageError(
+            f"--{'recipe ' + values['recipe'] if recipe else 'scale ' + values['scale']} needs images: give --data a "
+            "folder or tar file with train/<class>/ and test/<class>/, or --data digits"
+        )
+    if not values["methods"]:
+        raise click.UsageError("Missing argument 'METHOD'.")
+    return values
 
 
 def check_processes(values: dict[str, Any], methods: Sequence[str], world: World) -> None:
@@ -164,6 +216,10 @@ def check_processes(values: dict[str, Any], methods: Sequence[str], world: World
         return
     if values["jobs"] is not None:
         raise click.UsageError("--jobs: under torchrun all processes share one run after the other; leave it out")
+    if values["fsdp"] and (values.get("study") or values["adversarial"]):
+        raise click.UsageError(
+            "--fsdp: no process has the whole model, which this experiment and adversarial training need; leave it out"
+        )
     if values["m_sharpness"] and values["fsdp"]:
         raise click.UsageError("--m-sharpness needs each process's own gradient, which --fsdp never has; drop one")
     if values["m_sharpness"] and all(parse_method(method).variant is None for method in methods):

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import click
 
@@ -26,17 +27,18 @@ SECONDS_BETWEEN_NEWS = 0.5
 
 @dataclass(frozen=True)
 class Event:
-    """News of a run: one of an epoch's record, the part of an epoch that is over, an error (see :func:`describe`), or none
-    of them: the run is complete."""
+    """News of a run: one of an epoch's record, a measurement of its study, the part of an epoch that is over, an error (see
+    :func:`describe`), or none of them: the run is complete."""
 
     config: TrainConfig
     record: EpochRecord | None = None
+    measurement: dict[str, Any] | None = None
     part: float | None = None
     error: str | None = None
 
     @property
     def ends_run(self) -> bool:
-        return self.record is None and self.part is None
+        return self.record is None and self.measurement is None and self.part is None
 
 
 Listener = Callable[[Event], object]
@@ -118,7 +120,10 @@ def run_here(
     def on_epoch(record: EpochRecord) -> None:
         listener(Event(config, record))
 
-    train_run(config, on_epoch, on_step, checkpoints, world)
+    def on_measurement(values: dict[str, Any]) -> None:
+        listener(Event(config, measurement=values))
+
+    train_run(config, on_epoch, on_step, checkpoints, world, on_measurement)
     listener(Event(config))
 
 

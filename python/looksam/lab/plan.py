@@ -21,9 +21,9 @@ from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .defaults import defaults_of, resolve_batch_size, resolve_device
 from .environment import cpu_count, environment
-from .methods import build_optimizer, values_used
+from .methods import build_optimizer, parse_method, values_used
 from .models import CONVOLUTIONAL, build_model
-from .options import build_configs, check_processes
+from .options import build_configs, check_processes, common_config
 from .processes import World
 from .records import RESULTS, DamagedResults, read_header
 
@@ -55,9 +55,11 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
     try:
         cuda = resolve_device(values["device"]).type == "cuda"
         check_backend(values["backend"])
-        optimizers = {config.method: try_optimizer(config) for config in configs if config.seed == configs[0].seed}
+        different = [config for config in configs if config.seed == configs[0].seed]
+        optimizers = {config.method: try_optimizer(config) for config in different}
         data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
-        used = try_model(configs[0], data, world)
+        batches = {config.batch_size: config for config in reversed(different)}
+        used = [try_model(config, data, world) for config in batches.values()][-1]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if cuda and world.local_size > torch.cuda.device_count():
@@ -68,7 +70,7 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
     one_at_a_time = cuda or world.started_by_torchrun
     jobs = min(len(configs), values["jobs"] or (1 if one_at_a_time else cpu_count()))
     threads = values["threads"] or max(1, cpu_count() // (jobs * world.local_size))
-    new = header(ctx, configs) | {"used": {"run": used, "methods": optimizers}}
+    new = header(ctx, common_config(values), configs) | {"used": {"run": used, "methods": optimizers}}
     new |= values.get("about", {})
     new |= {"parallel": {"jobs": jobs, "processes": world.size, "threads": threads}}
     if checkpoints.resume:
@@ -125,7 +127,8 @@ def try_optimizer(config: TrainConfig) -> dict[str, Any]:
     """
     try:
         alone = replace(config, m_sharpness=False)  # which asks for a model that several processes share
-        return values_used(build_optimizer(alone, torch.nn.Linear(2, 2), 100))
+        used = values_used(build_optimizer(alone, torch.nn.Linear(2, 2), 100))
+        return used | parse_method(config.method).of_the_run
     except (TypeError, ValueError, OverflowError) as error:
         given = ", ".join(f"{name}={value}" for name, value in config.options) or "its defaults"
         raise ValueError(f"{config.method} with {given}: {error}") from error
@@ -185,16 +188,16 @@ def output_folder(out: str | None, command: str, overwrite: bool, resume: bool) 
     return folder
 
 
-def header(ctx: click.Context, configs: Sequence[TrainConfig]) -> dict[str, Any]:
+def header(ctx: click.Context, common: TrainConfig, configs: Sequence[TrainConfig]) -> dict[str, Any]:
     """The first line of results.jsonl: everything about the experiment that is known before it starts."""
-    common = configs[0].to_json()
+    config = common.to_json()
     for name in ("method", "seed", "options", "threads"):
-        del common[name]
+        del config[name]
     return {
         "command": ctx.info_name,
         "command_line": shlex.join(["looksam", str(ctx.info_name), *ctx.meta["looksam.arguments"]]),
         "methods": {config.method: dict(config.options) for config in configs},
         "seeds": sorted({config.seed for config in configs}),
-        "config": common,
+        "config": config,
         "environment": environment(),
     }

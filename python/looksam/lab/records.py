@@ -1,7 +1,7 @@
 """The file results.jsonl: one JSON object a line, appended as results come, and all that a report is made from.
 
-Lines have a ``kind``: "header" (first line: command, methods, configuration, environment), "epoch" (an EpochRecord)
-or "failure" (method, seed, error).
+Lines have a ``kind``: "header" (first line: command, methods, configuration, environment), "epoch" (an EpochRecord),
+"measurement" (method, seed, and values that the experiment's design names) or "failure" (method, seed, error).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class ResultsWriter:
     def epoch(self, record: EpochRecord) -> None:
         self._append({"kind": "epoch"} | asdict(record))
 
+    def measurement(self, method: str, seed: int, values: dict[str, Any]) -> None:
+        self._append({"kind": "measurement", "method": method, "seed": seed, "values": values})
+
     def failure(self, method: str, seed: int, error: str) -> None:
         self._append({"kind": "failure", "method": method, "seed": seed, "error": error})
 
@@ -42,11 +45,12 @@ class ResultsWriter:
 
 @dataclass
 class Run:
-    """The epochs of one method and seed."""
+    """The epochs of one method and seed, and what its study measured."""
 
     method: str
     seed: int
     epochs: list[EpochRecord] = field(default_factory=list)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -82,6 +86,19 @@ class Experiment:
 
     def started(self, method: str) -> list[Run]:
         return [r for r in self.runs if r.method == method]
+
+    def accuracies(self, method: str) -> list[float]:
+        """Of the last epoch, in percent, of the runs that finished."""
+        return [100 * run.epochs[-1].test_accuracy for run in self.finished(method)]
+
+    def measured(self, method: str) -> list[dict[str, Any]]:
+        """What was measured in the runs that finished, run after run."""
+        return [values for run in self.finished(method) for values in run.measurements]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options of the experiment's design."""
+        return dict(self.header["config"].get("settings", {}))
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -130,6 +147,8 @@ def read_experiment(folder: Path) -> Experiment:
                 if record.method not in header["methods"]:
                     raise ValueError(record.method)
                 runs.setdefault((record.method, record.seed), Run(record.method, record.seed)).epochs.append(record)
+            elif kind == "measurement":
+                runs[line["method"], line["seed"]].measurements.append(dict(line["values"]))
             else:
                 failures.append({name: line[name] for name in ("method", "seed", "error")})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -180,7 +199,7 @@ def summarize(experiment: Experiment, method: str) -> Summary | None:
     if not runs:
         return None
     finished = experiment.finished(method)
-    accuracies = [100 * run.epochs[-1].test_accuracy for run in finished]
+    accuracies = experiment.accuracies(method)
     accuracy, error = mean_and_error(accuracies) if accuracies else (math.nan, math.nan)
     epochs = [epoch for run in runs for epoch in run.epochs]
     return Summary(

@@ -1,4 +1,4 @@
-"""The final table and report.md, made from results.jsonl alone."""
+"""The final table and the report, made from results.jsonl alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .claims import claims, contender
-from .figures import draw_figures
+from .design import Design, design_of
+from .document import Block, Bullets, Code, Heading, Picture, Rows, Text, to_html, to_markdown
+from .figures import save
 from .methods import parse_method
-from .records import Experiment, Summary, read_experiment, summaries
+from .records import DamagedResults, Experiment, Summary, read_experiment, summaries
 
 COLUMNS = (
     "method", "accuracy (%)", "passes /step", "runs", "seconds /epoch", "optimizer ms/step", "share (%)", "backend"
@@ -81,53 +83,83 @@ def title(experiment: Experiment) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Draw the figures and write DIR/report.md; returns its path. Raises FileNotFoundError without results."""
+    """Draw the figures and write DIR/report.md and DIR/report.html; returns the path of the first.
+
+    Raises FileNotFoundError without results.
+    """
     experiment = read_experiment(folder)
-    header = experiment.header
-    figures = draw_figures(experiment, folder)
-    lines = [f"# looksam {header['command']}: {title(experiment)}", ""]
-    lines += markdown_table(COLUMNS, [row(summary) for summary in summaries(experiment)])
-    lines += ["", *(f"* {sentence}" for sentence in claims(experiment))]
-    lines += paired_differences(experiment) + tuning(experiment) + controls(experiment)
-    lines += ["", NOTES.format(**{"processes": 1} | header["parallel"]), ""]
-    for failure in experiment.failures:
-        last = failure["error"].strip().splitlines()[-1]
-        lines += [f"**Failed: {failure['method']}, seed {failure['seed']}**: {last}", ""]
-    for name, path in figures.items():
-        lines += [f"## {name}", "", f"![{name}]({path.name})", ""]
-    lines += ["## Configuration", "", "```", header["command_line"], "```", ""]
-    used = header.get("used", {"run": {}, "methods": header["methods"]})
-    values = dict(_flatten(header["config"])) | used["run"]
-    values = {name: value for name, value in values.items() if value is not None}  # those are the methods', or nobody's
-    lines += markdown_table(("option", "value"), [(k, _text(v)) for k, v in values.items()])
-    lines += ["", "Seeds: " + ", ".join(map(str, header["seeds"])) + ".", ""]
-    lines += ["The values that each optimizer stepped with, `lr` and `rho` at their peak:", ""]
-    lines += markdown_table(("method", "values"), [(m, _values(o)) for m, o in used["methods"].items()])
-    lines += ["", "## Environment", ""]
-    lines += markdown_table(("", ""), list(header["environment"].items()))
+    blocks = report_blocks(experiment, folder)
     path = folder / "report.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(to_markdown(blocks), encoding="utf-8")
+    write_page(folder / "report.html", [(folder, blocks)])
     return path
 
 
-def paired_differences(experiment: Experiment) -> list[str]:
+def write_page(path: Path, parts: Sequence[tuple[Path, list[Block]]]) -> None:
+    """The reports of several folders as one HTML page."""
+    title = next((block.text for block in parts[0][1] if isinstance(block, Heading)), path.name)
+    path.write_text(to_html(title, parts), encoding="utf-8")
+
+
+def report_blocks(experiment: Experiment, folder: Path) -> list[Block]:
+    """The report; the figures that it shows are written into the folder."""
+    header = experiment.header
+    design = _design(header["command"])
+    figures = design.figures(experiment)
+    save(figures, folder)
+    blocks: list[Block] = [Heading(f"looksam {header['command']}: {title(experiment)}", 1)]
+    blocks.append(Rows(COLUMNS, [row(summary) for summary in summaries(experiment)]))
+    if sentences := claims(experiment):
+        blocks.append(Bullets(sentences))
+    blocks += design.sections(experiment)
+    blocks += paired_differences(experiment) + tuning(experiment) + controls(experiment)
+    blocks.append(Text(NOTES.format(**{"processes": 1} | header["parallel"])))
+    for failure in experiment.failures:
+        last = failure["error"].strip().splitlines()[-1]
+        blocks.append(Text(f"**Failed: {failure['method']}, seed {failure['seed']}**: {last}"))
+    for name, (stem, _) in figures.items():
+        blocks += [Heading(name), Picture(name, stem)]
+    return blocks + configuration(header)
+
+
+def _design(command: str) -> Design:
+    try:
+        return design_of(command)
+    except KeyError:
+        raise DamagedResults(f"the results are of {command!r}, which is no experiment of this version") from None
+
+
+def configuration(header: dict[str, Any]) -> list[Block]:
+    """All that is needed to do it again."""
+    used = header.get("used", {"run": {}, "methods": header["methods"]})
+    values = dict(_flatten(header["config"])) | used["run"]
+    values = {name: value for name, value in values.items() if value is not None}  # those are the methods', or nobody's
+    return [
+        Heading("Configuration"),
+        Code(header["command_line"]),
+        Rows(("option", "value"), [(k, _text(v)) for k, v in values.items()]),
+        Text("Seeds: " + ", ".join(map(str, header["seeds"])) + "."),
+        Text("The values that each optimizer stepped with, `lr` and `rho` at their peak:"),
+        Rows(("method", "values"), [(m, _values(o)) for m, o in used["methods"].items()]),
+        Heading("Environment"),
+        Rows(("", ""), list(header["environment"].items())),
+    ]
+
+
+def paired_differences(experiment: Experiment) -> list[Block]:
     """Of every two methods, seed by seed. Not for more than eight: nobody reads so many rows."""
     several = [c for method in experiment.contenders if (c := contender(experiment, method)) is not None]
     if not 2 <= len(several) <= 8 or len(several) < len(experiment.contenders):
         return []
     rows = [(a.name, b.name, str(a.minus(b))) for index, a in enumerate(several) for b in several[index + 1 :]]
-    title = "Paired over the seeds, Student's t; not corrected for their number:"
     return [
-        "",
-        "## Differences in accuracy",
-        "",
-        title,
-        "",
-        *markdown_table(("first", "second", "first - second"), rows),
+        Heading("Differences in accuracy"),
+        Text("Paired over the seeds, Student's t; not corrected for their number:"),
+        Rows(("first", "second", "first - second"), rows),
     ]
 
 
-def tuning(experiment: Experiment) -> list[str]:
+def tuning(experiment: Experiment) -> list[Block]:
     """What ``--tune`` tried and chose."""
     about = experiment.header.get("tuning")
     if not about:
@@ -142,10 +174,10 @@ def tuning(experiment: Experiment) -> list[str]:
         f"{about['seeds'][-1]}; chosen by the accuracy (%) on the rest, with clean labels, after the last epoch. "
         "The accuracies above are of other seeds, on the test images. All that was tried: `tune/report.md`."
     )
-    return ["", "## Tuning", "", text, "", *markdown_table(("method", "grid", "chosen", "validation"), rows)]
+    return [Heading("Tuning"), Text(text), Rows(("method", "grid", "chosen", "validation"), rows)]
 
 
-def controls(experiment: Experiment) -> list[str]:
+def controls(experiment: Experiment) -> list[Block]:
     """What the methods that ``--tune`` added say about how LookSAM works."""
     rows = []
     for method, text in experiment.controls.items():
@@ -156,18 +188,11 @@ def controls(experiment: Experiment) -> list[str]:
                 rows.append((text, control.level, str(control.minus(looksam)), name))
     if not rows:
         return []
-    return ["", "## Controls", "", *markdown_table(("control", "accuracy", "control - LookSAM", "LookSAM"), rows)]
+    return [Heading("Controls"), Rows(("control", "accuracy", "control - LookSAM", "LookSAM"), rows)]
 
 
 def _grid(grid: dict[str, list[float]]) -> str:
     return "; ".join(f"{name}: {', '.join(f'{value:g}' for value in values)}" for name, values in grid.items())
-
-
-def markdown_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(columns), line(("---",) * len(columns)), *map(line, rows)]
 
 
 def _flatten(config: dict[str, Any]) -> list[tuple[str, Any]]:

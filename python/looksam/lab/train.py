@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attacks import evaluating, pgd
 from .augment import Augmentation, mixup
 from .checkpoint import Checkpoints
 from .config import TrainConfig, make_generator
 from .data import Dataset, load_dataset
 from .defaults import defaults_of, resolve_batch_size, resolve_device
+from .design import Watcher, design_of
 from .measure import Epoch, EpochRecord
 from .methods import build_optimizer, parse_method
 from .models import build_model
@@ -26,6 +28,8 @@ from .precision import Precision
 from .processes import ALONE, World, full_state, load_full_state, local_gradients
 from .schedule import lr_factor, warmup_factor
 
+ATTACK_STEPS = 3
+"""Of an adversarial training's steps; each is a pass."""
 Piece = tuple[Tensor, Tensor]
 """Images float [B, C, H, W] and class probabilities [B, classes]."""
 
@@ -67,7 +71,10 @@ class Trainer:
         self.rho_warmup = round(config.rho_warmup * self.steps_per_epoch)
         self.generator = make_generator(config.seed, "batches")
         self.clip = None if parse_method(config.method).clips else config.clip
+        self.watcher: Watcher | None = None
         self.records: list[EpochRecord] = []  # of the epochs that are over
+        self.measurements: list[dict[str, Any]] = []  # of the run's study
+        self.measured = False  # nothing will be added to them
         self.epoch: Epoch | None = None  # the one under way
 
     @property
@@ -84,9 +91,14 @@ class Trainer:
             model, optimizer = full_state(self.model, self.optimizer)
         else:
             model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        state: dict[str, Any] = {"model": model, "records": [asdict(record) for record in self.records]}
+        state: dict[str, Any] = {
+            "model": model, "records": [asdict(record) for record in self.records],
+            "measurements": self.measurements, "measured": self.measured,
+        }  # fmt: skip
         if self.finished:
             return state
+        if self.watcher is not None:
+            state["watcher"] = self.watcher.state_dict()
         if self.epoch is not None:
             state["epoch"] = self.epoch.state_dict() | {"loss": self.world.mean(self.epoch.loss)}
         if self.device.type == "cuda":
@@ -101,6 +113,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.records = [EpochRecord(**record) for record in state["records"]]
+        self.measurements, self.measured = state["measurements"], state["measured"]
         if self.config.fsdp:
             load_full_state(self.model, state["model"])
         else:
@@ -117,6 +130,8 @@ class Trainer:
         torch.set_rng_state(state["torch_generator"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_generator"])
+        if self.watcher is not None:
+            self.watcher.load_state_dict(state["watcher"])
         self.epoch = Epoch.from_state_dict(state["epoch"], self.device) if "epoch" in state else None
 
     def batch(self, indices: Tensor) -> list[Piece]:
@@ -132,7 +147,20 @@ class Trainer:
             x, targets = mixup(x, targets, self.config.mixup, self.generator)
         count = self.config.accumulate
         pieces = list(zip(x.chunk(count * self.world.size), targets.chunk(count * self.world.size), strict=True))
-        return pieces[self.world.rank * count : (self.world.rank + 1) * count]
+        pieces = pieces[self.world.rank * count : (self.world.rank + 1) * count]
+        return [self._attacked(*piece) for piece in pieces] if self.config.adversarial else pieces
+
+    def _attacked(self, x: Tensor, targets: Tensor) -> Piece:
+        """Madry et al. 2018: the images that training sees are the worst near them, for the model as it is."""
+        with evaluating(self.model):
+            pixels = (x * self.std + self.mean).clamp(0, 1)
+            x = pgd(self.logits, pixels, targets, self.config.adversarial, steps=ATTACK_STEPS)
+        return (x - self.mean) / self.std, targets
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Of images with values 0..1, as float32."""
+        with self.precision.autocast():
+            return self.model((pixels - self.mean) / self.std).float()
 
     def forward_backward(self, epoch: Epoch, pieces: list[Piece]) -> Tensor:
         """The closure that the optimizer calls once per pass; returns the loss, a 0-dim tensor.
@@ -151,6 +179,8 @@ class Trainer:
                     self.precision.backward(loss)
                 total += loss.detach()
         epoch.passes += 1
+        if self.watcher is not None:
+            self.watcher.after_pass(self)
         return total
 
     def sample_losses(self, epoch: Epoch, pieces: list[Piece], kept: Tensor | None = None) -> Tensor:
@@ -181,16 +211,21 @@ class Trainer:
             with epoch.watch.running():
                 self._set_radius(len(self.records) * self.steps_per_epoch + epoch.step)
                 pieces = self.batch(epoch.order[epoch.step * self.batch_size : (epoch.step + 1) * self.batch_size])
+                epoch.passes += ATTACK_STEPS if self.config.adversarial else 0
                 with epoch.step_watch.running():
                     per_sample = getattr(self.optimizer, "per_sample", False)
                     closure = partial(self.sample_losses if per_sample else self.forward_backward, epoch, pieces)
                     epoch.loss += self.precision.step(self.optimizer, closure, self.clip)
+                if self.watcher is not None:
+                    self.watcher.after_step(self)
                 self._advance_schedule()
             epoch.step += 1
             if epoch.step < self.steps_per_epoch:
                 after_step(epoch.step)
         record = self._record(epoch)
         self.records.append(record)
+        if self.watcher is not None:
+            self.measurements += self.watcher.after_epoch(self)
         self.epoch = None
         return record
 
@@ -234,9 +269,8 @@ class Trainer:
         self.model.eval()
         loss = correct = 0.0
         for x, y in zip(self.test_x.split(batch_size), self.test_y.split(batch_size), strict=True):
-            with self.precision.autocast():
-                logits = self.model((x.float() / 255 - self.mean) / self.std)
-            loss += float(F.cross_entropy(logits.float(), y, reduction="sum"))
+            logits = self.logits(x.float() / 255)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
             correct += int((logits.argmax(1) == y).sum())
         return loss / len(self.test_y), correct / len(self.test_y)
 
@@ -247,21 +281,34 @@ def train_run(
     on_step: Callable[[float], None] = lambda part: None,
     checkpoints: Checkpoints | None = None,
     world: World = ALONE,
+    on_measurement: Callable[[dict[str, Any]], None] = lambda values: None,
 ) -> Trainer:
-    """Train as ``config`` says. Ends early only if the loss diverges.
+    """Train as ``config`` says, and measure what its study asks for. Ends early only if the loss diverges.
 
-    ``on_epoch`` gets each epoch's record, those before a resumption included; ``on_step`` the part of the epoch that is
-    over. A checkpoint is on disk before its record is handed out, so that every record can be had again.
+    ``on_epoch`` gets each epoch's record, those before a resumption included, ``on_measurement`` likewise the study's
+    values; ``on_step`` the part of the epoch that is over. A checkpoint is on disk before its record is handed out, so
+    that every record can be had again.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     trainer = Trainer(config, load_dataset(config.data, config.seed), world)
+    design = design_of(config.study) if config.study else None
+    settings = dict(config.settings)
+    if design is not None and design.watch is not None:
+        trainer.watcher = design.watch(settings)
+    told = 0
 
     def save() -> None:
         if checkpoints is not None:
             state = trainer.state_dict()
             if world.rank == 0:
                 checkpoints.save(config, state)
+
+    def tell() -> None:
+        nonlocal told
+        for values in trainer.measurements[told:]:
+            on_measurement(values)
+        told = len(trainer.measurements)
 
     def after_step(step: int) -> None:
         if checkpoints is not None and checkpoints.due(step):
@@ -273,8 +320,15 @@ def train_run(
         trainer.load_state_dict(state)
         for record in trainer.records:
             on_epoch(record)
+        tell()
     while not trainer.finished:
         record = trainer.train_epoch(after_step)
         save()
         on_epoch(record)
+        tell()
+    if design is not None and design.measure is not None and not trainer.measured and not trainer.records[-1].diverged:
+        trainer.measurements += design.measure(trainer, settings)
+        trainer.measured = True
+        save()
+        tell()
     return trainer

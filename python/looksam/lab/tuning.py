@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from .controls import controls_of
-from .methods import BASES, Method, canonical_name, parse_method, select_options
+from .methods import BASES, Method, canonical_name, parse_method, select_options, with_settings
 from .options import parse_options
 from .plan import Plan, make_plan, output_folder
 from .processes import World
@@ -61,12 +61,7 @@ def candidates(name: str, given: Settings, count: int, seed: int) -> list[str]:
     if count > len(points):
         raise ValueError(f"--tune {count}: {name} has a grid of {len(points)} settings only; give at most that many")
     drawn = [points[0], *random.Random(f"{name} {seed}").sample(points[1:], count - 1)]
-    return [_with(name, dict(zip(grid, point, strict=True))) for point in drawn]
-
-
-def _with(name: str, settings: Settings) -> str:
-    text = ",".join(f"{option}={value}" for option, value in settings.items())
-    return canonical_name(f"{name}{',' if ':' in name else ':'}{text}" if text else name)
+    return [with_settings(name, dict(zip(grid, point, strict=True))) for point in drawn]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""One module per command of ``looksam``; each offers its click command under the name ``command``."""
+"""One module per command of ``looksam`` that is no experiment; each offers its click command under the name ``command``."""
