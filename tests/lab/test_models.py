@@ -10,12 +10,13 @@ def count(model):
 
 
 SIZES = [(1, 8), (1, 28), (3, 32)]
-LARGE = {"vit-small": SIZES[2:], "resnet18": SIZES[::2]}  # differ from the others in numbers only
+LARGE = {"vit-small": [], "vit-base": [], "resnet18": SIZES[::2], "resnet50": SIZES[2:], "wrn28-10": SIZES[2:]}
+"""Those that differ from the others in numbers only are left to the counts."""
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), [(m, *s) for m in MODELS for s in LARGE.get(m, SIZES)])
 def test_logits_and_gradients(name, channels, size):
-    model = build_model(name, channels, size, 7, width=0.25)
+    model = build_model(name, channels, size, 7, width=0.1 if name == "wrn28-10" else 0.25)
     logits = model(torch.randn(2, channels, size, size))
     assert logits.shape == (2, 7)
     logits.square().sum().backward()
@@ -23,6 +24,10 @@ def test_logits_and_gradients(name, channels, size):
 
 
 def test_parameter_counts():
+    with torch.device("meta"):
+        assert count(build_model("resnet50", 3, 224, 1000)) == 25_557_032  # torchvision's
+        assert count(build_model("wrn28-10", 3, 32, 10)) == 36_479_194  # the usual count
+        assert count(build_model("vit-base", 3, 224, 1000)) == 86_567_656  # ViT-B/16
     assert count(build_model("resnet18", 3, 32, 10)) == 11_173_962  # the usual CIFAR ResNet-18
     assert count(build_model("vit-small", 3, 224, 1000)) == 22_050_664  # ViT-S/16
     assert count(build_model("vit-tiny", 3, 224, 1000)) == 5_717_416  # ViT-Ti/16
