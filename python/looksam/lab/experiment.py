@@ -15,12 +15,13 @@ from .claims import claims
 from .console import make_console
 from .design import Design
 from .display import Display
+from .document import Block
 from .options import METHOD_HELP, training_options, with_presets
 from .parallel import describe, run_here, run_jobs
 from .plan import Plan, make_plan, resume_command
 from .processes import World, joined
 from .records import ResultsWriter, read_experiment
-from .report import console_table, write_report
+from .report import REPORT, console_table, write_report
 from .tuning import plan_comparison, plan_tuning
 
 
@@ -92,15 +93,16 @@ def _tuned(
     return world.from_first(partial(plan_comparison, tuning, values))
 
 
-def report(folder: Path, console: Console) -> None:
-    """Write the report; print the table and, as the last line, where the report is."""
-    path = write_report(folder)
+def report(folder: Path, console: Console) -> list[Block]:
+    """Write the report, and return it; print the table and, as the last line, where the report is."""
+    blocks = write_report(folder)
     experiment = read_experiment(folder)
     if experiment.runs:
         console.print(console_table(experiment, console))
     for sentence in claims(experiment):
         console.print(sentence, markup=False, highlight=False)
-    click.echo(path)  # not wrapped to the width of the terminal: scripts read this line
+    click.echo(folder / REPORT)  # not wrapped to the width of the terminal: scripts read this line
+    return blocks
 
 
 def _train(plan: Plan, world: World, writer: ResultsWriter, console: Console) -> int:

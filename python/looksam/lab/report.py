@@ -29,6 +29,9 @@ and backward together, counted. Times: median over epochs, training only, with {
 passes there; its second is of fewer samples); share: its part of an epoch's time."""
 
 
+REPORT = "report.md"
+
+
 def row(summary: Summary) -> tuple[str, ...]:
     """The cells of a summary, in the order of COLUMNS."""
     accuracy = f"{summary.accuracy:.2f}"
@@ -82,17 +85,16 @@ def title(experiment: Experiment) -> str:
     return f"{Path(config['data']['source']).name}{noise}, {config['epochs']} epochs"
 
 
-def write_report(folder: Path) -> Path:
-    """Draw the figures and write DIR/report.md and DIR/report.html; returns the path of the first.
+def write_report(folder: Path) -> list[Block]:
+    """Draw the figures and write DIR/report.md and DIR/report.html; returns what is in both.
 
     Raises FileNotFoundError without results.
     """
     experiment = read_experiment(folder)
     blocks = report_blocks(experiment, folder)
-    path = folder / "report.md"
-    path.write_text(to_markdown(blocks), encoding="utf-8")
+    (folder / REPORT).write_text(to_markdown(blocks), encoding="utf-8")
     write_page(folder / "report.html", [(folder, blocks)])
-    return path
+    return blocks
 
 
 def write_page(path: Path, parts: Sequence[tuple[Path, list[Block]]]) -> None:

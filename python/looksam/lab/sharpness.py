@@ -32,7 +32,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> I
         total = x.new_zeros(())
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = functional_call(model, parameters, (xs,))
-            total = total + F.cross_entropy(logits.float(), ys, reduction="sum")
+            total = total + F.cross_entropy(logits, ys, reduction="sum")
         return total / len(y)
 
     with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative

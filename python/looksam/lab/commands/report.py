@@ -8,8 +8,8 @@ import click
 
 from ..console import make_console
 from ..experiment import report
-from ..records import RESULTS, DamagedResults, read_experiment
-from ..report import report_blocks, write_page
+from ..records import RESULTS, DamagedResults
+from ..report import write_page
 
 
 @click.command("report")
@@ -21,10 +21,9 @@ def command(folders: tuple[Path, ...], page: Path | None) -> None:
         if not (folder / RESULTS).exists():
             raise click.UsageError(f"{folder} holds no {RESULTS}; give the --out folder of an experiment")
     try:
-        for folder in folders:
-            report(folder, make_console())
+        parts = [(folder, report(folder, make_console())) for folder in folders]
         if page is not None:
-            write_page(page, [(folder, report_blocks(read_experiment(folder), folder)) for folder in folders])
+            write_page(page, parts)
             click.echo(page)
     except DamagedResults as error:
         raise click.ClickException(str(error)) from error

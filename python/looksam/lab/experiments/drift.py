@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..design import Design, Figures, Values
@@ -117,6 +118,7 @@ def figures(experiment: Experiment) -> Figures:
                 y = np.array([values[key][part] for key in x])
                 axes.plot(x, y, label=LABELS[part], marker="o", ms=3, **style(index))  # type: ignore[arg-type]
             axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         figure.suptitle(f"{method}: how far the parts of the gradient move", x=0.01, ha="left", fontsize=13)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=3)
         found[f"Drift: {method}"] = f"drift_{number}", figure

@@ -139,8 +139,11 @@ def _surfaces(experiment: Experiment) -> Figure:
         axes.plot_surface(a, b, _array(value["loss"]), cmap="cividis", vmin=levels[0], vmax=levels[-1])
         axes.set_zlim(0, levels[-1])
         axes.set_title(_title(method), fontsize=10)
-        axes.set_zlabel("loss (nats)", fontsize=8)
-        axes.tick_params(labelsize=7)
+        extent = value["positions"][-1]
+        axes.set_xticks([-extent, 0, extent])
+        axes.set_yticks([-extent, 0, extent])
+        axes.tick_params(labelsize=8)
+    figure.suptitle("Training loss (nats) over two filter-normalised directions", x=0.01, ha="left", fontsize=13)
     return figure
 
 
@@ -160,6 +163,7 @@ def _balls(experiment: Experiment) -> Figure:
     axes.set_xticks(radii, [f"{rho:g}" for rho in radii])
     axes.minorticks_off()
     axes.set_yscale("symlog", linthresh=1e-2)
+    axes.set_ylim(bottom=min(0.0, axes.dataLim.ymin))
     figure.legend(loc="outside lower center", frameon=False, ncols=2, fontsize=9)
     return figure
 

@@ -33,8 +33,9 @@ def expand(methods: Sequence[str], values: Values) -> list[str]:
     found = []
     for augmentation in AUGMENTED[values["augmentation"]]:
         for text in methods:
-            settings = dict(parse_method(text, values["base"]).settings)
-            base_lr = settings.get("lr") or values["lr"] or BASES[parse_method(text, values["base"]).base].lr
+            method = parse_method(text, values["base"])
+            settings = dict(method.settings)
+            base_lr = settings.pop("lr", None) or values["lr"] or BASES[method.base].lr
             for batch in batches:
                 times = batch / batches[0]
                 warmup = min(values["warmup"] * times, values["epochs"] / 2)
@@ -45,7 +46,7 @@ def expand(methods: Sequence[str], values: Values) -> list[str]:
                 new |= augmentation
                 if twice := [name for name in new if name in settings]:
                     raise click.UsageError(f"large-batch chooses {', '.join(twice)} of {text}; leave it out there")
-                found.append(with_settings(text, new))
+                found.append(with_settings(text.partition(":")[0], settings | new))
     return found
 
 
@@ -68,13 +69,14 @@ def figures(experiment: Experiment) -> Figures:
         return {}
     figure, axes = row_of_axes(len(panels), 4.5, sharey=True)
     for panel, (strong, families) in zip(axes, panels.items(), strict=True):
-        _panel(panel, "with RandAugment and Mixup" if strong else "Accuracy against the batch size", families)
+        _panel(panel, "With RandAugment and Mixup" if strong else "Without RandAugment and Mixup", families)
+    axes[0].set_ylabel("test accuracy (%), mean ± standard error")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2, fontsize=9)
     return {"Accuracy against the batch size": ("large_batch", figure)}
 
 
 def _panel(axes: Axes, title: str, families: dict[str, dict[int, list[float]]]) -> None:
-    dress(axes, title, "batch size", "test accuracy (%), mean ± standard error")
+    dress(axes, title, "batch size", "")
     for index, (family, batches) in enumerate(families.items()):
         means, errors = zip(*map(mean_and_error, batches.values()), strict=True)
         axes.errorbar(

@@ -145,6 +145,7 @@ def _attacks(experiment: Experiment) -> Figure:
         dress(axes, attack, "radius ε, pixels 0 to 1", "test accuracy (%)" if axes is panels[0] else "")
         for index, (method, (epsilons, rows)) in enumerate(methods.items()):
             axes.plot(epsilons, rows.mean(0), marker="o", ms=3, label=method, **style(index))  # type: ignore[arg-type]
+        axes.set_xticks(epsilons, [f"{epsilon:.3g}" for epsilon in epsilons])
         axes.set_ylim(bottom=0)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=3, fontsize=9

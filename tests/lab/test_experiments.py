@@ -1,0 +1,155 @@
+"""Every experiment at smoke scale: what it runs, its records, figures, report; and that it goes on where it was stopped."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from looksam.lab.cli import COMMANDS, TOOLS, main
+from looksam.lab.design import SCALES, design_of
+from looksam.lab.methods import parse_method
+from looksam.lab.parallel import run_here
+from looksam.lab.recipes import RECIPES
+from looksam.lab.records import read_experiment
+
+EXPERIMENTS = [name for name in COMMANDS if name not in TOOLS]
+NEW = {
+    "tradeoff": {"tradeoff_passes", "tradeoff_throughput"},
+    "sensitivity": {"sensitivity_0", "sensitivity_1"},
+    "drift": {"drift_0"},
+    "landscape": {f"landscape_{name}" for name in ("line", "contour", "surface", "ball", "eigenvalues")},
+    "robustness": {f"robustness_{name}" for name in ("corruptions", "severity", "attacks")},
+    "large-batch": {"large_batch"},
+}
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Without workers, whose start takes most of a small run's time."""
+
+    def run_jobs(configs, jobs, checkpoints):
+        for config in configs:
+            events = []
+            run_here(config, events.append, checkpoints)
+            yield from events
+
+    monkeypatch.setattr("looksam.lab.experiment.run_jobs", run_jobs)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def smoke(name, out, *more):
+    return run(name, "--scale", "smoke", "--device", "cpu", "--threads", 1, "--out", out, *more)
+
+
+def check_figure(folder, stem):
+    pixels = np.asarray(Image.open(folder / f"{stem}.png").convert("RGB"))
+    assert pixels.shape[1] >= 1000, "too small to read"
+    assert (pixels != 255).any(2).mean() > 0.02, "blank"
+    assert ET.parse(folder / f"{stem}.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_smoke_leaves_records_figures_and_a_report_and_resumes(name, tmp_path):
+    out = tmp_path / "out"
+    result = smoke(name, out)
+    assert result.exit_code == 0, result.output
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"!\[.*?\]\((.*?)\.png\)", report)) >= NEW[name]
+    for stem in NEW[name]:
+        check_figure(out, stem)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml;base64,") == report.count("![")
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
+    experiment = read_experiment(out)
+    design = design_of(name)
+    for method in experiment.methods:
+        assert len(experiment.finished(method)) == design.scales["smoke"]["seeds"]
+        assert bool(experiment.measured(method)) == bool(design.measure or design.watch)
+    before = (out / "results.jsonl").read_text()
+    again = smoke(name, out, "--resume")
+    assert again.exit_code == 0, again.output
+    # The very records, times and all: nothing was done twice.
+    assert sorted((out / "results.jsonl").read_text().splitlines()[1:]) == sorted(before.splitlines()[1:])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_three_scales_of_possible_values(name):
+    design = design_of(name)
+    assert set(design.scales) == set(SCALES)
+    known = {p.name for p in main.get_command(None, name).params}
+    for values in (*design.scales.values(), *RECIPES.values()):
+        assert set(values) <= known | {f"{s}" for s in design.settings}
+        for method in values.get("methods", ()):
+            parse_method(method)
+
+
+def test_what_the_user_gives_wins_over_scale_and_recipe(tmp_path):
+    out = tmp_path / "out"
+    arguments = ("sgd", "--recipe", "cifar100-resnet18-looksam", "--data", "digits", "--model", "cnn", "--epochs", 1)
+    result = smoke("train", out, *arguments, "--train-size", 150)
+    assert result.exit_code == 0, result.output
+    config = read_experiment(out).header["config"]
+    assert (config["model"], config["epochs"], config["lr"]) == ("cnn", 1, 0.1)  # the user's, the user's, the recipe's
+    assert config["batch_size"] == 128
+    assert list(read_experiment(out).header["methods"]) == ["sgd"]
+
+
+def test_one_page_of_several_experiments(tmp_path):
+    for name in ("a", "b"):
+        assert smoke("train", tmp_path / name, "sgd", "--epochs", 1, "--train-size", 100).exit_code == 0
+    result = run("report", tmp_path / "a", tmp_path / "b", "--page", tmp_path / "all.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert page.count("<h1>looksam train: digits") == 2
+    assert page.count("<img") == 10
+    assert 'src="a' not in page, "the page needs no other file"
+
+
+def test_methods_with_options_of_the_run_of_their_own(tmp_path):
+    out = tmp_path / "out"
+    methods = ("sgd:batch_size=20", "sgd:batch_size=50,mixup=0.2", "sgd:adversarial=0.1,batch_size=50")
+    result = smoke("compare", out, *methods, "--epochs", 1, "--seeds", 1, "--train-size", 100)
+    assert result.exit_code == 0, result.output
+    experiment = read_experiment(out)
+    steps = {run.method: (run.epochs[0].steps, run.epochs[0].passes) for run in experiment.runs}
+    # An attack of three steps makes three passes before that of the training.
+    assert steps == dict(zip(sorted(methods), [(2, 8), (5, 5), (2, 2)], strict=True))
+    assert "batch_size = 20" in (out / "report.md").read_text()
+
+
+def test_the_periods_of_tradeoff():
+    expand = design_of("tradeoff").expand
+    values = {"periods": (1, 2, 5), "base": "sgd"}
+    assert expand(["sgd", "sam:rho=0.4", "looksam+adamw", "sam-3", "vasso", "ssam"], values) == [
+        *("sgd", "sam:rho=0.4", "sam-2:rho=0.4", "sam-5:rho=0.4", "looksam-2+adamw", "looksam-5+adamw", "sam-3"),
+        *("vasso", "ssam", "ssam-2", "ssam-5"),  # VaSSO has no period
+    ]
+
+
+def test_the_batches_of_large_batch():
+    values = {
+        "batches": (50, 200), "augmentation": "both", "base": "lamb", "lr": None, "lr_scaling": "sqrt", "warmup": 1.0,
+        "epochs": 6,
+    }  # fmt: skip
+    names = design_of("large-batch").expand(["looksam-5+lamb:lr=0.02,rho=0.1"], values)
+    assert [dict(parse_method(name).settings) for name in names] == [
+        {"rho": 0.1, "batch_size": 50, "lr": 0.02, "warmup": 1},
+        {"rho": 0.1, "batch_size": 200, "lr": 0.04, "warmup": 3},  # four times the epochs, at most half of all
+        {"rho": 0.1, "batch_size": 50, "lr": 0.02, "warmup": 1, "augment": "randaugment", "mixup": 0.2},
+        {"rho": 0.1, "batch_size": 200, "lr": 0.04, "warmup": 3, "augment": "randaugment", "mixup": 0.2},
+    ]
+
+
+def test_a_report_of_an_unknown_experiment_is_one_sentence(tmp_path):
+    header = {"kind": "header", "command": "divination", "seeds": [0], "methods": {"sgd": {}}, "config": {}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(header) + "\n")
+    result = run("report", tmp_path)
+    assert result.exit_code == 1
+    assert "'divination', which is no experiment of this version" in result.output
