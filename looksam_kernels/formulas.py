@@ -73,6 +73,15 @@ class Coefficients(NamedTuple):
     trust: Tensor | None = None
 
 
+class Scaling(NamedTuple):
+    """What acts on the coefficients of every rule; the arguments of :func:`looksam_kernels.measure` of these names."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    max_grad_norm: float | None = None
+    trust_ratio: bool = False
+
+
 class Hyper:
     """Reads the groups' hyper-parameters as one number a row, float64 where it exists (numbers and tensors, each step anew)."""
 
@@ -451,6 +460,13 @@ def rule(
 KEEP_NORM = ("q",)
 """Written columns whose squared norms stand beside them, in ``<column>_norm_sq``: the sums need not read them again."""
 
+
+def kept_norm(pair: Pair) -> str | None:
+    """The column that holds this sum already; counted in rows that have a g."""
+    x, y = pair
+    return f"{x}_norm_sq" if x == y and x in KEEP_NORM else None
+
+
 Presence = Mapping[str, Sequence[bool]]
 """Which rows have a gradient, for each one that a rule reads; asked for where a row lacks some of them."""
 
@@ -475,9 +491,8 @@ def descent(
     sums: Sums,
     hyper: Hyper,
     found_inf: Tensor,
-    max_grad_norm: float | None,
+    scaling: Scaling,
     present: Presence | None = None,
-    lars: bool = False,
 ) -> Coefficients:
     """The coefficients of d, of what is written and of what is added after the update, for gradients as they are.
 
@@ -494,10 +509,10 @@ def descent(
     q, post = (None if x is None else _rows(x, sums) for x in direction[1:])
     if present is not None:
         d, q, post = _with_gaps(rule, d, q, post, present, hyper)
-    if max_grad_norm is not None:
+    if scaling.max_grad_norm is not None:
         norm = direction_norm(rule.inputs, d, sums)
-        d = d * ratio(torch.full_like(norm, max_grad_norm), norm).clamp(max=1)
-    trust = lars_ratio(row_norms(rule.inputs, d, sums), sums, hyper) if lars else None
+        d = d * ratio(torch.full_like(norm, scaling.max_grad_norm), norm).clamp(max=1)
+    trust = lars_ratio(row_norms(rule.inputs, d, sums), sums, hyper) if scaling.trust_ratio else None
     if trust is not None:
         d = d * trust
     d = _for_scaled(rule.inputs, d * hyper.sign(), hyper)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import formulas, updates
-from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
 from looksam_kernels.updates import BASES, OPTION, own
@@ -29,7 +29,7 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive | None = 
     0 where x or y is ``None``. Accumulated in a fixed order: the same inputs give the same bits.
 
     ``"Tg"`` names the virtual column T g, T = \\|w\\| + eta in rows where ``adaptive`` has an eta, else 1. The pair
-    ``("q", "q")`` costs no pass: it is the cached ``q_norm_sq`` of the rows that have a g.
+    ``("q", "q")`` costs no pass: it is the kept ``q_norm_sq`` of the rows that have a g.
     """
     return table.backend.sums(table, pairs, adaptive)
 
@@ -43,7 +43,7 @@ def coefficients(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     max_grad_norm: float | None = None,
-    lars: bool = False,
+    trust_ratio: bool = False,
 ) -> Coefficients:
     """The scalars of a rule of :mod:`looksam_kernels.formulas`, from sums that hold at least the rule's pairs.
 
@@ -55,7 +55,7 @@ def coefficients(
         grad_scale: the loss scale that g and s carry; d and q are divided by it.
         found_inf: 1.0 if an earlier pass of this step was not finite.
         max_grad_norm: scale d by min(1, max_grad_norm / ||d||); the sums must hold the rule's ``clip_pairs`` too.
-        lars: then scale each row of a descent by LARS's trust ratio (:func:`looksam_kernels.formulas.lars_ratio`), for the
+        trust_ratio: then scale each row of a descent by LARS's (:func:`looksam_kernels.formulas.lars_ratio`), for the
             base ``"lars"``. The sums must hold the rule's ``clip_pairs`` and ||w_p||^2, taken before w was perturbed.
 
     A row that lacks one of the gradients which a descent combines has the first input alone for d.
@@ -63,8 +63,10 @@ def coefficients(
     Returns:
         :class:`looksam_kernels.formulas.Coefficients`.
     """
-    found = table.backend.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm, lars)
-    return _with_gaps(table, rule, sums, found, groups, grad_scale, max_grad_norm, lars)
+    scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio and rule in DESCENTS)
+    return _with_gaps(
+        table, rule, sums, table.backend.coefficients(table, rule, sums, groups, scaling), groups, scaling
+    )
 
 
 def measure(
@@ -78,7 +80,7 @@ def measure(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     max_grad_norm: float | None = None,
-    lars: bool = False,
+    trust_ratio: bool = False,
 ) -> tuple[Sums, Coefficients]:
     """:func:`sums` of what the rule needs and ``known`` does not hold yet, then :func:`coefficients`: one launch where
     the backend can.
@@ -86,7 +88,7 @@ def measure(
     Args:
         known: sums of an earlier pass of this step (||g||^2 of the ascent serves the descent).
         all_reduce: adds the sums up over ranks before they become scalars.
-        lars: as in :func:`coefficients`. To be given to the ascents of the step too: they measure ||w_p||^2.
+        trust_ratio: as in :func:`coefficients`. To be given to the ascents of the step too: they measure ||w_p||^2.
 
     Returns:
         All sums, the known ones included, and the coefficients.
@@ -94,23 +96,22 @@ def measure(
     Raises:
         ValueError: no such rule, or LARS's ||w_p||^2 is asked for when w is perturbed.
     """
-    needed = pairs_of(rule, clip=max_grad_norm is not None, lars=lars)
+    needed = pairs_of(rule, clip=max_grad_norm is not None, trust_ratio=trust_ratio)
     pairs = [p for p in needed if known is None or p not in known.pairs]
-    if lars and ("w", "w") in pairs and any(table.perturbed):
-        raise ValueError("LARS needs ||w_p|| from before the perturbation; give lars=True to the ascent too")
+    if trust_ratio and ("w", "w") in pairs and any(table.perturbed):
+        raise ValueError("LARS needs ||w_p|| from before the perturbation; give trust_ratio=True to the ascent too")
     fused = getattr(table.backend, "measure", None)
     if fused is not None and all_reduce is None:
-        found, scalars = fused(table, rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm, lars)
-        return found, _with_gaps(table, rule, found, scalars, groups, grad_scale, max_grad_norm, lars)
+        scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio and rule in DESCENTS)
+        found, scalars = fused(table, rule, pairs, known, groups, adaptive, scaling)
+        return found, _with_gaps(table, rule, found, scalars, groups, scaling)
     found = sums(table, pairs, adaptive)
     if all_reduce is not None:
         found = all_reduce(found)
     if known is not None:
         found = known + found
-    scalars = coefficients(
-        table, rule, found, groups, grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm, lars=lars
-    )
-    return found, scalars
+    scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio)
+    return found, coefficients(table, rule, found, groups, **scaling._asdict())
 
 
 def perturb(
@@ -157,7 +158,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
         raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
     if BASES[base].takes_trust_ratio != (coefficients.trust is not None):
         raise ValueError(
-            'coefficients with a trust ratio are for the base "lars", and it needs them: see measure(lars=True)'
+            'coefficients with a trust ratio are for the base "lars", and it needs them: see measure(trust_ratio=True)'
         )
     takes_part = table.present(coefficients.inputs[0])
     for name in BASES[base].states:
@@ -206,7 +207,7 @@ def restore(table: TensorTable) -> None:
     table.perturbed = [False] * len(table)
 
 
-def pairs_of(rule: str, clip: bool = False, lars: bool = False) -> tuple[Pair, ...]:
+def pairs_of(rule: str, clip: bool = False, trust_ratio: bool = False) -> tuple[Pair, ...]:
     """The sums that a rule needs, with those for clipping and for LARS's trust ratio if asked.
 
     Raises:
@@ -215,9 +216,9 @@ def pairs_of(rule: str, clip: bool = False, lars: bool = False) -> tuple[Pair, .
     if rule not in (*ASCENTS, *DESCENTS):
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join([*ASCENTS, *DESCENTS])}")
     pairs = ASCENTS[rule].pairs if rule in ASCENTS else DESCENTS[rule].pairs
-    if rule in DESCENTS and (clip or lars):
+    if rule in DESCENTS and (clip or trust_ratio):
         pairs += DESCENTS[rule].clip_pairs
-    return (*pairs, ("w", "w")) if lars and ("w", "w") not in pairs else pairs
+    return (*pairs, ("w", "w")) if trust_ratio and ("w", "w") not in pairs else pairs
 
 
 def _with_gaps(
@@ -226,19 +227,17 @@ def _with_gaps(
     sums: Sums,
     found: Coefficients,
     groups: Groups,
-    grad_scale: Tensor | None,
-    max_grad_norm: float | None,
-    lars: bool,
+    scaling: Scaling,
 ) -> Coefficients:
     """The coefficients where a tensor lacks some of the gradients, which the backends do not ask: rare, and plain
     PyTorch on a few numbers a row."""
     present = formulas.gaps(rule, table.present)
     if present is None:
         return found
-    hyper = formulas.Hyper(groups, table.group, table.device, grad_scale)
+    hyper = formulas.Hyper(groups, table.group, table.device, scaling.grad_scale)
     if rule in ASCENTS:
         return formulas.ascent(rule, sums, hyper, found.found_inf, present)
-    return formulas.descent(rule, sums, hyper, found.found_inf, max_grad_norm, present, lars)
+    return formulas.descent(rule, sums, hyper, found.found_inf, scaling, present)
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:

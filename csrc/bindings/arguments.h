@@ -228,6 +228,13 @@ inline at::Tensor empty_in_row_order(const at::Tensor& w, const at::TensorOption
   return w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options) : at::empty(w.sizes(), options);
 }
 
+// Is b the master copy of w, rather than a place to save it in?
+inline bool is_master(const at::Tensor& b, const at::Tensor& w) { return b.defined() && b.scalar_type() != w.scalar_type(); }
+
+// The one sum that is kept beside its column, in q_norm_sq: kept_norm() of formulas.py.
+inline constexpr const char* kKeptNorm = "q_norm_sq";
+inline bool is_kept_norm(const Pair& pair) { return pair.first == "q" && pair.second == "q"; }
+
 inline void check_inputs(const std::vector<std::string>& inputs) {
   if (inputs.empty() || inputs.size() > kMaxInputs) throw py::value_error("one to three inputs are combined");
 }

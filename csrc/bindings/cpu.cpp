@@ -157,7 +157,7 @@ class Table {
     const RowFlags moves = present(inputs[0]);
     std::vector<unsigned char> from_b(rows());
     for (std::size_t row = 0; row < rows(); ++row)
-      from_b[row] = is_true(moved[row]) || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
+      from_b[row] = is_true(moved[row]) || is_master(backups[row], weights[row]);
     BorrowedColumn w, b, input[kMaxInputs];
     borrow("w", Access::update, &moves, w);
     borrow("b", Access::update, &moves, b);
@@ -219,7 +219,7 @@ class Table {
       written[row] = updated[row] || is_moved;
       for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
       plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
-      plan[row].from_b = is_moved || (backups[row].defined() && backups[row].scalar_type() != weights[row].scalar_type());
+      plan[row].from_b = is_moved || is_master(backups[row], weights[row]);
       if (updated[row] && writes_q && norms_sq[row].defined()) check_scalar(norms_sq[row], Where(norm_sq, row));
       if (!updated[row] || base == Base::grad) continue;
       count[row] = read_scalar(counts[row], Where("step", row)) + 1;
@@ -357,7 +357,7 @@ class Table {
       double* const batch = values + next * rows();
       for (; next < pairs.size() && args.pairs < cpu::kMaxPairs && operands.size() + 2 <= cpu::kMaxOperands; ++next) {
         const auto& [x, y] = pairs[next];
-        if (x == "q" && y == "q") {
+        if (is_kept_norm(pairs[next])) {
           if (args.pairs > 0) break;
           cached_q_sq(values + next * rows());
           ++next;
@@ -375,9 +375,9 @@ class Table {
   }
 
   void cached_q_sq(double* values) const {
-    const Tensors &q_sq = column("q_norm_sq"), &g = column("g");
+    const Tensors &q_sq = column(kKeptNorm), &g = column("g");
     for (std::size_t row = 0; row < rows(); ++row)
-      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row], Where("q_norm_sq", row)) : 0;
+      values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row], Where(kKeptNorm, row)) : 0;
   }
 
   py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,

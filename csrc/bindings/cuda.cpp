@@ -312,7 +312,7 @@ class Table : public DeviceTable {
       for (; next < pairs.size(); ++next) {
         const auto& [x, y] = pairs[next];
         double* const value = values + next * rows();
-        if (x == "q" && y == "q") {
+        if (is_kept_norm(pairs[next])) {
           args.cached_value = value;
           continue;
         }
@@ -365,7 +365,7 @@ class Table : public DeviceTable {
       }
     }
     if (args.cached_value != nullptr) {
-      args.cached = scalars(session, "q_norm_sq", at::kDouble, Access::read, RowFlags(rows()));
+      args.cached = scalars(session, kKeptNorm, at::kDouble, Access::read, RowFlags(rows()));
       args.cached_if = place("g");
     }
     auto* const counters = data<std::uint32_t>(arrangement.counters);

@@ -1,24 +1,76 @@
 """Which implementation runs the ops: native, then triton, then reference; or the one that is asked for.
 
-A backend is a module with the functions ``sums``, ``coefficients``, ``perturb``, ``step``, ``restore`` (signatures:
-:mod:`looksam_kernels.ops`) and ``unavailable(device)``, which returns ``None`` where it runs on tensors of that device,
-or the reason why not. It may add ``measure`` where one launch does both sums and coefficients, and
-``only_on_request(device)``, the reason why it is not chosen automatically there, though it runs.
+A backend is a module with the functions of :class:`Backend`. It may add those of :class:`Extras`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from looksam_kernels.formulas import Coefficients, Groups, Pair, Scaling, Sums
+    from looksam_kernels.masks import Mask
+    from looksam_kernels.table import TensorTable
 
 ORDER = ("native", "triton", "reference")
 
-Backend = Any
-"""One of the modules, or :class:`looksam_kernels.backends.split.Split` over several devices."""
+Adaptive = Sequence[float | None] | None
+
+
+class Backend(Protocol):
+    """What a backend must have; what the ops do is in :mod:`looksam_kernels.ops`. One of the modules, or
+    :class:`looksam_kernels.backends.split.Split` over several devices."""
+
+    __name__: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """``None`` where it runs on tensors of this device, else the reason why not."""
+
+    def sums(self, table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums: ...
+
+    def coefficients(
+        self, table: TensorTable, rule: str, sums: Sums, groups: Groups, scaling: Scaling
+    ) -> Coefficients: ...
+
+    def perturb(
+        self, table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None
+    ) -> None: ...
+
+    def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None: ...
+
+    def restore(self, table: TensorTable) -> None: ...
+
+
+class Extras(Protocol):
+    """What a backend may have."""
+
+    def measure(
+        self,
+        table: TensorTable,
+        rule: str,
+        pairs: Sequence[Pair],
+        known: Sums | None,
+        groups: Groups,
+        adaptive: Adaptive,
+        scaling: Scaling,
+    ) -> tuple[Sums, Coefficients]:
+        """``sums`` and ``coefficients`` in one launch."""
+
+    def forget(self, table: TensorTable, column: str) -> None:
+        """Lets go of a column's tensors, where the backend holds them too."""
+
+    def first_misfit(self, tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:
+        """The first row whose tensor may not fit its parameter (``scalar``: may not be 0-dim), or -1."""
+
+    def only_on_request(self, device: torch.device) -> str | None:
+        """Why it is not chosen by itself for this device, although it runs there."""
+
 
 _forced: str | None = None
 
@@ -81,7 +133,7 @@ def select(requested: str | None, *devices: torch.device, readable: bool = True)
     return _load("split").Split(chosen)
 
 
-def _first(device: torch.device) -> ModuleType:
+def _first(device: torch.device) -> Backend:
     return next(_load(n) for n in ORDER if _reason(n, device) is None and _only_on_request(n, device) is None)
 
 
@@ -109,7 +161,7 @@ def name_of(backend: Backend) -> str:
     return name.rpartition(".")[2]
 
 
-def _require(name: str, device: torch.device | None) -> ModuleType:
+def _require(name: str, device: torch.device | None) -> Backend:
     if name not in ORDER:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(ORDER)}")
     where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,5 +183,5 @@ def _only_on_request(name: str, device: torch.device) -> str | None:
     return why(device) if why is not None else None
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")

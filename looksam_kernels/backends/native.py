@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import extension
-from looksam_kernels.backends import reference
-from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Sums
+from looksam_kernels.backends import Adaptive, reference
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
 
@@ -31,8 +31,6 @@ def reload() -> None:
 
 
 reload()
-
-Adaptive = Sequence[float | None] | None
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -77,18 +75,12 @@ def coefficients(
     rule: str,
     sums: Sums,
     groups: Groups,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float | None,
-    lars: bool,
+    scaling: Scaling,
 ) -> Coefficients:
     native = _synced(table)
-    lars = lars and rule in DESCENTS
-    if not _evaluates(native, rule, groups, lars):
-        return reference.coefficients(table, rule, sums, groups, grad_scale, found_inf, max_grad_norm, lars)
-    return _named(
-        rule, native.coefficients(rule, sums.pairs, sums.values, groups, grad_scale, found_inf, max_grad_norm, lars)
-    )
+    if not _evaluates(native, rule, groups, scaling):
+        return reference.coefficients(table, rule, sums, groups, scaling)
+    return _named(rule, native.coefficients(rule, sums.pairs, sums.values, groups, *scaling))
 
 
 def measure(
@@ -98,18 +90,14 @@ def measure(
     known: Sums | None,
     groups: Groups,
     adaptive: Adaptive,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float | None,
-    lars: bool,
+    scaling: Scaling,
 ) -> tuple[Sums, Coefficients]:
     native = _synced(table)
-    lars = lars and rule in DESCENTS
-    if not _evaluates(native, rule, groups, lars):
+    if not _evaluates(native, rule, groups, scaling):
         found = sums(table, pairs, adaptive)
         found = found if known is None else known + found
-        return found, coefficients(table, rule, found, groups, grad_scale, found_inf, max_grad_norm, lars)
-    values, scalars = native.measure(rule, pairs, known, groups, adaptive, grad_scale, found_inf, max_grad_norm, lars)
+        return found, coefficients(table, rule, found, groups, scaling)
+    values, scalars = native.measure(rule, pairs, known, groups, adaptive, *scaling)
     all_pairs = (known.pairs if known is not None else ()) + tuple(pairs)
     return Sums(all_pairs, values), _named(rule, scalars)
 
@@ -141,12 +129,12 @@ def _named(rule: str, scalars: tuple[Tensor, Tensor | None, Tensor, Tensor | Non
     return Coefficients(DESCENTS[rule].inputs, d, q, found_inf, post, DESCENTS[rule].writes or "q", trust)
 
 
-def _evaluates(native: Any, rule: str, groups: Groups, lars: bool) -> bool:
+def _evaluates(native: Any, rule: str, groups: Groups, scaling: Scaling) -> bool:
     """False where the formulas must run as torch operations: for rules that are written in Python alone, and for a rule's
     hyper-parameters on the GPU, or very many groups."""
     if rule not in _RULES:
         return False
-    return not hasattr(native, "evaluates") or native.evaluates(rule, groups, lars)
+    return not hasattr(native, "evaluates") or native.evaluates(rule, groups, scaling.trust_ratio)
 
 
 def _synced(table: TensorTable) -> Any:

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looksam_kernels.formulas import ASCENTS, Coefficients, Groups, Hyper, Pair, Sums, ascent, descent
+from looksam_kernels.formulas import (
+    ASCENTS,
+    Coefficients,
+    Groups,
+    Hyper,
+    Pair,
+    Scaling,
+    Sums,
+    ascent,
+    descent,
+    kept_norm,
+)
 from looksam_kernels.masks import Mask
 from looksam_kernels.numbers import dot, scalar_dtype
 from looksam_kernels.table import TensorTable
@@ -32,8 +43,8 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Sequence[float | N
 def _inner_product(
     table: TensorTable, row: int, x: str, y: str, adaptive: Sequence[float | None] | None
 ) -> Tensor | float:
-    if (x, y) == ("q", "q"):
-        norm_sq = table["q_norm_sq"][row]
+    if (kept := kept_norm((x, y))) is not None:
+        norm_sq = table[kept][row]
         return 0.0 if norm_sq is None or table["g"][row] is None else norm_sq.to(table.device)
     a, b = (_column(table, name, row, adaptive) for name in (x, y))
     return 0.0 if a is None or b is None else dot(a, b).to(table.device)
@@ -52,23 +63,18 @@ def coefficients(
     rule: str,
     sums: Sums,
     groups: Groups,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float | None,
-    lars: bool,
+    scaling: Scaling,
 ) -> Coefficients:
-    return evaluate(rule, sums, Hyper(groups, table.group, table.device, grad_scale), found_inf, max_grad_norm, lars)
+    return evaluate(rule, sums, Hyper(groups, table.group, table.device, scaling.grad_scale), scaling)
 
 
-def evaluate(
-    rule: str, sums: Sums, hyper: Hyper, found_inf: Tensor | None, max_grad_norm: float | None, lars: bool
-) -> Coefficients:
+def evaluate(rule: str, sums: Sums, hyper: Hyper, scaling: Scaling) -> Coefficients:
     bad = (~sums.values.isfinite().all()).to(torch.float32)
-    if found_inf is not None:
-        bad = torch.maximum(bad, found_inf.to(bad.device).reshape(()))
+    if scaling.found_inf is not None:
+        bad = torch.maximum(bad, scaling.found_inf.to(bad.device).reshape(()))
     if rule in ASCENTS:
         return ascent(rule, sums, hyper, bad)
-    return descent(rule, sums, hyper, bad, max_grad_norm, lars=lars)
+    return descent(rule, sums, hyper, bad, scaling)
 
 
 def perturb(

@@ -9,19 +9,16 @@ waits for them only where some rows are on the CPU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from looksam_kernels import table as tables
-from looksam_kernels.backends import reference
-from looksam_kernels.formulas import Coefficients, Groups, Pair, Sums
+from looksam_kernels.backends import Adaptive, Backend, name_of, reference
+from looksam_kernels.formulas import Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
-
-Adaptive = Sequence[float | None] | None
 
 
 class _Part(NamedTuple):
@@ -61,13 +58,16 @@ class _Parts(NamedTuple):
 class Split:
     """A backend (see :mod:`looksam_kernels.backends`) made of those of several devices."""
 
-    def __init__(self, backend_of: Mapping[torch.device, ModuleType]) -> None:
+    def __init__(self, backend_of: Mapping[torch.device, Backend]) -> None:
         self._backend_of = dict(backend_of)
-        names = [module.__name__.rpartition(".")[2] for module in self._backend_of.values()]
+        names = [name_of(module) for module in self._backend_of.values()]
         self.__name__ = " and ".join(dict.fromkeys(names))
         for module in self._backend_of.values():
             if hasattr(module, "first_misfit"):
                 self.first_misfit = module.first_misfit
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None if device in self._backend_of else f"there is no backend for {device} in it"
 
     def sums(self, table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
         parts, order, _ = self._parts(table)
@@ -80,16 +80,12 @@ class Split:
         rule: str,
         sums: Sums,
         groups: Groups,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        max_grad_norm: float | None,
-        lars: bool,
+        scaling: Scaling,
     ) -> Coefficients:
         scalars = self._parts(table).scalars
         sums = Sums(sums.pairs, sums.values.to(table.device))
-        scale, inf = _to(grad_scale, table.device), _to(found_inf, table.device)
-        found: Coefficients = scalars.backend.coefficients(scalars, rule, sums, groups, scale, inf, max_grad_norm, lars)
-        return found
+        here = {name: _to(getattr(scaling, name), table.device) for name in ("grad_scale", "found_inf")}
+        return scalars.backend.coefficients(scalars, rule, sums, groups, scaling._replace(**here))
 
     def perturb(self, table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
         for part in self._parts(table).parts:
@@ -139,20 +135,19 @@ class Split:
         def numbers(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, device=table.device)
 
-        def name(device: torch.device) -> str:
-            return self._backend_of[device].__name__.rpartition(".")[2]
-
         parts = []
         for device, rows in rows_of.items():
             weights, groups = [table["w"][row] for row in rows], [table.group[row] for row in rows]
-            parts.append(_Part(rows, numbers(rows), TensorTable(weights, groups, backend=name(device))))
+            parts.append(
+                _Part(rows, numbers(rows), TensorTable(weights, groups, backend=name_of(self._backend_of[device])))
+            )
         together = [row for part in parts for row in part.rows]
         order = numbers([together.index(row) for row in range(len(table))])
         nothing: list[Any] = [torch.empty(0, device=table.device)] * len(table)
-        scalars = TensorTable(nothing, table.group, backend=name(table.device))
+        scalars = TensorTable(nothing, table.group, backend=name_of(self._backend_of[table.device]))
         return _Parts(parts, order, scalars)
 
 
 def _to(x: Any, device: torch.device) -> Any:
-    """Tensors on a device go to this one; numbers, and tensors on the host that everybody can read, stay."""
+    """Tensors on a device go to this one; numbers, and tensors on the host that every device can read, stay."""
     return x.to(device) if isinstance(x, Tensor) and x.device.type != "cpu" else x

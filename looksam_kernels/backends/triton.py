@@ -24,13 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from looksam_kernels.backends import reference
-from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Sums
+from looksam_kernels.backends import Adaptive, reference
+from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Scaling, Sums, kept_norm
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable, holds_scalars
 from looksam_kernels.updates import BASES, hyper_of
-
-Adaptive = Sequence[float | None] | None
 
 CHUNK = 2048
 """Elements of a program, a power of two: 8 a thread, one 16-byte word of bfloat16. With 16 Triton 3.6 spills registers."""
@@ -417,11 +415,12 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
         plain = [pair for pair in pairs if "Tg" not in pair]
         apart = sums(table, stretched[:1], adaptive) + sums(table, plain, adaptive)
         return Sums(tuple(pairs), torch.stack([apart.of(*pair) for pair in pairs]))
-    cached = pairs.index(("q", "q")) if ("q", "q") in pairs else -1
+    cached = next((i for i, pair in enumerate(pairs) if kept_norm(pair)), -1)
+    norm = (kept_norm(pairs[cached]) if cached >= 0 else None) or "q_norm_sq"
     read = [pair for i, pair in enumerate(pairs) if i != cached]
     names = list(dict.fromkeys(x for pair in read for x in pair))
     columns = ["g" if x == "Tg" else x for x in names]
-    used = [*columns, *(["w"] if stretched else []), *(["g", "q_norm_sq"] if cached >= 0 else [])]
+    used = [*columns, *(["w"] if stretched else []), *(["g", norm] if cached >= 0 else [])]
     any_present = [any(of_row) for of_row in zip(*(table.present(x) for x in dict.fromkeys(used)), strict=True)]
 
     layout, kernels = _layout(table), _kernels()
@@ -453,13 +452,13 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
             table.device,
             values,
             partials,
-            *layout.addresses("q_norm_sq"),
+            *layout.addresses(norm),
             bucket.members,
             bucket.first_chunk,
             bucket.programs,
             len(table),
             CACHED=cached,
-            NORM=bucket.types("q_norm_sq")[0] if has_norm else None,
+            NORM=bucket.types(norm)[0] if has_norm else None,
         )
 
     def by_reference(part: TensorTable, rows: list[int]) -> None:
@@ -494,13 +493,9 @@ def coefficients(
     rule: str,
     sums: Sums,
     groups: Groups,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float | None,
-    lars: bool,
+    scaling: Scaling,
 ) -> Coefficients:
-    hyper = _Hyper(_layout(table), groups, grad_scale)
-    return reference.evaluate(rule, sums, hyper, found_inf, max_grad_norm, lars)
+    return reference.evaluate(rule, sums, _Hyper(_layout(table), groups, scaling.grad_scale), scaling)
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:

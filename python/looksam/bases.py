@@ -62,7 +62,7 @@ class Fused(NamedTuple):
         return tuple(outer(name, self.ours.in_groups) for name in _numbers(self.name))
 
     @property
-    def lars(self) -> bool:
+    def takes_trust_ratio(self) -> bool:
         """Is the direction scaled by LARS's trust ratio?"""
         return BASES[self.name].takes_trust_ratio
 
@@ -141,7 +141,7 @@ class Wrapped:
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     """The class has its own checks."""
-    lars = False
+    takes_trust_ratio = False
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch.nn import Module
 
 from looksam_kernels import TensorTable, ops
-from looksam_kernels.formulas import Coefficients, Groups, Sums
+from looksam_kernels.formulas import Coefficients, Groups, Sums, kept_norm
 from looksam_kernels.updates import BASES, lamb_apply, lamb_direction
 
 MaybeTensors = Sequence[Tensor | None]
@@ -25,8 +25,7 @@ class Whole:
     def local(self, tensors: MaybeTensors) -> MaybeTensors:
         return tensors
 
-    def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
-        ops.step(table, base, coefficients, groups)
+    step = staticmethod(ops.step)
 
     def reshard(self, model: Module | None) -> None:
         """Gathered copies of the parameters are out of date after every write."""
@@ -36,7 +35,7 @@ class Shards(Whole):
     """DTensor parameters. The ops see the local shards, and sums are added up over the ranks that hold the others.
 
     A sum is added over the mesh dimensions along which its tensor is sharded, so replicas are not counted twice. One
-    small all-reduce per op and sharded mesh dimension. State is DTensors again, sharded as the parameters are; cached
+    small all-reduce per op and sharded mesh dimension. State is DTensors again, sharded as the parameters are; kept
     norms (``q_norm_sq``) are of the whole tensor.
     """
 
@@ -66,11 +65,11 @@ class Shards(Whole):
         return x._local_tensor  # as to_local() under no_grad, without a Parameter around it
 
     def _add_up(self, sums: Sums) -> Sums:
-        """Sums of the local shards -> sums of the whole tensors. Cached norms are that already."""
+        """Sums of the local shards -> sums of the whole tensors. Kept norms are that already."""
         whole = self._over_ranks(sums.values)
-        cached = [x == y == "q" for x, y in sums.pairs]
-        rows = [sums.values[i] if known else whole[i] for i, known in enumerate(cached)]
-        return Sums(sums.pairs, torch.stack(rows)) if any(cached) else Sums(sums.pairs, whole)
+        kept = [kept_norm(pair) is not None for pair in sums.pairs]
+        rows = [sums.values[i] if known else whole[i] for i, known in enumerate(kept)]
+        return Sums(sums.pairs, torch.stack(rows)) if any(kept) else Sums(sums.pairs, whole)
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         """Adds up ``values`` [..., rows] over the ranks that hold shards of each row."""

@@ -185,7 +185,7 @@ class RunningStep:
             grad_scale=grad_scale,
             found_inf=self._found_inf,
             max_grad_norm=max_grad_norm,
-            lars=self._base.lars,
+            trust_ratio=self._base.takes_trust_ratio,
         )
         self._found_inf = coefficients.found_inf
         return coefficients

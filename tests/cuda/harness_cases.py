@@ -32,13 +32,13 @@ def ops(table: TensorTable, base: str) -> list[Callable[[], None]]:
     lars = name == "lars"
 
     def up() -> None:
-        kept["sums"], kept["up"] = lk.measure(table, "asam", RULE_GROUPS, adaptive=cases.eta(ROWS), lars=lars)
+        kept["sums"], kept["up"] = lk.measure(table, "asam", RULE_GROUPS, adaptive=cases.eta(ROWS), trust_ratio=lars)
 
     def down() -> None:
-        _, kept["down"] = lk.measure(table, "looksam_refresh", RULE_GROUPS, known=kept["sums"], lars=lars)
+        _, kept["down"] = lk.measure(table, "looksam_refresh", RULE_GROUPS, known=kept["sums"], trust_ratio=lars)
 
     def reuse() -> None:
-        _, kept["down"] = lk.measure(table, "looksam_reuse", RULE_GROUPS, lars=lars)
+        _, kept["down"] = lk.measure(table, "looksam_reuse", RULE_GROUPS, trust_ratio=lars)
 
     def step() -> None:
         lk.step(table, name, kept["down"], groups)

@@ -29,11 +29,11 @@ def run(rows: list[Row], of_base: str, device: str) -> None:
     columns = cases.columns(rows, device)
     table = cases.table(rows, columns, "native")
     lars = base == "lars"
-    known, up = lk.measure(table, "sam", RULE_GROUPS, lars=lars)
+    known, up = lk.measure(table, "sam", RULE_GROUPS, trust_ratio=lars)
     lk.perturb(table, up)
     lk.restore(table)
     lk.perturb(table, up, cases.eta(rows))
-    lk.measure(table, "looksam_refresh", RULE_GROUPS, known=known, max_grad_norm=1.0, lars=lars)
+    lk.measure(table, "looksam_refresh", RULE_GROUPS, known=known, max_grad_norm=1.0, trust_ratio=lars)
     for combination in ("s, q = s - c g", "g, then w += c (g - s)"):
         c = cases.for_base(COMBINATIONS[combination].coefficients(rows, device), base)
         if c.q is None or all(q is not None for q in columns["q"]):

@@ -74,18 +74,20 @@ def whole_step(backend: str, cols: Columns, base: str, mask: lk.Mask | None = No
     name, groups = BASE_CASES[base]
     made = cases.table(ROWS, cols, backend)
     lars = name == "lars"
-    found, up = lk.measure(made, "asam", RULE_GROUPS, adaptive=cases.eta(ROWS), lars=lars)
+    found, up = lk.measure(made, "asam", RULE_GROUPS, adaptive=cases.eta(ROWS), trust_ratio=lars)
     lk.perturb(made, up, cases.eta(ROWS), mask)
     assert made.perturbed == [True] * len(ROWS)
     moved = [w.clone() for w in cols["w"] if w is not None]
     lk.restore(made)
     lk.perturb(made, up, cases.eta(ROWS), mask)
-    found, down = lk.measure(made, "looksam_refresh", RULE_GROUPS, known=found, max_grad_norm=1.0, lars=lars, **options)
+    found, down = lk.measure(
+        made, "looksam_refresh", RULE_GROUPS, known=found, max_grad_norm=1.0, trust_ratio=lars, **options
+    )
     lk.step(made, name, down, groups)
     assert made.perturbed == [False] * len(ROWS)
     made.drop("s")
     made["g"] = [None if g is None else g * 2 for g in cols["g"]]
-    more, down = lk.measure(made, "looksam_reuse", RULE_GROUPS, lars=lars)
+    more, down = lk.measure(made, "looksam_reuse", RULE_GROUPS, trust_ratio=lars)
     lk.step(made, name, down, groups)
     return [*moved, found.values, more.values, down.d, down.found_inf]
 

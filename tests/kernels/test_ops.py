@@ -210,8 +210,8 @@ RULE_OPTIONS: dict[str, dict[str, Any]] = {
     "not found_inf": {"found_inf": 0.0},
     "per tensor": {"norm_scope": "tensor"},
     "per tensor, clipped": {"norm_scope": "tensor", "max_grad_norm": 0.5},
-    "lars": {"lars": True},
-    "lars, clipped, grad_scale": {"lars": True, "max_grad_norm": 0.5, "grad_scale": 8.0},
+    "lars": {"trust_ratio": True},
+    "lars, clipped, grad_scale": {"trust_ratio": True, "max_grad_norm": 0.5, "grad_scale": 8.0},
 }
 
 
@@ -228,7 +228,7 @@ def test_coefficients(target: Target, rule: tuple[str, str], options: str) -> No
         if scalar in chosen:
             chosen[scalar] = torch.tensor(chosen[scalar], device=target.device)
     groups = [{**group, "norm_scope": scope} for group in RULE_GROUPS]
-    pairs = pairs_of(name, clip="max_grad_norm" in chosen, lars=chosen.get("lars", False))
+    pairs = pairs_of(name, clip="max_grad_norm" in chosen, trust_ratio=chosen.get("trust_ratio", False))
 
     for values in ("numbers", "zeros", "a row of zeros", "one zero", "not finite", "no rows"):
         rows = [Row((3,), group=i % 3) for i in range(0 if values == "no rows" else 7)]
@@ -252,7 +252,7 @@ def test_coefficients(target: Target, rule: tuple[str, str], options: str) -> No
         assert found.found_inf.item() == truth.found_inf.item()
         if values == "not finite" and kind == "descent":
             continue  # nothing reads them
-        assert (found.trust is not None) == (kind == "descent" and "lars" in chosen)
+        assert (found.trust is not None) == (kind == "descent" and "trust_ratio" in chosen)
         for field in ("d", "q", "post", "trust"):
             mine, theirs = getattr(found, field), getattr(truth, field)
             assert (mine is None) == (theirs is None), field
@@ -283,8 +283,10 @@ def _whole_step(target: Target, rows: list[Row], cols: Columns, base: str = "ada
     """LookSAM's refresh through all ops, with the gradients at w + e taken as given."""
     name, groups = BASE_CASES[base]
     made = cases.table(rows, cols, target.backend)
-    options["lars"] = name == "lars"
-    found, up = lk.measure(made, "sam", RULE_GROUPS, grad_scale=options.get("grad_scale"), lars=options["lars"])
+    options["trust_ratio"] = name == "lars"
+    found, up = lk.measure(
+        made, "sam", RULE_GROUPS, grad_scale=options.get("grad_scale"), trust_ratio=options["trust_ratio"]
+    )
     lk.perturb(made, up)
     _, down = lk.measure(made, "looksam_refresh", RULE_GROUPS, known=found, found_inf=up.found_inf, **options)
     lk.step(made, name, down, groups)
@@ -504,7 +506,7 @@ def test_errors(target: Target) -> None:
         lk.step(made, name, c, [{**g, option: 0} for g in groups])
     made = cases.table(rows, cols, target.backend, perturbed=[True])
     with pytest.raises(ValueError, match="before the perturbation"):
-        lk.measure(made, "at_perturbed", RULE_GROUPS, lars=True)
+        lk.measure(made, "at_perturbed", RULE_GROUPS, trust_ratio=True)
     with pytest.raises(ValueError, match="unknown rule"):
         lk.measure(cases.table(rows, cols, target.backend), "look", groups)
 

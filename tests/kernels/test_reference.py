@@ -147,7 +147,7 @@ def test_lars_by_hand() -> None:
     made = table(w, g=g, step=[torch.zeros(()) for _ in w])
     own = {"trust_coefficient": 0.1, "eps": 2.0, "always_adapt": False, "trust_clip": False}
     groups = [{**SGD, **own, "lr": 0.5, "weight_decay": 0.2}]
-    sums, c = lk.measure(made, "at_w", groups, lars=True)
+    sums, c = lk.measure(made, "at_w", groups, trust_ratio=True)
     assert sums.of("w", "w").tolist() == [25.0, 0.0]
     assert c.trust is not None
     assert c.trust.tolist() == pytest.approx([0.1, 1.0])
@@ -161,7 +161,7 @@ def test_lars_by_hand() -> None:
         ({"weight_decay": 0.0, "always_adapt": True}, 0.5 / 4),
     ):
         fresh = table([torch.tensor([3.0, 4.0], dtype=F64)], g=g[:1])
-        _, c = lk.measure(fresh, "at_w", [{**groups[0], **options}], lars=True)
+        _, c = lk.measure(fresh, "at_w", [{**groups[0], **options}], trust_ratio=True)
         assert c.trust is not None
         assert c.trust.item() == pytest.approx(expected)
 

@@ -70,12 +70,12 @@ def run(base: str) -> list[Tensor]:
     """A refresh, a reuse, and all that they leave."""
     table = make_table()
     group, lars = GROUP | bases.with_all_states(base), BASES[base].takes_trust_ratio
-    sums, coefficients = ops.measure(table, "trust_normalized", [group], lars=lars)
+    sums, coefficients = ops.measure(table, "trust_normalized", [group], trust_ratio=lars)
     ops.perturb(table, coefficients, mask=Mask(keep=0.6))
     moved = [w.clone() for w in table["w"]]
-    sums, coefficients = ops.measure(table, "looksam_refresh", [group], known=sums, max_grad_norm=1.0, lars=lars)
+    sums, coefficients = ops.measure(table, "looksam_refresh", [group], known=sums, max_grad_norm=1.0, trust_ratio=lars)
     ops.step(table, base, coefficients, [group])
-    more, coefficients = ops.measure(table, "looksam_reuse", [group], lars=lars)
+    more, coefficients = ops.measure(table, "looksam_reuse", [group], trust_ratio=lars)
     ops.step(table, base, coefficients, [group])
     return [sums.values, more.values, *moved, *(x for name in table for x in table[name])]
 

@@ -61,11 +61,11 @@ def table(shapes: list[tuple[int, ...]], name: str = "triton", seed: int = 0) ->
 def looksam(made: lk.TensorTable, base: str, **changes: Any) -> None:
     """A refresh and a reuse step."""
     groups, lars = [{**RULES, **HYPER, **bases.with_all_states(base), **changes}], BASES[base].takes_trust_ratio
-    known, up = lk.measure(made, "sam", groups, lars=lars)
+    known, up = lk.measure(made, "sam", groups, trust_ratio=lars)
     lk.perturb(made, up)
-    _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf, lars=lars)
+    _, down = lk.measure(made, "looksam_refresh", groups, known=known, found_inf=up.found_inf, trust_ratio=lars)
     lk.step(made, base, down, groups)
-    _, down = lk.measure(made, "looksam_reuse", groups, lars=lars)
+    _, down = lk.measure(made, "looksam_reuse", groups, trust_ratio=lars)
     lk.step(made, base, down, groups)
 
 
