@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,18 @@ def arguments(function: Callable[..., Any]) -> list[str]:
 def takes_any(function: Callable[..., Any]) -> bool:
     """Has it ``**kwargs``, so that only itself knows what it takes?"""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def refuse(unknown: Mapping[str, Any], cls: type) -> None:
+    """Keyword arguments that ``cls`` does not have.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name in unknown:
+        known = arguments(cls)
+        meant = did_you_mean(name, known) or "."
+        raise TypeError(f"{cls.__name__} has no argument {name!r}{meant} It takes {', '.join(known)}.")
 
 
 def check_backend(name: Any) -> None:

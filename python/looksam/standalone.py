@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Never
 
+from looksam.messages import refuse
 from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, Variant
 from looksam.types import BackendName
@@ -40,7 +42,9 @@ class LAMB(SharpnessAware):
         trust_clip: bool = False,
         maximize: bool = False,
         backend: BackendName | None = None,
+        **unknown: Never,
     ) -> None:
+        refuse(unknown, type(self))
         base_kwargs = {
             "lr": lr,
             "betas": betas,
@@ -88,7 +92,9 @@ class LARS(SharpnessAware):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         backend: BackendName | None = None,
+        **unknown: Never,
     ) -> None:
+        refuse(unknown, type(self))
         base_kwargs = {
             "lr": lr,
             "momentum": momentum,
@@ -132,7 +138,9 @@ class Lion(SharpnessAware):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         backend: BackendName | None = None,
+        **unknown: Never,
     ) -> None:
+        refuse(unknown, type(self))
         base_kwargs = {
             "lr": lr,
             "betas": betas,

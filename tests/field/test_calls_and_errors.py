@@ -338,6 +338,14 @@ MISTAKES: list[tuple[str, Any, type[Exception], str]] = [
         r"model must be a torch.nn.Module.*'x' \(str\)",
     ),
     ("same_rng", lambda p: looksam.SAM([p], "sgd", same_rng=1), TypeError, "same_rng must be True or False, not 1"),
+    (
+        "LAMB",
+        lambda p: looksam.LAMB([p], weigth_decay=0.1),
+        TypeError,
+        "LAMB has no argument 'weigth_decay'; did you mean 'weight_decay'.*lr, betas",
+    ),
+    ("LARS", lambda p: looksam.LARS([p], momentun=0.1), TypeError, "LARS has no.*'momentun'.*'momentum'"),
+    ("Lion", lambda p: looksam.Lion([p], eps=1e-8), TypeError, r"Lion has no argument 'eps'\. It takes lr, betas"),
     ("base", lambda p: looksam.SAM([p], "SGD"), ValueError, "'SGD'.*did you mean 'sgd'"),
     (
         "instance",
