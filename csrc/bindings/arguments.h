@@ -54,10 +54,11 @@ class Where {
 inline bool has_memory(const at::Tensor& x) {
   // Nearly all: torch's own dense tensors on the CPU, with nothing between them and their storage. Asked for every tensor of every
   // op, so without the calls below.
-  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
-                                       c10::DispatchKey::AutocastCPU});
+  const std::uint64_t plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                                   c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU})
+                                  .raw_repr();
   const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
-  if ((impl.key_set().raw_repr() & ~plain.raw_repr()) == 0 && impl.is_contiguous()) {
+  if ((impl.key_set().raw_repr() & ~plain) == 0 && impl.is_contiguous()) {
     c10::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
     const auto end = static_cast<std::size_t>(impl.storage_offset() + impl.numel()) * impl.itemsize();
     if (storage != nullptr && storage->_mutable_data_ptr_no_checks().get() != nullptr && storage->nbytes() >= end) return true;
