@@ -27,7 +27,7 @@ test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options 
 bench: .venv/installed ## measure every op and step beside its peers; BENCH_ARGS=--quick passes options on
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-docs: .venv-docs/installed ## build the documentation into site/; nothing is fetched while it builds
+docs: .venv-docs/installed ## build the documentation into site/; LOOKSAM_REPOSITORY_URL puts a link at its top
 	@PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	@echo '== site/index.html'
 
@@ -91,8 +91,8 @@ clean: ## remove the environment, builds and caches; results under runs/ stay
 	@touch $@
 
 .venv/installed: .venv/lab
-	@echo '== what tests and lint need; timm, a peer in the tests, without its torchvision'
-	@LOOKSAM_NATIVE=0 $(PIP) --no-build-isolation --editable '.[test,dev]'
+	@echo '== what tests, lint and the documentation need; timm, a peer in the tests, without its torchvision'
+	@LOOKSAM_NATIVE=0 $(PIP) --no-build-isolation --editable '.[test,dev,docs]'
 	@$(PIP) --no-deps timm
 	@touch $@
 

@@ -1,10 +1,13 @@
-"""What MkDocs does beside Markdown: formulas become MathML, and the table of variants is made from the docstrings."""
+"""What MkDocs does beside Markdown: formulas become MathML, the table of variants is made from the docstrings, and the
+home page says its version."""
 
 from __future__ import annotations
 
 import ast
 import html
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from mkdocs.plugins import get_plugin_logger
 from mkdocs.utils import get_relative_url
 
 log = get_plugin_logger("looksam")
-PACKAGE = Path(__file__).parent.parent / "python" / "looksam"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "looksam"
 VARIANTS = tuple(PACKAGE / name for name in ("variants.py", "esam.py", "aesam.py", "sampa.py", "standalone.py"))
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
@@ -22,8 +26,19 @@ MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """``<!-- variants -->`` -> one row for each variant."""
-    return markdown.replace("<!-- variants -->", table(), 1) if "<!-- variants -->" in markdown else markdown
+    """``<!-- variants -->`` -> one row for each variant; ``<!-- version -->`` -> that of the sources."""
+    for comment, made in (("<!-- variants -->", table), ("<!-- version -->", version)):
+        if comment in markdown:
+            markdown = markdown.replace(comment, made(), 1)
+    return markdown
+
+
+def version() -> str:
+    """From git, as pip would install it; pyproject.toml says how."""
+    done = subprocess.run(
+        [sys.executable, "-m", "setuptools_scm"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return f"`{done.stdout.split()[-1]}`"
 
 
 def on_page_content(content: str, **_: Any) -> str:

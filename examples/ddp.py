@@ -3,10 +3,9 @@
     $ torchrun --nproc-per-node 2 examples/ddp.py
     $ torchrun --nproc-per-node 2 examples/ddp.py --m-sharpness
 
-One process per GPU with NCCL, or on CPUs with gloo. The images are handwritten digits
-of scikit-learn. With --m-sharpness every process perturbs its
-weights with its own gradient, and only the second pass of a sharp step
-communicates.
+One process per GPU with NCCL, or on CPUs with gloo. The images are the handwritten
+digits of scikit-learn. With --m-sharpness every process perturbs its weights with
+its own gradient, and only the second pass of a sharp step communicates.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     $ python examples/finetune_transformer.py
 
-Nothing is downloaded: a small grammar makes the sentences, and the script pre-
-trains the model itself, on predicting the next word. The task is to tell
-positive sentences from negative ones; "not" reverses the sense.
+Nothing is downloaded: a small grammar makes sentences such as "the film was slow
+but warm", and the script pre-trains the model itself, on predicting the next word.
+The task is to tell whether a sentence ends with praise.
 
 It shows what fine-tuning usually needs: no weight decay on biases and norms,
 warm-up, clipping, bfloat16 autocast, and equal dropout masks in both passes of
@@ -25,9 +25,9 @@ GOOD = ["good", "great", "lovely", "clever", "warm", "bright", "moving", "honest
 BAD = ["bad", "awful", "dull", "weak", "cold", "slow", "empty", "false"]
 NOUNS = ["film", "book", "song", "play", "story", "scene", "cast", "ending"]
 ADVERBS = ["very", "quite", "rather", "really", "so"]
-WORDS = ["<pad>", "the", "was", "is", "not", *GOOD, *BAD, *NOUNS, *ADVERBS]
+WORDS = ["<pad>", "the", "was", "and", "but", *GOOD, *BAD, *NOUNS, *ADVERBS]
 INDEX = {word: i for i, word in enumerate(WORDS)}
-LENGTH = 6
+LENGTH = 7
 
 
 def sentences(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,14 @@ def sentences(count: int, seed: int) -> tuple[Tensor, Tensor]:
     draw = random.Random(seed)
     words, labels = [], []
     for _ in range(count):
-        good, negated = draw.random() < 0.5, draw.random() < 0.5
-        text = ["the", draw.choice(NOUNS), draw.choice(["was", "is"])]
-        text += ["not"] if negated else []
+        positive, contrast = draw.random() < 0.5, draw.random() < 0.5
+        first = draw.choice(GOOD if positive != contrast else BAD)
+        last = draw.choice(GOOD if positive else BAD)
+        text = ["the", draw.choice(NOUNS), "was"]
         text += [draw.choice(ADVERBS)] if draw.random() < 0.5 else []
-        text += [draw.choice(GOOD if good else BAD)]
+        text += [first, "but" if contrast else "and", last]
         words.append([INDEX[w] for w in text] + [0] * (LENGTH - len(text)))
-        labels.append(int(good != negated))
+        labels.append(int(positive))
     return torch.tensor(words), torch.tensor(labels)
 
 
@@ -88,7 +89,7 @@ def classify(model: Transformer, x: Tensor) -> Tensor:
 
 
 def finetune(model: Transformer, steps: int, rho: float) -> None:
-    x, y = sentences(256, seed=2)
+    x, y = sentences(64, seed=2)
     trained = [
         (name, p)
         for name, p in model.named_parameters()
@@ -131,8 +132,8 @@ def finetune(model: Transformer, steps: int, rho: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pretraining-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rho", type=float, default=0.02)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rho", type=float, default=0.05)
     args = parser.parse_args()
 
     torch.manual_seed(0)

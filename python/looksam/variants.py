@@ -73,7 +73,7 @@ class LookSAM(SharpnessAware):
 
     Example::
 
-        optimizer = LookSAM(model.parameters(), "adamw", lr=1e-3, weight_decay=0.05, rho=0.05, k=5, model=model)
+        optimizer = LookSAM(model.parameters(), "adamw", lr=1e-3, k=5, model=model)
         for x, y in loader:
 
             def closure():

@@ -1,7 +1,8 @@
 """Every Python block in README.md and docs/*.md runs.
 
 The blocks of a page run in order in one namespace, which begins with what :func:`prelude` gives: a model, a loader, a
-loss. A comment in the line before a block says what is special about it:
+loss. Every block imports what it uses, so that it can be copied. A comment in the line before a block says what is
+special about it:
 
 * ``<!-- needs: timm, gpu -->``: the block stands alone, and is skipped where that package, or a GPU, is missing;
 * ``<!-- skip: reason -->``: it is not run;
@@ -10,6 +11,8 @@ loss. A comment in the line before a block says what is special about it:
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib.util
 import os
 import re
@@ -65,10 +68,10 @@ def prelude() -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
     dataset = TensorDataset(torch.randn(64, 20), torch.randint(3, (64,)))
     loader = DataLoader(dataset, batch_size=16)
-    common = {"torch": torch, "nn": nn, "device": "cpu", "__name__": "docs"}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return {
-        **common,
+        "__name__": "docs",
+        "device": "cpu",
         "quiet": quiet,
         "model": model,
         "loader": loader,
@@ -116,6 +119,32 @@ def test_block_with_needs(block: Block) -> None:
         if not torch.cuda.is_available() if name == "gpu" else importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
     block.run(prelude())
+
+
+def names(code: str) -> tuple[set[str], set[str], set[str]]:
+    """What a block imports, what else it gives a name, and what it uses."""
+    imported, bound, used = set(), set(), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    return imported, bound, used
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(b.page for b in BLOCKS))
+def test_every_block_imports_what_it_uses(page: str) -> None:
+    """What earlier blocks have computed may be used, what they have imported may not."""
+    known = {*prelude(), *vars(builtins)}
+    for block in (b for b in BLOCKS if b.page == page):
+        imported, bound, used = names(block.code)
+        missing = used - imported - bound - known
+        assert not missing, f"{page}:{block.line} uses {', '.join(sorted(missing))}"
+        known |= bound
 
 
 def test_every_page_is_found() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PARTS = [
     ".ci", ".gitignore", ".pre-commit-config.yaml", "benchmarks", "build_backend.py", "CHANGELOG.md", "CITATION.cff",
-    "CMakeLists.txt", "constraints.txt", "CONTRIBUTING.md", "csrc", "docs", "LICENSE", "looksam_kernels", "Makefile",
+    "CMakeLists.txt", "constraints.txt", "CONTRIBUTING.md", "csrc", "docs", "examples", "LICENSE", "looksam_kernels", "Makefile",
     "MANIFEST.in", "mkdocs.yml", "pyproject.toml", "python", "README.md", "setup.py", "tests",
 ]  # fmt: skip
 VERSION = "9.8.7"
