@@ -38,7 +38,7 @@ def version() -> str:
     done = subprocess.run(
         [sys.executable, "-m", "setuptools_scm"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
-    return f"`{done.stdout.split()[-1]}`"
+    return done.stdout.split()[-1]
 
 
 def on_page_content(content: str, **_: Any) -> str:
