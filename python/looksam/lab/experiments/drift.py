@@ -63,13 +63,14 @@ class Drift:
             self.distances.append(torch.cat([torch.tensor([float(lag)]).to(moved), moved, moved / lengths]).cpu())
 
     def after_epoch(self, trainer: Trainer) -> Iterable[dict[str, Any]]:
-        """For each lag the mean distance, absolute and relative to the length of the vector that was kept."""
+        """For each lag the median distance, absolute and relative to the length of the vector that was kept: a mean of
+        ratios would be that of the few smallest gradients."""
         epoch = len(trainer.records)
         for lag in range(1, self.lag + 1):
             rows = [row[1:].tolist() for row in self.distances if row[0] == lag]
             if rows:
-                means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
-                finite = [value if math.isfinite(value) else None for value in means]
+                medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+                finite = [value if math.isfinite(value) else None for value in medians]
                 yield {
                     "epoch": epoch, "lag": lag, "samples": len(rows),
                     "absolute": dict(zip(PARTS, finite[:3], strict=True)),
@@ -85,7 +86,7 @@ class Drift:
 
 
 def table(experiment: Experiment, method: str, kind: str, key: str) -> dict[int, dict[str, float]]:
-    """lag or epoch (``key``) -> part -> mean distance over the rest, which for epochs is the longest lag alone."""
+    """lag or epoch (``key``) -> part -> mean over the rest, which for epochs is the longest lag alone."""
     found: dict[int, dict[str, list[float]]] = {}
     lag = experiment.settings["lag"]
     for values in experiment.measured(method):
@@ -117,7 +118,7 @@ def figures(experiment: Experiment) -> Figures:
                 x = [key for key, parts in values.items() if part in parts]
                 y = np.array([values[key][part] for key in x])
                 axes.plot(x, y, label=LABELS[part], marker="o", ms=3, **style(index))  # type: ignore[arg-type]
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         figure.suptitle(f"{method}: how far the parts of the gradient move", x=0.01, ha="left", fontsize=13)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=3)
@@ -137,9 +138,9 @@ def sections(experiment: Experiment) -> list[Block]:
             least = min(values, key=values.__getitem__)
             rows.append((method, kind, *(f"{values[part]:.4g}" for part in PARTS), least))
     note = (
-        f"Mean over all epochs and seeds of ‖x(t) - x(t+{lag})‖, and of the same over ‖x(t)‖. g is the gradient at w, g_s "
-        "that at w + e, g_h its part along g, and g_v the rest, which LookSAM reuses. Vectors of equal length that have "
-        "nothing in common are at the relative distance 1.41."
+        f"‖x(t) - x(t+{lag})‖, and the same over ‖x(t)‖: the median within each epoch, its mean over epochs and seeds. "
+        "g is the gradient at w, g_s that at w + e, g_h its part along g, and g_v the rest, which LookSAM reuses. Vectors "
+        "of equal length that have nothing in common are at the relative distance 1.41."
     )
     return [Heading("Drift"), Text(note), Rows(("method", "distance", *PARTS, "moves least"), rows)]
 
