@@ -235,6 +235,7 @@ def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
         (["train", "sam", "--backend", "fast"], "--backend fast: unknown; choose one of native, triton, reference"),
         (["train", "sam", "--seed", "-1"], "Invalid value for '--seed'"),
         (["train", "sam", "--image-size", "3"], "--image-size 3: digits come in one size"),
+        (["train", "sam", "--stream"], "--stream: digits fits in memory"),
         (["train", "sam", "--patch", "2"], "--patch 2: cnn has no patches"),
         (["train", "sam", "--model", "resnet18", "--batch-size", "1"], "--model resnet18 cannot take 1 images of 8x8"),
         (["train", "sam", "--width", "1e30"], "--model cnn cannot take 50 images of 8x8 pixels: "),

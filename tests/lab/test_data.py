@@ -1,5 +1,6 @@
 import gzip
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -300,3 +301,57 @@ def test_the_cache_command_shows_and_clears(folder):
     wrong = CliRunner(env={"LOOKSAM_CACHE_GB": "many"}).invoke(main, ["cache"])
     assert wrong.exit_code == 2
     assert "LOOKSAM_CACHE_GB=many: must be a number" in wrong.output
+
+
+def test_streamed_images_are_those_in_memory(folder):
+    whole, streamed = (load_dataset(DataConfig(str(folder), image_size=8, stream=s), 0) for s in (False, True))
+    assert streamed.classes == whole.classes
+    assert streamed.train_x.shape == whole.train_x.shape
+    for ours, theirs in ((streamed.train_x, whole.train_x), (streamed.test_x, whole.test_x)):
+        assert torch.equal(ours.decoded(), theirs)
+        assert all(torch.equal(a, b) for a, b in zip(ours.split(3), theirs.split(3), strict=True))  # in two processes
+    assert torch.equal(streamed.train_y, whole.train_y)
+    for ours, theirs in zip(streamed.statistics(), whole.statistics(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    configs = [DataConfig(str(folder), image_size=8, stream=s, train_size=4, test_size=3, holdout=0.5) for s in (0, 1)]
+    kept, kept_streamed = (load_dataset(config, 0) for config in configs)
+    assert torch.equal(kept_streamed.train_x.decoded(), kept.train_x)
+    assert torch.equal(kept_streamed.test_x.decoded(), kept.test_x)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DataConfig("pets.tar", image_size=8, stream=True), "--stream: .*pets.tar is no folder; unpack it"),
+        (DataConfig("pets", stream=True), "--stream needs --image-size"),
+        (DataConfig("digits", stream=True), "--stream: digits fits in memory"),
+    ],
+)
+def test_what_cannot_be_streamed_names_the_remedy(folder, tmp_path, monkeypatch, config, message):
+    pack(folder, tmp_path / "pets.tar")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_dataset(config, 0)
+
+
+def test_a_broken_streamed_image_is_named(folder):
+    (folder / "train" / "dog" / "1.png").write_bytes(b"not an image")
+    data = load_dataset(DataConfig(str(folder), image_size=8, stream=True), 0)
+    with pytest.raises(DataError, match=r"cannot decode train/dog/1.png; replace it or remove it"):
+        data.train_x.decoded()
+
+
+def test_a_run_with_streamed_images_is_the_same_run(folder, tmp_path):
+    """Through the command: its process has processes of its own then."""
+    records = []
+    for name, options in (("memory", ()), ("streamed", ("--stream",))):
+        out = tmp_path / name
+        arguments = [
+            *("train", "sgd", "--data", folder, "--image-size", 8, "--model", "cnn", "--width", 0.25, "--epochs", 2),
+            *("--batch-size", 2, "--device", "cpu", "--threads", 1, "--out", out, *options),
+        ]
+        result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        epochs = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()[1:]]
+        records.append([(e["train_loss"], e["test_loss"]) for e in epochs])
+    assert records[0] == records[1]

@@ -13,7 +13,8 @@ import torch
 class DataConfig:
     """Which images and labels. ``source`` is a name ("digits", "fashion-mnist") or a path; see data.py.
 
-    With a ``holdout`` this part of the training images is kept for validation and takes the place of the test images.
+    With ``stream`` the images of a folder are decoded when they are needed. With a ``holdout`` this part of the training
+    images is kept for validation and takes the place of the test images.
     """
 
     source: str = "digits"
@@ -23,6 +24,7 @@ class DataConfig:
     test_size: int | None = None
     label_noise: float = 0.0
     holdout: float = 0.0
+    stream: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from .cache import cached_arrays, tree_fingerprint
 from .config import DataConfig, make_generator
 from .environment import version
+from .streaming import Images, StreamedImages
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "train/<class>/*.jpg|png and test/<class>/*.jpg|png"
@@ -44,19 +45,24 @@ class DataError(click.ClickException):
 
 @dataclass(frozen=True)
 class Dataset:
-    """``*_x``: uint8 [N, C, H, W] with H = W; ``*_y``: int64 [N]. ``flip``: mirrored images keep their class."""
+    """``*_x``: uint8 [N, C, H, W] with H = W, in memory or streamed; ``*_y``: int64 [N]. ``flip``: mirrored images keep
+    their class."""
 
     name: str
-    train_x: Tensor
+    train_x: Images
     train_y: Tensor
-    test_x: Tensor
+    test_x: Images
     test_y: Tensor
     classes: tuple[str, ...]
     flip: bool
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training images in 0..1, each float32 [C, 1, 1]."""
-        values = self.train_x.double().div(255).transpose(0, 1).flatten(1)
+        """Mean and standard deviation of the training images in 0..1, each float32 [C, 1, 1]; if they are streamed, of a
+        thousand of them."""
+        images = self.train_x
+        if not isinstance(images, Tensor):
+            images = images[torch.randperm(len(images), generator=make_generator(0, "statistics"))[:1000]].decoded()
+        values = images.double().div(255).transpose(0, 1).flatten(1)
         shape = (-1, 1, 1)
         return values.mean(1).float().view(shape), values.std(1).clamp_min(1e-6).float().view(shape)
 
@@ -70,13 +76,13 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         # The subset does not depend on the run's seed: runs of one experiment share their data.
         kept = torch.randperm(len(data.train_y), generator=make_generator(0, "subset"))[: config.train_size]
         data = replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
-    if config.holdout:
-        data = _hold_out(data, config.holdout)
     if config.test_size is not None:
         if not 0 < config.test_size <= len(data.test_y):
             raise DataError(f"--test-size {config.test_size}: {data.name} has {len(data.test_y)} test images")
         kept = torch.randperm(len(data.test_y), generator=make_generator(0, "test-subset"))[: config.test_size]
         data = replace(data, test_x=data.test_x[kept], test_y=data.test_y[kept])
+    if config.holdout:
+        data = _hold_out(data, config.holdout)
     if config.label_noise:
         labels = noisy_labels(data.train_y, config.label_noise, len(data.classes), seed)
         data = replace(data, train_y=labels)
@@ -110,6 +116,8 @@ def _load_source(config: DataConfig) -> Dataset:
         raise DataError(
             f"--image-size {config.image_size}: {config.source} come in one size; it is for folders and tar files"
         )
+    if config.source in ("digits", "fashion-mnist") and config.stream:
+        raise DataError(f"--stream: {config.source} fits in memory; it is for folders of images")
     if config.source != "fashion-mnist" and config.directory is not None:
         raise DataError(f"--data-dir {config.directory}: it says where Fashion-MNIST lies; give --data fashion-mnist")
     if config.source == "digits":
@@ -122,6 +130,8 @@ def _load_source(config: DataConfig) -> Dataset:
             f"--data {config.source}: neither digits nor fashion-mnist, nor a folder or tar file that exists. "
             f"A folder or tar file must hold {LAYOUT}."
         )
+    if config.stream:
+        return _streamed(path, config.image_size)
     key = f"images 2 {tree_fingerprint(path)} {config.image_size}"
     arrays = cached_arrays(key, lambda: decode_images(path, config.image_size))
     return _dataset(path.name, arrays, tuple(str(c) for c in arrays["classes"]), flip=True)
@@ -130,6 +140,40 @@ def _load_source(config: DataConfig) -> Dataset:
 def _dataset(name: str, arrays: dict[str, np.ndarray], classes: tuple[str, ...], flip: bool) -> Dataset:
     tensors = {k: torch.from_numpy(arrays[k]) for k in ("train_x", "train_y", "test_x", "test_y")}
     return Dataset(name, classes=classes, flip=flip, **tensors)
+
+
+def _streamed(path: Path, image_size: int | None) -> Dataset:
+    """The images of a folder, as :func:`decode_images` would decode them all, with three channels."""
+    if not path.is_dir():
+        raise DataError(f"--stream: {path} is no folder; unpack it, a tar file can only be read from its beginning")
+    if image_size is None:
+        raise DataError("--stream needs --image-size: nobody looks at all images before they are needed")
+    files: dict[str, dict[str, dict[str, Path]]] = {"train": {}, "test": {}}
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if found := _place(f"{name}/" if file.is_dir() else name):
+            split, label, image = found
+            members = files[split].setdefault(label, {})
+            if image:
+                members[image] = file
+    _check_classes(path, files)
+    classes = tuple(sorted(files["train"]))
+    parts: dict[str, Any] = {}
+    for split, labels in files.items():
+        ordered = [
+            (classes.index(label), file) for label in sorted(labels) for _, file in sorted(labels[label].items())
+        ]
+        parts[f"{split}_x"] = StreamedImages([file for _, file in ordered], image_size, decode_file)
+        parts[f"{split}_y"] = torch.tensor([label for label, _ in ordered])
+    return Dataset(path.name, classes=classes, flip=True, **parts)
+
+
+def decode_file(file: Path, size: int) -> Tensor:
+    """uint8 [3, size, size]."""
+    with file.open("rb") as stream:
+        pixels = _decode(Entry(file.parts[-3], file.parts[-2], file.name, stream), file.parents[2], size)
+    rgb = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=-1)
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
 def _digits() -> Dataset:
@@ -217,7 +261,7 @@ def decode_images(path: Path, image_size: int | None) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_classes(path: Path, images: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
+def _check_classes(path: Path, images: dict[str, dict[str, dict[str, Any]]]) -> None:
     for split, labels in images.items():
         if not labels:
             raise DataError(f"--data {path}: no folder {split}/ with images of each class in it; it must hold {LAYOUT}")

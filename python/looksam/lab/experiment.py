@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def _train(plan: Plan, world: World, writer: ResultsWriter, console: Console) ->
             for config in plan.configs:  # one that fails ends all: the other processes wait for this one
                 run_here(config, display.show, plan.checkpoints, world)
         else:
-            for event in run_jobs(plan.configs, plan.jobs, plan.checkpoints):
-                display.show(event)
+            with closing(run_jobs(plan.configs, plan.jobs, plan.checkpoints)) as events:  # its processes end with it
+                for event in events:
+                    display.show(event)
     return display.failures

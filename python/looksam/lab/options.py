@@ -78,6 +78,7 @@ OPTIONS = (
     click.option("--image-size", type=COUNT, help="Resize images of a folder or tar to this many pixels."),
     click.option("--train-size", type=COUNT, help="Train on a fixed random subset of this many images."),
     click.option("--test-size", type=COUNT, help="Test on a fixed random subset of this many images."),
+    click.option("--stream", is_flag=True, help="Decode a folder's images as they are needed, not all at the start."),
     click.option("--label-noise", type=FRACTION, default=0.0, help="Part of the training labels made wrong."),
     click.option(
         "--model", type=click.Choice(MODELS), help="Default: cnn for digits and Fashion-MNIST, else resnet18."
@@ -155,7 +156,7 @@ def common_config(values: dict[str, Any]) -> TrainConfig:
     """What the runs have in common, but for what a method has for itself."""
     data = DataConfig(
         values["data"], values["data_dir"], values["image_size"], values["train_size"], values["test_size"],
-        values["label_noise"], values.get("holdout", 0.0),
+        values["label_noise"], values.get("holdout", 0.0), values["stream"],
     )  # fmt: skip
     same = (
         *("model", "width", "patch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "backend"),
@@ -216,7 +217,8 @@ def check_processes(values: dict[str, Any], methods: Sequence[str], world: World
         return
     if values["jobs"] is not None:
         raise click.UsageError("--jobs: under torchrun all processes share one run after the other; leave it out")
-    if values["fsdp"] and (values.get("study") or values["adversarial"]):
+    adversarial = values["adversarial"] or any(parse_method(m).of_the_run.get("adversarial") for m in methods)
+    if values["fsdp"] and (values.get("study") or adversarial):
         raise click.UsageError(
             "--fsdp: no process has the whole model, which this experiment and adversarial training need; leave it out"
         )

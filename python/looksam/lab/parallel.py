@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -50,7 +50,8 @@ class Worker:
     def __init__(self, checkpoints: Checkpoints | None) -> None:
         context = multiprocessing.get_context("spawn")  # fork would break torch's threads and CUDA
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, checkpoints), daemon=True)
+        # Not daemonic, for those may have no children, and a run that streams its images has some.
+        self.process = context.Process(target=_serve, args=(theirs, checkpoints))
         self.process.start()
         theirs.close()  # so that the death of the process is the end of file here
         self.config: TrainConfig | None = None
@@ -127,7 +128,9 @@ def run_here(
     listener(Event(config))
 
 
-def run_jobs(configs: Sequence[TrainConfig], jobs: int, checkpoints: Checkpoints | None = None) -> Iterator[Event]:
+def run_jobs(
+    configs: Sequence[TrainConfig], jobs: int, checkpoints: Checkpoints | None = None
+) -> Generator[Event, None, None]:
     """Train all ``configs``, ``jobs`` at a time, and yield the events as they come; close the iterator to stop."""
     waiting = deque(configs)
     workers: list[Worker] = []

@@ -27,6 +27,7 @@ from .models import build_model
 from .precision import Precision
 from .processes import ALONE, World, full_state, load_full_state, local_gradients
 from .schedule import lr_factor, warmup_factor
+from .streaming import batches
 
 ATTACK_STEPS = 3
 """Of an adversarial training's steps; each is a pass."""
@@ -49,9 +50,8 @@ class Trainer:
         self.batch_size = resolve_batch_size(config, len(data.train_y), world)
         self.steps_per_epoch = len(data.train_y) // self.batch_size
         self.classes = len(data.classes)
-        self.train_x, self.train_y, self.test_x, self.test_y = (
-            tensor.to(self.device) for tensor in (data.train_x, data.train_y, data.test_x, data.test_y)
-        )
+        self.train_x, self.test_x = (images.to(self.device) for images in (data.train_x, data.test_x))
+        self.train_y, self.test_y = (labels.to(self.device) for labels in (data.train_y, data.test_y))
         self.mean, self.std = (tensor.to(self.device) for tensor in data.statistics())
         self.augmentation = Augmentation(config.augment or defaults.augment, data.flip, config.randaugment)
         self.precision = Precision(config.amp, self.device)
@@ -134,13 +134,16 @@ class Trainer:
             self.watcher.load_state_dict(state["watcher"])
         self.epoch = Epoch.from_state_dict(state["epoch"], self.device) if "epoch" in state else None
 
-    def batch(self, indices: Tensor) -> list[Piece]:
-        """The training images of a step, augmented and normalised: this process's micro-batches of it.
+    def batch(self, indices: Tensor, images: Tensor | None = None) -> list[Piece]:
+        """The training images of a step (``images``, uint8, where they are loaded already), augmented and normalised: this
+        process's micro-batches of it.
 
         The whole batch is augmented in every process, so that its images do not depend on the number of processes.
         """
+        if images is None:
+            (images,) = batches(self.train_x, [indices])
         indices = indices.to(self.device)
-        x = self.augmentation(self.train_x[indices].float() / 255, self.generator)
+        x = self.augmentation(images.to(self.device).float() / 255, self.generator)
         targets = F.one_hot(self.train_y[indices], self.classes).float()
         x = (x - self.mean) / self.std
         if self.config.mixup:
@@ -207,10 +210,12 @@ class Trainer:
             order = torch.randperm(len(self.train_y), generator=self.generator)
             epoch = self.epoch = Epoch.begin(order, self.optimizer.param_groups[0]["lr"], self.device)
         self.net.train()
+        parts = epoch.order[: self.steps_per_epoch * self.batch_size].split(self.batch_size)
+        loaded = batches(self.train_x, parts[epoch.step :])
         while epoch.step < self.steps_per_epoch:
             with epoch.watch.running():
                 self._set_radius(len(self.records) * self.steps_per_epoch + epoch.step)
-                pieces = self.batch(epoch.order[epoch.step * self.batch_size : (epoch.step + 1) * self.batch_size])
+                pieces = self.batch(parts[epoch.step], next(loaded))
                 epoch.passes += ATTACK_STEPS if self.config.adversarial else 0
                 with epoch.step_watch.running():
                     per_sample = getattr(self.optimizer, "per_sample", False)
@@ -269,7 +274,7 @@ class Trainer:
         self.model.eval()
         loss = correct = 0.0
         for x, y in zip(self.test_x.split(batch_size), self.test_y.split(batch_size), strict=True):
-            logits = self.logits(x.float() / 255)
+            logits = self.logits(x.to(self.device).float() / 255)
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             correct += int((logits.argmax(1) == y).sum())
         return loss / len(self.test_y), correct / len(self.test_y)

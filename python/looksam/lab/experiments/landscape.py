@@ -18,6 +18,7 @@ from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
 from ..figures import COLOURS, finish, new_figure, style
 from ..records import Experiment, mean_and_error
+from ..streaming import in_memory
 
 if TYPE_CHECKING:
     from ..train import Trainer
@@ -39,7 +40,7 @@ def measure(trainer: Trainer, settings: Values) -> Iterable[dict[str, Any]]:
     )
 
     count = settings["images"]
-    x = (trainer.train_x[:count].float() / 255 - trainer.mean) / trainer.std
+    x = (in_memory(trainer.train_x[:count]).to(trainer.device).float() / 255 - trainer.mean) / trainer.std
     generator = make_generator(trainer.config.seed, "landscape")
     radii = settings["radii"]
     with loss_of(trainer.model, x, trainer.train_y[:count]) as (loss, weights):

@@ -17,6 +17,7 @@ from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
 from ..figures import dress, new_figure, row_of_axes, style
 from ..records import Experiment, mean_and_error
+from ..streaming import in_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,8 @@ def measure(trainer: Trainer, settings: Values) -> Iterable[dict[str, Any]]:
     from ..attacks import evaluating, fgsm, pgd
     from ..corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
-    x, y = trainer.test_x[: settings["images"]].float() / 255, trainer.test_y[: settings["images"]]
+    count = settings["images"]
+    x, y = in_memory(trainer.test_x[:count]).to(trainer.device).float() / 255, trainer.test_y[:count]
 
     def accuracy(altered: Callable[[Tensor, Tensor], Tensor]) -> float:
         right = 0
