@@ -172,7 +172,7 @@ def opposite(sums: Sums, hyper: Hyper) -> Tensor:
 def vasso(sums: Sums, hyper: Hyper) -> Tensor:
     """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_direction` will write it. VaSSO,
     Li & Giannakis 2023."""
-    return _over_combination((theta := _theta(sums, hyper), 1 - theta), ("g", "m"), sums, hyper)
+    return _over_combination((theta := _weight_of_new(hyper.row("theta"), sums), 1 - theta), ("g", "m"), sums, hyper)
 
 
 def friendly(sums: Sums, hyper: Hyper) -> Tensor:
@@ -195,9 +195,9 @@ def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, h
     return _over_norm(hyper.row("rho") * rows, direction_norm(inputs, rows, sums), hyper)
 
 
-def _theta(sums: Sums, hyper: Hyper) -> Tensor:
-    """VaSSO's weight of the new gradient; 1 where m is still zero, so that m starts as g."""
-    return torch.where(sums.of("m", "m") > 0, hyper.row("theta"), 1.0)
+def _weight_of_new(weight: Tensor, sums: Sums) -> Tensor:
+    """A moving average's weight of the new gradient: 1 where m is still zero, so that m starts as g."""
+    return torch.where(sums.of("m", "m") > 0, weight, 1.0)
 
 
 def _over_norm(numerator: Tensor, norm: Tensor, hyper: Hyper) -> Tensor:
@@ -275,14 +275,14 @@ def crsam(sums: Sums, hyper: Hyper) -> Direction:
 
 def vasso_direction(sums: Sums, hyper: Hyper) -> Direction:
     """d = s; m <- (1 - theta) m + theta g, the first time g. VaSSO, Li & Giannakis 2023."""
-    theta = _theta(sums, hyper)
+    theta = _weight_of_new(hyper.row("theta"), sums)
     return Direction(d=(1.0, 0.0, 0.0), q=(0.0, theta, 1 - theta))
 
 
 def friendly_direction(sums: Sums, hyper: Hyper) -> Direction:
-    """d = s; m <- lambda m + (1 - lambda) g. Friendly SAM, Li et al. 2024."""
-    keep = hyper.row("lambda_")
-    return Direction(d=(1.0, 0.0, 0.0), q=(0.0, 1 - keep, keep))
+    """d = s; m <- lambda m + (1 - lambda) g, the first time g. Friendly SAM, Li et al. 2024."""
+    new = _weight_of_new(1 - hyper.row("lambda_"), sums)
+    return Direction(d=(1.0, 0.0, 0.0), q=(0.0, new, 1 - new))
 
 
 def sampa(sums: Sums, hyper: Hyper) -> Direction:

@@ -147,7 +147,8 @@ LOOKSAM_HD double layer_ratio(const Sums& row, const RowHyper& h) {
 }
 
 // VaSSO's weight of the new gradient; 1 where m is still zero, so that m starts as g.
-LOOKSAM_HD double first_theta(const Sums& row, const RowHyper& h) { return row.of(m, m) > 0 ? h.theta : 1; }
+// A moving average's weight of the new gradient: 1 where m is still zero, so that m starts as g.
+LOOKSAM_HD double weight_of_new(double weight, const Sums& row) { return row.of(m, m) > 0 ? weight : 1; }
 
 // d, q and post of a row, of unscaled inputs; an ascent's d is still without its length.
 LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common) {
@@ -165,7 +166,7 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::trust:
     case Rule::trust_global: return {{layer_ratio(row, h)}, {}, {}};
     case Rule::opposite: return {{-1}, {}, {}};
-    case Rule::vasso: return {{first_theta(row, h), 1 - first_theta(row, h)}, {}, {}};
+    case Rule::vasso: return {{weight_of_new(h.theta, row), 1 - weight_of_new(h.theta, row)}, {}, {}};
     case Rule::friendly: return {{1, -h.sigma}, {}, {}};
     case Rule::extrapolate: return {{-h.lr}, {}, {}};
     case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
@@ -175,8 +176,9 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
     case Rule::wsam_coupled: return {{gamma_odds, 1 - gamma_odds}, {}, {}};
     case Rule::crsam: return {{h.gamma - h.beta, 1 + h.gamma + h.beta, -2 * h.gamma}, {}, {}};
-    case Rule::vasso_direction: return {{1, 0, 0}, {0, first_theta(row, h), 1 - first_theta(row, h)}, {}};
-    case Rule::friendly_direction: return {{1, 0, 0}, {0, 1 - h.lambda, h.lambda}, {}};
+    case Rule::vasso_direction: return {{1, 0, 0}, {0, weight_of_new(h.theta, row), 1 - weight_of_new(h.theta, row)}, {}};
+    case Rule::friendly_direction:
+      return {{1, 0, 0}, {0, weight_of_new(1 - h.lambda, row), 1 - weight_of_new(1 - h.lambda, row)}, {}};
     case Rule::sampa: return {{h.lambda, 1 - h.lambda}, {1, 0}, {}};
   }
   return {};

@@ -377,7 +377,7 @@ class VaSSO(SharpnessAware):
 class FriendlySAM(SharpnessAware):
     """Friendly SAM: perturbs along the difference of the gradient from its moving average. Li et al. 2024.
 
-    c = g - sigma m with m of the step before; m = lambda m + (1 - lambda) g, at first from m = 0;
+    c = g - sigma m with m of the step before; m = lambda m + (1 - lambda) g, in the first step c = m = g;
     e = rho c / (||c|| + perturb_eps); base update with s.
 
     Passes per step: 2. Extra memory: 2 model copies (w, m).

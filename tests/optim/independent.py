@@ -473,14 +473,17 @@ class VaSSO(Independent):
 
 
 class FriendlySAM(VaSSO):
-    """c = g - sigma m, at first c = g; then m <- lambda m + (1 - lambda) g; e = rho c / (||c|| + eps); d = s."""
+    """c = g - sigma m, at first c = m = g; then m <- lambda m + (1 - lambda) g; e = rho c / (||c|| + eps); d = s."""
 
     def sharp(self) -> Arrays:
         g = self.gradient_at()
-        before = [0.0 if mp is None else mp for mp in self.kept]
-        columns = list(zip(g, before, self.h, strict=True))
-        s = self.gradient_at(self.along([None if gp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns]))
-        m = [None if gp is None else hp["lambda_"] * mp + (1 - hp["lambda_"]) * gp for gp, mp, hp in columns]
+        columns = list(zip(g, self.kept, self.h, strict=True))
+        s = self.gradient_at(
+            self.along([gp if gp is None or mp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns])
+        )
+        m = [
+            gp if gp is None or mp is None else hp["lambda_"] * mp + (1 - hp["lambda_"]) * gp for gp, mp, hp in columns
+        ]
         self.keep(m, s)
         return s
 
