@@ -351,6 +351,24 @@ def test_the_first_step_is_sharp_unless_c_is_above_1_over_the_root_of_1_minus_de
     assert len(closure.losses) == 1 + sharp
 
 
+@pytest.mark.parametrize(("lambda1", "sharp"), [(0.5, True), (4.5, False)])
+def test_after_total_steps_the_threshold_stays(lambda1: float, sharp: bool) -> None:
+    """||g||^2 doubles in each step. With c = lambda1 = 0.5 all are sharp, with 4.5 none from the second on."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = looksam.AESAM([p], "sgd", lr=0.1, total_steps=1, lambda1=lambda1, lambda2=0.0)
+    for t in range(12):
+        losses = []
+
+        def closure(t: int = t, losses: list[torch.Tensor] = losses) -> torch.Tensor:
+            optimizer.zero_grad()
+            losses.append((2 ** (t / 2) * p).sum())
+            losses[-1].backward()
+            return losses[-1]
+
+        optimizer.step(closure)
+        assert len(losses) == 1 + (sharp or t == 0), t
+
+
 @on_backends
 @on_variants
 @on_bases
