@@ -14,6 +14,7 @@ from looksam.lab.measure import EpochRecord
 from looksam.lab.records import read_experiment
 
 PASSES = {"sgd": 10, "sam": 20, "sam-5": 12, "looksam-5": 12, "asam": 20, "sgd:lr=1": 10, "sam:rho=1": 20}
+PASSES |= {"sgd:batch_size=20": 10, "sam:batch_size=20": 20}
 
 
 def experiment(folder, accuracy, diverged=(), **header):
@@ -123,3 +124,11 @@ def test_intervals():
     low, high = scipy.stats.t.interval(0.95, 6, loc=values.mean(), scale=scipy.stats.sem(values))
     assert (difference.low, difference.high) == pytest.approx((low, high))
     assert difference_of([1.0]).low == -math.inf
+
+
+def test_methods_that_were_trained_differently_are_not_compared(tmp_path):
+    accuracy = {"sgd": [70, 71], "sam": [80, 81], "sgd:batch_size=20": [60, 62], "sam:batch_size=20": [61, 62]}
+    sentences = claims(experiment(tmp_path, accuracy))
+    assert len(sentences) == 2
+    assert sentences[0].startswith("sam gains over sgd, +10.0 points")
+    assert sentences[1].startswith("Not shown: that sam:batch_size=20 gains over sgd:batch_size=20, +0.5 points")

@@ -127,9 +127,9 @@ def test_methods_with_options_of_the_run_of_their_own(tmp_path):
 def test_the_periods_of_tradeoff():
     expand = design_of("tradeoff").expand
     values = {"periods": (1, 2, 5), "base": "sgd"}
-    assert expand(["sgd", "sam:rho=0.4", "looksam+adamw", "sam-3", "vasso", "ssam"], values) == [
+    assert expand(["sgd", "sam:rho=0.4", "looksam+adamw", "sam-3", "vasso", "ssam", "sam:k=4"], values) == [
         *("sgd", "sam:rho=0.4", "sam-2:rho=0.4", "sam-5:rho=0.4", "looksam-2+adamw", "looksam-5+adamw", "sam-3"),
-        *("vasso", "ssam", "ssam-2", "ssam-5"),  # VaSSO has no period
+        *("vasso", "ssam", "ssam-2", "ssam-5", "sam:k=4"),  # VaSSO has no period
     ]
 
 

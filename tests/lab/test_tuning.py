@@ -139,6 +139,8 @@ def test_controls_have_the_values_of_their_looksam():
     assert settings["lr"] * settings["weight_decay"] == pytest.approx(0.1 * 0.01, rel=1e-5)
     assert [dict(parse_method(sam).settings)["rho"] for sam in sams] == [0.1, 0.2]
     assert controls(["sgd", "sam"], {}) == {}
+    own = controls(["looksam-4:batch_size=20"], {"looksam-4:batch_size=20": values})
+    assert all(parse_method(name).of_the_run == {"batch_size": 20} for name in own)  # trained alike, or no control
 
 
 def test_the_random_q_has_the_length_of_q_and_nothing_else():

@@ -42,7 +42,11 @@ def command_of(design: Design) -> click.Command:
         values = with_presets(ctx, design, values)
         if design.measure or design.watch:
             values |= {"study": design.name, "study_settings": {name: values[name] for name in design.settings}}
-        run_experiment(ctx, design.expand(values["methods"], values), values["seeds"], values)
+        try:
+            methods = design.expand(values["methods"], values)
+        except ValueError as error:  # of a method that does not parse
+            raise click.UsageError(str(error)) from error
+        run_experiment(ctx, methods, values["seeds"], values)
 
     function: Callable[..., Any] = training_options(callback)
     for option in (*reversed(design.options), click.argument("methods", nargs=-1, metavar="[METHOD]...")):

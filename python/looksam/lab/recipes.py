@@ -18,12 +18,12 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # Liu et al. 2022: ViT-B/16, batch 4096; AdamW for LookSAM, LAMB with large batches for Look-LayerSAM.
     "imagenet-vit-b16-looksam": {
         "methods": ("looksam-5+adamw:rho=0.1,alpha=0.7",),
-        "data": None, "image_size": 224, "model": "vit-base", "patch": 16, "epochs": 300, "batch_size": 4096,
+        "data": None, "stream": True, "image_size": 224, "model": "vit-base", "patch": 16, "epochs": 300, "batch_size": 4096,
         "lr": 3e-3, "weight_decay": 0.3, "warmup": 32.0, "clip": 1.0,
     },
     "imagenet-vit-b16-looklayersam-lamb": {
         "methods": ("looklayersam-5+lamb:rho=1.0,alpha=0.7",),
-        "data": None, "image_size": 224, "model": "vit-base", "patch": 16, "epochs": 300, "batch_size": 32768,
+        "data": None, "stream": True, "image_size": 224, "model": "vit-base", "patch": 16, "epochs": 300, "batch_size": 32768,
         "lr": 1e-2, "weight_decay": 0.1, "warmup": 60.0, "clip": 1.0,
     },
 }  # fmt: skip

@@ -150,5 +150,6 @@ def controls(chosen: Sequence[str], used: dict[str, Settings]) -> dict[str, str]
         method = parse_method(name)
         if method.variant == "looksam":
             radii = grid_of(Method("sam", method.base), {})["rho"]
-            found |= controls_of(used[name], method.base, used[name]["k"], radii)
+            names = controls_of(used[name], method.base, used[name]["k"], radii)
+            found |= {with_settings(control, method.of_the_run): text for control, text in names.items()}
     return {canonical_name(name): text for name, text in found.items() if canonical_name(name) not in chosen}

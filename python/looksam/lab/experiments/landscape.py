@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ def measure(trainer: Trainer, settings: Values) -> Iterable[dict[str, Any]]:
         rows = plane(loss, weights, directions, positions)
         yield {"kind": "plane", "positions": positions, "loss": [_finite(row) for row in rows]}
         yield {
-            "kind": "ball", "radii": list(radii), "loss": float(loss(weights).detach()),
+            "kind": "ball", "radii": list(radii), "loss": _finite([float(loss(weights).detach())])[0],
             "worst": _finite([worst_in_ball(loss, weights, rho) for rho in radii]),
             "mean": _finite([mean_on_sphere(loss, weights, rho, generator) for rho in radii]),
         }  # fmt: skip
@@ -186,10 +185,10 @@ def sections(experiment: Experiment) -> list[Block]:
     middle = len(rho) // 2
     rows = []
     for method, values in balls.items():
+        values = [value for value in values if value["loss"] is not None]
         rise = [value["worst"][middle] - value["loss"] for value in values if value["worst"][middle] is not None]
         largest = [value["values"][0] for value in eigenvalues.get(method, []) if value["values"][0] is not None]
-        loss = statistics.fmean(value["loss"] for value in values)
-        rows.append((method, f"{loss:.4f}", _spread(rise), _spread(largest)))
+        rows.append((method, _spread([value["loss"] for value in values]), _spread(rise), _spread(largest)))
     columns = ("method", "training loss", f"worst rise within ρ = {rho[middle]:g}", "largest eigenvalue")
     note = (
         "In evaluation mode, on training images with the labels that were trained on; mean ± standard error over seeds. "

@@ -28,7 +28,8 @@ def expand(methods: Sequence[str], values: Values) -> list[str]:
     found = []
     for text in methods:
         method = parse_method(text, values["base"])
-        if method.variant is None or method.k is not None or "k" not in method.parameters():
+        named = method.k is not None or "k" in dict(method.settings)
+        if method.variant is None or named or "k" not in method.parameters():
             found.append(text)
             continue
         least = 2 if "alpha" in method.parameters() else 1
