@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 import tarfile
 import zipfile
@@ -102,6 +103,9 @@ def test_the_metadata(wheel: Path) -> None:
     assert isinstance(readme, str)
     relative = [part.split(")")[0] for part in readme.split("](")[1:] if not part.startswith(("http", "#"))]
     assert relative == [], "links that lead nowhere on a package index"
+    for image in re.findall(r"<img\s[^>]*>", readme):
+        told = re.search(r'alt="[^"]*\d[^"]*"', image)
+        assert 'src="http' in image or told, "an image without its numbers says nothing on a package index"
 
 
 def test_the_version_comes_from_git(tmp_path: Path) -> None:
