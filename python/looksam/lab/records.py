@@ -70,6 +70,13 @@ class Experiment:
         return list(self.header["methods"])
 
     @property
+    def task(self) -> str:
+        """What was trained on, in a few words."""
+        config = self.header["config"]
+        noise = f", {100 * config['data']['label_noise']:g} % label noise" if config["data"]["label_noise"] else ""
+        return f"{Path(config['data']['source']).name}{noise}, {config['epochs']} epochs"
+
+    @property
     def controls(self) -> dict[str, str]:
         """METHOD -> what it controls for, of those that ``--tune`` added."""
         return dict(self.header.get("controls", {}))

@@ -66,7 +66,7 @@ def console_table(experiment: Experiment, console: Console) -> Table:
 
 
 def _table(experiment: Experiment, count: int) -> Table:
-    table = Table(title=title(experiment), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=experiment.task, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(COLUMNS[:count]):
         heading = column.replace(" ", "\n")  # two lines, so that the table fits into 80 columns
         table.add_column(
@@ -77,12 +77,6 @@ def _table(experiment: Experiment, count: int) -> Table:
         method, *cells = row(summary)
         table.add_row(method.replace(":", ":\n").replace(",", ",\n"), *cells[: count - 1])
     return table
-
-
-def title(experiment: Experiment) -> str:
-    config = experiment.header["config"]
-    noise = f", {100 * config['data']['label_noise']:g} % label noise" if config["data"]["label_noise"] else ""
-    return f"{Path(config['data']['source']).name}{noise}, {config['epochs']} epochs"
 
 
 def write_report(folder: Path) -> list[Block]:
@@ -109,7 +103,7 @@ def report_blocks(experiment: Experiment, folder: Path) -> list[Block]:
     design = _design(header["command"])
     figures = design.figures(experiment)
     save(figures, folder)
-    blocks: list[Block] = [Heading(f"looksam {header['command']}: {title(experiment)}", 1)]
+    blocks: list[Block] = [Heading(f"looksam {header['command']}: {experiment.task}", 1)]
     blocks.append(Rows(COLUMNS, [row(summary) for summary in summaries(experiment)]))
     if sentences := claims(experiment):
         blocks.append(Bullets(sentences))

@@ -76,7 +76,7 @@ def figures(experiment: Experiment) -> Figures:
 
 
 def _figure(experiment: Experiment, title: str, xlabel: str, position: Callable[[Sequence[Run]], float]) -> Figure:
-    figure, axes = new_figure(title, xlabel, "test accuracy (%), mean ± standard error")
+    figure, axes = new_figure(f"{title}: {experiment.task}", xlabel, "test accuracy (%), mean ± standard error")
     for index, (family, names) in enumerate(families(experiment).items()):
         _family(axes, experiment, index, family, names, position)
     axes.margins(0.06)
@@ -99,16 +99,11 @@ def _family(
     axes.errorbar(
         x, y, errors, color=colour, marker=MARKERS[index % len(MARKERS)], ms=8, lw=1.6, capsize=3, label=family
     )
-    if len(names) > 1:
-        for px, py, name in zip(x, y, names, strict=True):
-            axes.annotate(
-                f"k={parse_method(name).period}",
-                (px, py),
-                (7, -13),
-                textcoords="offset points",
-                color=colour,
-                fontsize=9,
-            )
+    place = (7, 6) if index % 2 else (7, -13)  # the labels of points that meet stay apart
+    for px, py, name in zip(x, y, names, strict=True):
+        if len(names) > 1:
+            label = f"k = {parse_method(name).period}"
+            axes.annotate(label, (px, py), place, textcoords="offset points", color=colour, fontsize=9)
 
 
 def sections(experiment: Experiment) -> list[Block]:
