@@ -14,10 +14,12 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,14 +37,16 @@ CHUNK = 2048
 THREADS = 256
 ROWS_BLOCK = 128
 """Rows of a program of ``advance``."""
+OLDEST = (3, 6)
+"""The first Triton that has what the kernels use."""
 
 
 # Where it runs --------------------------------------------------------------------------------------------------------
 
 
 def unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if (why := _not_usable()) is not None:
+        return why
     if device.type == "cuda":
         return "TRITON_INTERPRET is set, and the interpreter runs on CPU tensors only" if _interpreting() else None
     if device.type != "cpu":
@@ -51,6 +55,20 @@ def unavailable(device: torch.device) -> str | None:
         return "its kernels are compiled for the GPU here; with TRITON_INTERPRET=1 they run on CPU tensors"
     if "triton" in sys.modules and not _interpreting():
         return "triton was imported before TRITON_INTERPRET=1 was set: there is no GPU, so only its interpreter can run"
+    return None
+
+
+@functools.cache
+def _not_usable() -> str | None:
+    """Why, if so. PyTorch 2.6 installs Triton 3.2. Triton is not imported here: after that it could not be told any more
+    to interpret."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        return "the package triton is not installed"
+    source = Path(spec.origin).read_text() if spec.origin else ""
+    found = re.search(r"""^__version__ = ['"](\d+)\.(\d+)""", source, re.MULTILINE)
+    if found is not None and (int(found[1]), int(found[2])) < OLDEST:
+        return f"triton {found[1]}.{found[2]} is too old; {OLDEST[0]}.{OLDEST[1]} or newer is needed"
     return None
 
 

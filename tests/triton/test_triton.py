@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +113,23 @@ def test_it_cannot_interpret_once_triton_was_imported_to_compile() -> None:
         "else:\n"
         "    raise SystemExit('no error')\n"
     )
+
+
+@pytest.mark.parametrize(("version", "said"), [("3.2.0", "triton 3.2 is too old; 3.6 or newer"), ("3.10.1", None)])
+def test_a_triton_that_lacks_what_the_kernels_use_is_no_backend(
+    version: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.6 installs Triton 3.2: on a GPU its first step must not fail for that."""
+    (tmp_path / "__init__.py").write_text(f"__version__ = '{version}'\n")
+    spec = importlib.util.spec_from_file_location("triton", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    backend._not_usable.cache_clear()
+    try:
+        why = backend._not_usable()
+        assert why is None if said is None else said in str(why)
+        assert said is None or backend.unavailable(torch.device("cuda")) == why
+    finally:
+        backend._not_usable.cache_clear()
 
 
 # What it compiles -----------------------------------------------------------------------------------------------------
