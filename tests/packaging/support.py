@@ -16,7 +16,7 @@ PARTS = [
     "MANIFEST.in", "mkdocs.yml", "pyproject.toml", "python", "README.md", "setup.py", "tests",
 ]  # fmt: skip
 VERSION = "9.8.7"
-LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.so", "native_build.txt", "*.egg-info")
+LEFT_BEHIND = shutil.ignore_patterns("__pycache__", ".*_cache", "*.so", "native_build.txt", "*.egg-info")
 
 
 def copy_tree(target: Path) -> Path:

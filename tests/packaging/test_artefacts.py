@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+from tests.packaging.conftest import Artefacts
 from tests.packaging.support import LEFT_BEHIND, PARTS, ROOT, VERSION, build, copy_tree, run, unpack
 
 pytest.importorskip("build", reason="the package `build` is not installed")
@@ -26,19 +26,6 @@ def contents(wheel: Path) -> dict[str, str]:
             for name in archive.namelist()
             if not name.endswith("RECORD")
         }
-
-
-def files(tree: Path) -> dict[str, int]:
-    return {str(path.relative_to(tree)): path.stat().st_mtime_ns for path in tree.rglob("*")}
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unpacked."""
-    folder = tmp_path_factory.mktemp("sdist")
-    with tarfile.open(build(copy_tree(folder / "tree"), folder / "dist", "sdist")) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
-    return folder / "unpacked" / f"looksam_kernels-{VERSION}"
 
 
 def test_the_sdist_holds_the_whole_checkout(sdist: Path) -> None:
@@ -72,17 +59,10 @@ def test_the_wheel_holds_the_native_sources_and_runs_on_every_python(wheel: Path
     assert "looksam_kernels/py.typed" in names
 
 
-def test_stale_builds_reach_no_wheel_and_nothing_is_written_into_the_tree(wheel: Path, tmp_path: Path) -> None:
-    tree = copy_tree(tmp_path / "tree")
-    stale = tree / "build" / "lib" / "looksam_kernels"
-    stale.mkdir(parents=True)
-    (stale / "gone.py").write_text("a file of last year")
-    (tree / "looksam_kernels" / "_C.cpython-399-x86_64-linux-gnu.so").write_text("compiled in place")
-    before = files(tree)
-    made = build(tree, tmp_path / "dist", "wheel")
-    build(tree, tmp_path / "dist", "sdist")
-    assert files(tree) == before
-    assert contents(made) == contents(wheel)
+def test_stale_builds_reach_nothing_and_nothing_is_written_into_the_tree(artefacts: Artefacts, sdist: Path) -> None:
+    assert artefacts.after == artefacts.before
+    inside = [*contents(artefacts.wheel), *map(str, sdist.rglob("*"))]
+    assert [name for name in inside if name.endswith(("gone.py", ".so"))] == []
 
 
 def test_twine_and_check_wheel_contents_have_no_objection(wheel: Path, tmp_path: Path) -> None:
