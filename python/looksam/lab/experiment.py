@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .claims import claims
 from .console import make_console
@@ -113,7 +113,8 @@ def report(folder: Path, console: Console) -> list[Block]:
 def _train(plan: Plan, world: World, writer: ResultsWriter, console: Console) -> int:
     """Run everything under one progress display; the number of failed runs."""
     bar = BarColumn(bar_width=min(40, console.width // 4))
-    columns = (TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    times = TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn()
+    columns = (TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}"), *times)
     with Progress(
         *columns, TextColumn("{task.fields[news]}"), console=console, disable=not console.is_terminal
     ) as progress:
