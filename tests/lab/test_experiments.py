@@ -121,7 +121,9 @@ def test_methods_with_options_of_the_run_of_their_own(tmp_path):
     steps = {run.method: (run.epochs[0].steps, run.epochs[0].passes) for run in experiment.runs}
     # An attack of three steps makes three passes before that of the training.
     assert steps == dict(zip(sorted(methods), [(2, 8), (5, 5), (2, 2)], strict=True))
-    assert "batch_size = 20" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "| batch_size | 20 |" in report, "of the first method"
+    assert report.count("batch_size = 50") == 2
 
 
 def test_the_periods_of_tradeoff():

@@ -58,8 +58,8 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
         different = [config for config in configs if config.seed == configs[0].seed]
         optimizers = {config.method: try_optimizer(config) for config in different}
         data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
-        batches = {config.batch_size: config for config in reversed(different)}
-        used = [try_model(config, data, world) for config in batches.values()][-1]
+        batches = {config.batch_size: config for config in different}
+        used = {size: try_model(config, data, world) for size, config in batches.items()}[configs[0].batch_size]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if cuda and world.local_size > torch.cuda.device_count():
