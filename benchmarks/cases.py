@@ -204,7 +204,7 @@ STEPS = (
 HYPER: list[dict[str, Any]] = [
     {"rho": 0.05, "alpha": 0.7, "perturb_eps": 1e-12, "norm_scope": "global", "layer_scaled": 1.0}
     | {"betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "maximize": False}
-    | {"always_adapt": False, "trust_clip": False}
+    | {"always_adapt": False, "trust_clip": False, "bias_correction": True}
     | BASE
 ]
 

@@ -56,8 +56,9 @@ def adamw(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tupl
 
 
 def lamb(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
-    """m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w; w -= lr r u with r = ||w_p|| / ||u_p||, 1 where
-    either is 0, 1 where weight_decay = 0 unless ``always_adapt``, at most 1 with ``trust_clip``. You et al. 2020"""
+    """m, v as adam; u = (m / bc1) / (sqrt(v / bc2) + eps) + weight_decay w, bc = 1 without ``bias_correction``;
+    w -= lr r u with r = ||w_p|| / ||u_p||, 1 where either is 0, 1 where weight_decay = 0 unless ``always_adapt``, at most
+    1 with ``trust_clip``. You et al. 2020"""
     u, new = lamb_direction(w, d, state, count, h)
     w_norm, u_norm = (dot(x, x).sqrt() for x in (w, u))
     return lamb_apply(w, u, w_norm, u_norm, h), new
@@ -65,7 +66,7 @@ def lamb(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple
 
 def lamb_direction(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
     """u and the new states."""
-    direction, new = _adam_direction(d, state, count, h)
+    direction, new = _adam_direction(d, state, count, h, bias_correction=bool(own(h, "bias_correction")))
     return direction + own(h, "weight_decay") * w, new
 
 
@@ -146,11 +147,15 @@ def adan(w: Tensor, d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple
     return new_w, {"exp_avg": m, "exp_avg_diff": a, "exp_avg_sq": v, "neg_pre_grad": -d}
 
 
-def _adam_direction(d: Tensor, state: State, count: Tensor, h: Scalars) -> tuple[Tensor, State]:
+def _adam_direction(
+    d: Tensor, state: State, count: Tensor, h: Scalars, bias_correction: bool = True
+) -> tuple[Tensor, State]:
     """(m / bc1) / (sqrt(v / bc2) + eps) and the new m, v."""
     beta1, beta2 = own(h, "betas")
     m = torch.lerp(state["exp_avg"], d, 1 - beta1)
     v = beta2 * state["exp_avg_sq"] + (1 - beta2) * d * d
+    if not bias_correction:
+        return m / (v.sqrt() + own(h, "eps")), {"exp_avg": m, "exp_avg_sq": v}
     bias_correction1 = one_minus_power(beta1, count).to(d.dtype)
     bias_correction2_sqrt = one_minus_power(beta2, count).sqrt().to(d.dtype)
     return (m / bias_correction1) / (v.sqrt() / bias_correction2_sqrt + own(h, "eps")), {"exp_avg": m, "exp_avg_sq": v}
@@ -166,11 +171,12 @@ def lamb_options(
     weight_decay: float = 0.01,
     always_adapt: bool = False,
     trust_clip: bool = False,
+    bias_correction: bool = True,
     maximize: bool = False,
 ) -> dict[str, Any]:
     checked = Adam([_probe()], lr, betas, eps, weight_decay, maximize=maximize).defaults
     kept = {name: checked[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
-    return kept | {"always_adapt": always_adapt, "trust_clip": trust_clip}
+    return kept | {"always_adapt": always_adapt, "trust_clip": trust_clip, "bias_correction": bias_correction}
 
 
 def lars_options(
@@ -262,7 +268,7 @@ BASES: dict[str, Base] = {
     "lamb": Base(
         lamb,
         states=("exp_avg", "exp_avg_sq"),
-        hyper=("weight_decay", "beta1", "beta2", "eps", "always_adapt", "trust_clip"),
+        hyper=("weight_decay", "beta1", "beta2", "eps", "always_adapt", "trust_clip", "bias_correction"),
         options=lamb_options,
         usual=(5e-3, 0.01),
         max_grad_norm=1.0,

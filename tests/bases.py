@@ -47,7 +47,7 @@ ADAM_HYPER = (
 )
 LAMB_HYPER = (
     {**ADAM_HYPER[0], "trust_clip": True},
-    {**ADAM_HYPER[1], "always_adapt": True},
+    {**ADAM_HYPER[1], "always_adapt": True, "bias_correction": False},
     {**ADAM_HYPER[2]},
 )
 LAMB_PLAIN = (ADAM_HYPER[0], ADAM_HYPER[1], {**ADAM_HYPER[2], "trust_clip": True})
@@ -116,8 +116,8 @@ BASES: dict[str, Base] = {
         independent.LAMB,
         options={"lr": 1e-2},
         kernels={
-            "lamb": {**_LAMB, "always_adapt": False, "trust_clip": False},
-            "lamb-clip": {**_LAMB, "always_adapt": True, "trust_clip": True},
+            "lamb": {**_LAMB, "always_adapt": False, "trust_clip": False, "bias_correction": True},
+            "lamb-clip": {**_LAMB, "always_adapt": True, "trust_clip": True, "bias_correction": False},
         },
         hyper={"lamb": LAMB_HYPER, "lamb-noclip": LAMB_PLAIN},
         shared={"lamb": {"max_grad_norm": 1.0}, "lamb-noclip": {"max_grad_norm": None}},

@@ -24,6 +24,7 @@ struct BaseHyper {
   double beta_diff;     // adan's second beta: the weight of the old mean difference
   double eps, lr_decay;
   bool nesterov, centered, always_adapt, trust_clip, no_prox;
+  bool bias_correction = true;
 };
 
 // One of them: its name in torch.optim, and the number or flag that it sets; index: its place where the value is a tuple.
@@ -51,6 +52,7 @@ inline constexpr Option lr_decay = {"lr_decay", &BaseHyper::lr_decay};
 inline constexpr Option centered = {"centered", nullptr, &BaseHyper::centered};
 inline constexpr Option always_adapt = {"always_adapt", nullptr, &BaseHyper::always_adapt};
 inline constexpr Option trust_clip = {"trust_clip", nullptr, &BaseHyper::trust_clip};
+inline constexpr Option bias_correction = {"bias_correction", nullptr, &BaseHyper::bias_correction};
 inline constexpr Option no_prox = {"no_prox", nullptr, &BaseHyper::no_prox};
 
 }  // namespace option
@@ -137,8 +139,8 @@ LOOKSAM_HD UpdateScalars<double> base_scalars(const BaseHyper& h, double count, 
           h.beta_diff,
           1 - h.beta_diff,
           h.eps,
-          1 / (1 - power(h.beta1, count)),
-          1 / sqrt(1 - power(h.beta2, count)),
+          h.bias_correction ? 1 / (1 - power(h.beta1, count)) : 1,
+          h.bias_correction ? 1 / sqrt(1 - power(h.beta2, count)) : 1,
           1 / (1 - power(h.beta_diff, count)),
           h.nesterov,
           h.centered,
@@ -234,7 +236,7 @@ struct Lamb {
   static constexpr const char* name[] = {"lamb"};
   static constexpr State state[] = {{"exp_avg", When::always}, {"exp_avg_sq", When::always}};
   static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta2, option::eps,
-                                    option::always_adapt, option::trust_clip};
+                                    option::always_adapt, option::trust_clip, option::bias_correction};
   static constexpr bool two_phases = true;
 
   // u = adam_direction + weight_decay w, from moments that already hold this step's d.

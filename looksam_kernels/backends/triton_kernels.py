@@ -234,6 +234,13 @@ def lamb_direction(w, m, v, h, factors):
 
 
 @triton.jit
+def lamb_factors(t, h):
+    """As adam_factors; 1 and 1 without bias_correction."""
+    bc1, root_bc2 = adam_factors(t, h)
+    return tl.where(h[7] != 0, bc1, 1.0), tl.where(h[7] != 0, root_bc2, 1.0)
+
+
+@triton.jit
 def lamb(w, d, states, h, factors):
     """u in place of the new w, which waits for the trust ratio."""
     m, v = moments(d, states[0], states[1], h[2], h[3])
@@ -327,7 +334,7 @@ UPDATES = {
     "sgd": Update(sgd, sgd_factors, 1),
     "adam": Update(adam, adam_factors, 2),
     "adamw": Update(adamw, adam_factors, 2),
-    "lamb": Update(lamb, adam_factors, 2),
+    "lamb": Update(lamb, lamb_factors, 2),
     "lars": Update(sgd, sgd_factors, 1),
     "lion": Update(lion),
     "adagrad": Update(adagrad, adagrad_factors, 1),

@@ -17,7 +17,7 @@ from looksam.types import BackendName
 class LAMB(SharpnessAware):
     """LAMB, fused: Adam's direction with decay, scaled per tensor by the trust ratio. You et al. 2020.
 
-    g /= max(1, ||g|| / max_grad_norm); m, v as in Adam with bias correction; u = m / (sqrt(v) + eps) + weight_decay w;
+    g /= max(1, ||g|| / max_grad_norm); m, v as in Adam; u = m / (sqrt(v) + eps) + weight_decay w;
     w -= lr r u with r = ||w_p|| / ||u_p||, 1 where either is 0 and where weight_decay = 0 unless ``always_adapt``.
 
     Args:
@@ -25,6 +25,7 @@ class LAMB(SharpnessAware):
         max_grad_norm: clips the global norm of the gradients; ``None``: not.
         always_adapt: use the trust ratio in groups without weight decay too.
         trust_clip: r at most 1.
+        bias_correction: without it m and v are used as they are, as in the implementations for BERT.
         backend: see :class:`looksam.SharpnessAware`.
     """
 
@@ -40,6 +41,7 @@ class LAMB(SharpnessAware):
         max_grad_norm: float | None = 1.0,
         always_adapt: bool = False,
         trust_clip: bool = False,
+        bias_correction: bool = True,
         maximize: bool = False,
         backend: BackendName | None = None,
         **unknown: Never,
@@ -53,6 +55,7 @@ class LAMB(SharpnessAware):
             "max_grad_norm": max_grad_norm,
             "always_adapt": always_adapt,
             "trust_clip": trust_clip,
+            "bias_correction": bias_correction,
             "maximize": maximize,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)

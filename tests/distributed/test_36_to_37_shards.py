@@ -74,7 +74,13 @@ def test_contract_36_per_tensor_scope(ranks: Ranks, variant: str, base: str) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"weight_decay": 0.0, "always_adapt": True}, {"weight_decay": 0.0}, {"trust_clip": True, "eps": 10.0}]
+    "options",
+    [
+        {"weight_decay": 0.0, "always_adapt": True},
+        {"weight_decay": 0.0},
+        {"trust_clip": True, "eps": 10.0},
+        {"bias_correction": False},
+    ],
 )
 def test_contract_36_the_trust_ratio_of_lamb(ranks: Ranks, options: dict[str, Any]) -> None:
     check(ranks, "sam", "lamb", **options)

@@ -101,6 +101,7 @@ def test_lamb_stated_again(weight_decay: float, always_adapt: bool, trust_clip: 
         "weight_decay": weight_decay,
         "always_adapt": always_adapt,
         "trust_clip": trust_clip,
+        "bias_correction": True,
     }
     random = torch.Generator().manual_seed(1)
     start = [torch.randn(5, generator=random, dtype=F64), torch.zeros(4, dtype=F64), torch.tensor(3.0, dtype=F64)]

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 GROUP = {
     "rho": 0.05, "alpha": 0.7, "perturb_eps": 1e-12, "norm_scope": "global", "layer_scaled": 1.0,
     "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "dampening": 0.0,
-    "nesterov": False, "always_adapt": False, "trust_clip": False, "trust_coefficient": 0.02, "centered": True,
+    "nesterov": False, "always_adapt": False, "trust_clip": False,
+    "bias_correction": True, "trust_coefficient": 0.02, "centered": True,
     "lr_decay": 0.1, "base.alpha": 0.9, "base.rho": 0.9,
 }  # fmt: skip
 

@@ -145,6 +145,8 @@ class LAMB(Moments):
 
     def update(self, i: int, w: Array, d: Array, h: Hyper) -> Array:
         m, v = self.corrected(i, d, h)
+        if not h.get("bias_correction", True):
+            m, v = self.m[i], self.v[i]
         u = m / (np.sqrt(v) + h["eps"]) + h["weight_decay"] * w
         r = 1.0
         if (h["weight_decay"] != 0 or h.get("always_adapt", False)) and norm([w]) > 0 and norm([u]) > 0:

@@ -321,6 +321,7 @@ LAMB_OPTIONS = [
     {"max_grad_norm": None, "weight_decay": 0.0},
     {"weight_decay": 0.0, "always_adapt": True},
     {"trust_clip": True, "max_grad_norm": 0.3, "betas": (0.8, 0.9), "eps": 1e-3},
+    {"bias_correction": False},
 ]
 LAMB_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0}
 

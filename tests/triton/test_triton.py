@@ -39,6 +39,7 @@ HYPER: dict[str, Any] = {
     "eps": 1e-8,
     "always_adapt": False,
     "trust_clip": False,
+    "bias_correction": True,
     "trust_coefficient": 0.02,
     "lr_decay": 0.1,
     "base.alpha": 0.9,
