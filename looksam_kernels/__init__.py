@@ -4,13 +4,16 @@ A sharpness-aware step is a few :func:`sums` over aligned lists of tensors, a fe
 (:func:`coefficients`), and one linear combination fused into a base update (:func:`perturb`, :func:`step`).
 """
 
-from looksam_kernels.backends import BackendInfo, backend_info, use_backend
+from looksam_kernels.backends import ORDER as BACKENDS
+from looksam_kernels.backends import BackendInfo, BackendName, backend_info, use_backend
 from looksam_kernels.masks import Mask
 from looksam_kernels.ops import coefficients, measure, perturb, restore, step, sums
 from looksam_kernels.table import TensorTable
 
 __all__ = [
+    "BACKENDS",
     "BackendInfo",
+    "BackendName",
     "Mask",
     "TensorTable",
     "backend_info",

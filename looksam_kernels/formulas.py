@@ -332,6 +332,8 @@ class Ascent(NamedTuple):
     """c, one number a row; or one for each input."""
     pairs: tuple[Pair, ...]
     inputs: tuple[str, ...] = ("g",)
+    adaptive: str | None = None
+    """The rule that takes its place where a group is adaptive: with T = |w| + eta."""
 
 
 class Descent(NamedTuple):
@@ -354,7 +356,7 @@ def _pairs(names: str) -> tuple[Pair, ...]:
 
 
 ASCENTS = {
-    "sam": Ascent(sam, _pairs("gg")),
+    "sam": Ascent(sam, _pairs("gg"), adaptive="asam"),
     "asam": Ascent(asam, (("Tg", "Tg"),)),
     "esam": Ascent(esam, _pairs("gg")),
     "trust_normalized": Ascent(trust_normalized, _pairs("gg ww")),

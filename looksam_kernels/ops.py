@@ -15,7 +15,7 @@ from looksam_kernels import formulas, updates
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
-from looksam_kernels.updates import BASES, OPTION, own
+from looksam_kernels.updates import BASES, STATE_NEEDS, own
 from looksam_kernels.updates import states as states
 
 Adaptive = Sequence[float | None]
@@ -163,8 +163,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     takes_part = table.present(coefficients.inputs[0])
     for name in BASES[base].states:
         rows = takes_part
-        if name in OPTION and not all(table.present(name)):
-            has = [bool(own(g, OPTION[name])) for g in groups]
+        if name in STATE_NEEDS and not all(table.present(name)):
+            has = [bool(own(g, STATE_NEEDS[name])) for g in groups]
             rows = [part and has[i] for part, i in zip(takes_part, table.group, strict=True)]
         _need(table, name, rows)
     if base != "grad":

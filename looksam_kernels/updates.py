@@ -312,19 +312,19 @@ BASES: dict[str, Base] = {
 }
 """The bases by name."""
 
-OPTION = {"momentum_buffer": "momentum", "grad_avg": "centered"}
+STATE_NEEDS = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 """States that only those groups have in which this option is not 0."""
 
 INITIAL = {"sum": "initial_accumulator_value"}
 """States that start at the value of this option; the others start at 0."""
 
-FLAGS = ("nesterov", "centered", "always_adapt", "trust_clip", "no_prox")
+FLAGS = ("nesterov", "centered", "always_adapt", "trust_clip", "bias_correction", "no_prox")
 """The hyper-parameters that are yes or no."""
 
 
 def states(base: str, group: Scalars) -> tuple[str, ...]:
     """The state columns that a group needs."""
-    return tuple(name for name in BASES[base].states if name not in OPTION or own(group, OPTION[name]))
+    return tuple(name for name in BASES[base].states if name not in STATE_NEEDS or own(group, STATE_NEEDS[name]))
 
 
 def hyper_of(group: Scalars, name: str) -> Any:

@@ -344,17 +344,17 @@ class Table : public DeviceTable {
 
     args.operands = static_cast<std::int32_t>(operands.size());
     args.adaptive = -1;
-    // The first operand that is not uploaded travels with this launch, which files it.
-    std::string travelling;
-    for (std::size_t k = 0; k < operands.size() && args.travels_to == nullptr; ++k) {
+    // The first operand that is not uploaded is passed with this launch, which writes it to the device.
+    std::string passed;
+    for (std::size_t k = 0; k < operands.size() && args.passed_to == nullptr; ++k) {
       const std::string name = column_of(operands[k]);
       if (is_uploaded(session, name, columns.refs(name))) continue;
-      travelling = name;
+      passed = name;
       columns_[name].uploaded.invalidate();
-      args.travels_to = array_of(session, columns_[name]);
-      args.travels = static_cast<std::int32_t>(k);
+      args.passed_to = array_of(session, columns_[name]);
+      args.passed = static_cast<std::int32_t>(k);
     }
-    const auto place = [&](const std::string& name) -> const Ref* { return name == travelling ? args.travels_to : columns.column(name); };
+    const auto place = [&](const std::string& name) -> const Ref* { return name == passed ? args.passed_to : columns.column(name); };
     for (std::size_t k = 0; k < operands.size(); ++k) {
       args.operand[k] = place(column_of(operands[k]));
       if (operands[k] == "Tg") {
@@ -395,8 +395,8 @@ class Table : public DeviceTable {
         launch.args.rule = *rule;
         std::copy(groups.begin(), groups.end(), launch.group);
       }
-      if (args.travels_to != nullptr) {
-        const auto& refs = columns.refs(travelling);
+      if (args.passed_to != nullptr) {
+        const auto& refs = columns.refs(passed);
         for (std::int32_t row = 0; row < window.rows.count; ++row) {
           launch.column.low[row] = static_cast<std::uint32_t>(refs[window.rows.first + row]);
           launch.column.high[row] = static_cast<std::uint16_t>(refs[window.rows.first + row] >> 32);
@@ -404,9 +404,9 @@ class Table : public DeviceTable {
       }
       cuda::sums(window.kind, window.chunks, launch, rule != nullptr ? static_cast<int>(groups.size()) : 0, session.stream);
     }
-    if (args.travels_to != nullptr) {
-      columns_[travelling].refs = columns.refs(travelling);
-      columns_[travelling].uploaded.confirm(session);
+    if (args.passed_to != nullptr) {
+      columns_[passed].refs = columns.refs(passed);
+      columns_[passed].uploaded.confirm(session);
     }
   }
 };

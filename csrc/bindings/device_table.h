@@ -302,7 +302,7 @@ class DeviceTable {
     return arrangement;
   }
 
-  // One launch each: at most kMaxRows rows, and, where the groups travel too, kStepGroups groups that follow each other.
+  // One launch each: at most kMaxRows rows, and, where the groups are passed too, kStepGroups groups that follow each other.
   std::vector<Window> windows(const Layout& layout, bool groups) const {
     std::vector<Window> result;
     const auto count = static_cast<std::int32_t>(rows());

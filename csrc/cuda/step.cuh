@@ -15,9 +15,7 @@ struct StepGroup {
   Ref lr;  // a scalar on the device in place of hyper.lr; narrow: float, else double
 };
 
-inline constexpr int kStepGroups = 36;  // in one launch, whose arguments then fit in 4 KB
-
-struct StepArgs {
+struct StepTable {
   ChunkMap map;
   Rows rows;
   Base base;
@@ -35,11 +33,17 @@ struct StepArgs {
   const double* trust;            // lars' ratios, [rows of the whole table]; null: the base is another
   double* trust_ratio;            // lamb's, likewise
   const std::int32_t* group;      // [rows of the whole table]
-  std::int32_t first_group;       // of the groups below
   Bits perturbed;
+};
+
+// How many groups one launch takes: the rest of its bytes.
+inline constexpr int kStepGroups = static_cast<int>((kShortArguments - sizeof(StepTable) - 8) / sizeof(StepGroup));
+
+struct StepArgs : StepTable {
+  std::int32_t first_group;
   StepGroup groups[kStepGroups];
 };
-static_assert(sizeof(StepArgs) <= 4096);
+static_assert(sizeof(StepArgs) <= kShortArguments && kStepGroups >= 16);
 
 // Where a row's step starts, and where it goes.
 template <class T>

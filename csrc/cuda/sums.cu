@@ -7,16 +7,16 @@ namespace looksam::cuda {
 void sums(Kind kind, std::int64_t blocks, const LargeSums& launch, int groups, Stream stream) {
   // Blocks there must be, for the coefficients of a table without elements.
   blocks = std::max<std::int64_t>(blocks, 1);
-  const std::int32_t travelling = launch.args.travels_to != nullptr ? launch.args.rows.count : 0;
+  const std::int32_t passed = launch.args.passed_to != nullptr ? launch.args.rows.count : 0;
   with_types(kind, [&](auto types) {
     using T = decltype(types);
-    if (travelling > SmallSums::rows || groups > SmallSums::groups)
+    if (passed > SmallSums::rows || groups > SmallSums::groups)
       return execute<SumsBody<T, LargeSums>>("sums", blocks, launch, stream);
     SmallSums small;
     small.args = launch.args;
     std::copy_n(launch.group, groups, small.group);
-    std::copy_n(launch.column.low, travelling, small.column.low);
-    std::copy_n(launch.column.high, travelling, small.column.high);
+    std::copy_n(launch.column.low, passed, small.column.low);
+    std::copy_n(launch.column.high, passed, small.column.high);
     execute<SumsBody<T, SmallSums>>("sums", blocks, small, stream);
   });
 }

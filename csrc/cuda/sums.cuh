@@ -45,8 +45,8 @@ struct SumsArgs {
   std::int32_t rows_here;          // with chunks in this launch
   std::int32_t operands;
   const Ref* operand[kOperands];
-  Ref* travels_to;                      // the operand that travels with this launch is written here; null: none does
-  std::int32_t travels;            // which operand that is
+  Ref* passed_to;                  // the operand that is passed in the arguments is written here; null: none is
+  std::int32_t passed;             // which operand that is
   std::int32_t adaptive;           // this operand is T times its column; negative: none is
   const Ref* w;                    // read for T only
   const double* eta;               // [rows], NaN where T = 1
@@ -58,19 +58,22 @@ struct SumsArgs {
   RuleArgs rule;
 };
 
-template <int kRows, int kGroups>
+// kRows: of the column that is passed along. The rest of the bytes is for the groups.
+template <int kRows, std::size_t kBytes>
 struct SumsLaunch {
-  SumsArgs args;
-  RowHyper group[kGroups];
-  Travelling<kRows> column;
+  static constexpr int rows = kRows;
+  static constexpr int groups =
+      static_cast<int>((kBytes / 8 * 8 - sizeof(SumsArgs) - sizeof(PassedColumn<kRows>)) / sizeof(RowHyper));
 
-  static constexpr int rows = kRows, groups = kGroups;
+  SumsArgs args;
+  RowHyper group[groups];
+  PassedColumn<kRows> column;
 };
 
-// Two sizes of argument, since every launch pays for its bytes. Both are what CUDA 12.1 and later allow.
-using SmallSums = SumsLaunch<312, 18>;
-using LargeSums = SumsLaunch<kMaxRows, 88>;
-static_assert(sizeof(SmallSums) <= 4096 && sizeof(LargeSums) <= 32764);
+using SmallSums = SumsLaunch<312, kShortArguments>;
+using LargeSums = SumsLaunch<kMaxRows, kLongArguments>;
+static_assert(sizeof(SmallSums) <= kShortArguments && sizeof(LargeSums) <= kLongArguments);
+static_assert(SmallSums::groups >= 8 && LargeSums::groups >= 64);
 
 template <class T, class Launch>
 struct SumsBody {
@@ -88,9 +91,9 @@ struct SumsBody {
   template <class Block>
   LOOKSAM_HD static void run(const Block& block, Shared& shared, const Launch& launch) {
     const SumsArgs& a = launch.args;
-    if (a.travels_to != nullptr)
+    if (a.passed_to != nullptr)
       for (std::int64_t i = block.index() * block.size() + block.rank(); i < a.rows.count; i += block.count() * block.size())
-        a.travels_to[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
+        a.passed_to[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
 
     bool last = a.rows_here == 0;
     if (!last) {
@@ -112,8 +115,8 @@ struct SumsBody {
     const SumsArgs& a = launch.args;
     const auto span = [&](int k) {
       if (k >= a.operands) return Span<T>({0}, 0);
-      const bool travelling = a.travels_to != nullptr && k == a.travels;
-      return Span<T>(travelling ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
+      const bool passed = a.passed_to != nullptr && k == a.passed;
+      return Span<T>(passed ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
     };
     const Span<T> x[kOperands] = {span(0), span(1), span(2)};
     const double eta = a.adaptive >= 0 ? a.eta[chunk.row] : 0;
@@ -252,7 +255,7 @@ struct LarsArgs {
   double* trust;  // [rows]
   LarsHyper group[kLarsGroups];
 };
-static_assert(sizeof(LarsArgs) <= 4096);
+static_assert(sizeof(LarsArgs) <= kShortArguments);
 
 // The trust ratio of each row, and d times it.
 struct LarsBody {

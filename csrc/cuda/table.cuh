@@ -1,4 +1,4 @@
-// The tensor table on the device, and the part of it that travels in kernel arguments.
+// The tensor table on the device, and the part of it that is passed in kernel arguments.
 //
 // Columns lie in device memory as one Ref a row. Nothing is ever copied there from the host: kernels write what they were
 // given by value, so that filling the table needs no staging memory, no synchronisation, and works while a graph is captured.
@@ -37,9 +37,12 @@ struct Bits {
   LOOKSAM_HD bool has(std::int32_t i) const { return (word[i / 32] >> (i % 32) & 1u) != 0; }
 };
 
-// A column on its way to the device, 6 bytes a row: addresses have 48 bits. CUDA lets arguments be 32,764 bytes long.
+// How long the arguments of a launch are at most: every launch pays for its bytes; and what CUDA 12.1 and later allow.
+inline constexpr std::size_t kShortArguments = 4096, kLongArguments = 32764;
+
+// A column that is passed in the arguments of a launch, 6 bytes a row: addresses have 48 bits.
 template <int kRows>
-struct Travelling {
+struct PassedColumn {
   std::uint32_t low[kRows];
   std::uint16_t high[kRows];
 

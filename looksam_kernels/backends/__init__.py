@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from looksam_kernels.masks import Mask
     from looksam_kernels.table import TensorTable
 
-ORDER = ("native", "triton", "reference")
+BackendName = Literal["native", "triton", "reference"]
+ORDER: tuple[BackendName, ...] = get_args(BackendName)
+"""The first that runs on a device is taken."""
 
 Adaptive = Sequence[float | None] | None
 

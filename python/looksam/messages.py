@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from looksam_kernels import BACKENDS
+
 LONGEST = 60
 
 
@@ -82,6 +84,3 @@ def check_backend(name: Any) -> None:
         raise ValueError(
             f"unknown backend {shown(name)}; choose one of {', '.join(map(repr, BACKENDS))}{did_you_mean(name, BACKENDS)}"
         )
-
-
-BACKENDS = ("native", "triton", "reference")

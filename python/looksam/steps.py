@@ -103,8 +103,8 @@ class RunningStep:
         if not self.perturbed:
             binding.make_backups(ASCENTS[rule].inputs[0])
         etas = binding.etas()
-        if etas is not None and rule == "sam":
-            rule = "asam"
+        if etas is not None:
+            rule = ASCENTS[rule].adaptive or rule
         coefficients = self._measure(rule, self._groups(), grad_scale, etas)
         self.perturbed = True
         ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.hyper))

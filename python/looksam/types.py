@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from looksam_kernels import BackendName as BackendName
+
 BaseName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "lamb", "lars", "lion", "adan"]
 """The fused bases."""
 BaseOptimizer = BaseName | type[Optimizer]
 NormScope = Literal["global", "tensor"]
 LayerScale = Literal["trust_normalized", "trust", "trust_global", "unit"]
-BackendName = Literal["native", "triton", "reference"]
 Closure = Callable[..., Any]
