@@ -49,8 +49,8 @@ def test_contract_33_replicas_stay_equal(ranks: Ranks, backend: str, variant: st
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
 
 
-def m_sharpness_by_hand(steps: int, k: int, reuse: bool) -> list[np.ndarray]:
-    """LookSAM (or SAM) over SGD with momentum where each half of the batch perturbs by itself, in one process."""
+def m_sharpness_by_hand(steps: int, k: int, variant: str) -> list[np.ndarray]:
+    """SAM, LookSAM or GSAM over SGD with momentum where each half of the batch perturbs by itself, in one process."""
     model = network(dtype=torch.float64)
     params = list(model.parameters())
     descent = torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-2)
@@ -81,7 +81,10 @@ def m_sharpness_by_hand(steps: int, k: int, reuse: bool) -> list[np.ndarray]:
         if step % k == 0:
             d = [(a + b) / 2 for a, b in zip(*own_s, strict=True)]
             q = [s - dot(g, d) / dot(g, g) * v for s, v in zip(d, g, strict=True)]
-        elif reuse:
+            if variant == "gsam":
+                c = dot(g, d) / dot(d, d)
+                d = [(1 + 0.4 * c) * s - 0.4 * v for s, v in zip(d, g, strict=True)]
+        elif variant == "looksam":
             d = [v + 0.7 * (dot(g, g) / dot(q, q)).sqrt() * o for v, o in zip(g, q, strict=True)]
         else:
             d = g
@@ -93,14 +96,14 @@ def m_sharpness_by_hand(steps: int, k: int, reuse: bool) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", ["sam", "looksam"])
+@pytest.mark.parametrize("variant", ["sam", "looksam", "gsam"])
 @pytest.mark.parametrize("views", [False, True])
 def test_contract_34_m_sharpness(ranks: Ranks, backend: str, variant: str, views: bool) -> None:
     wrapper = {"gradient_as_bucket_view": views}
     (w0, q0), (w1, q1) = ranks.run(ddp, variant, "sgd", STEPS, wrapper, {"backend": backend, "m_sharpness": True})
     for a, b in zip([*w0, *q0], [*w1, *q1], strict=True):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(m_sharpness_by_hand(STEPS, 2, variant == "looksam"), w0, strict=True):
+    for a, b in zip(m_sharpness_by_hand(STEPS, 2, variant), w0, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # clip_grad_norm_ adds 1e-6 to the norm
     (synced, _), _ = ranks.run(ddp, variant, "sgd", STEPS, wrapper, {"backend": backend})
     assert np.abs(synced[0] - w0[0]).max() > 1e-5
