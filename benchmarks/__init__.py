@@ -3,7 +3,7 @@
 ===================================================  ====================================================================
 ``make bench``                                       all lists and cases; writes ``benchmarks/results/<cpu>-<date>.json``
                                                      and the table made from it
-``python -m benchmarks --quick``                     a look in half a minute; ``--help`` has the choices
+``python -m benchmarks --quick``                     a short run of half a minute; ``--help`` has the choices
 ``python -m benchmarks --shapes vit-b --only SAM``   one list, some cases
 ``python -m benchmarks --device cuda``               on a GPU, with launches, synchronisations and host time
 ``pytest benchmarks/ -k LookSAM --shapes vit-s``     the same cases through pytest-benchmark

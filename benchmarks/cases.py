@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 class Arena:
-    """The tensors that the contenders of one parameter list share: the weights and the gradients of both looks.
+    """The tensors that the contenders of one parameter list share: the weights and the gradients of both passes.
 
     One memory for all, and gradients written anew before every run: one that writes over them spoils nothing.
     """
@@ -58,7 +58,7 @@ class Arena:
         for p, x in zip(self.params, gradients, strict=True):
             p.grad = x
 
-    def looks(self, *gradients: Sequence[Tensor] | None) -> Closure:
+    def closure(self, *gradients: Sequence[Tensor] | None) -> Closure:
         """A closure that does nothing but hand over gradients, one list a call; ``None``: what is in place stays."""
         left = iter(gradients)
 
@@ -89,7 +89,7 @@ class Arena:
 class Case(NamedTuple):
     """``passes`` names the columns that one step reads (R) and writes (W), pass by pass; see :attr:`bytes_per_param`.
 
-    w weights, b their backup, g and s the gradients of the first and the second look, q LookSAM's component, m and v
+    w weights, b their backup, g and s the gradients of the first and the second pass, q LookSAM's component, m and v
     Adam's moments (m also SGD's momentum). ``columns``: model-sized buffers that it holds beside w, g and s.
     """
 
@@ -120,9 +120,9 @@ def whole(make: Callable[[Arena], SharpnessAware], sharp: bool) -> Callable[[Are
                 group["phase"] = phase
 
         def step() -> None:
-            opt.step(arena.looks(None, arena.s) if opt.needs_second_pass else arena.looks(None))
+            opt.step(arena.closure(None, arena.s) if opt.needs_second_pass else arena.closure(None))
 
-        if "k" in opt.param_groups[0]:  # what a cheap step reuses comes from a sharp one
+        if "k" in opt.param_groups[0]:  # what a reuse step reads comes from a sharp step
             prepare(phase=0)
             step()
         return Run(prepare, step)
@@ -231,7 +231,7 @@ def perturb(arena: Arena) -> Run:
 
 
 def step(base: str, rule: str = "at_w") -> Callable[[Arena], Run]:
-    """A rule that needs s steps down from perturbed weights: it reads the backup, and the restore is free."""
+    """Where d needs s, the weights are perturbed before the update: it reads the backup, and the restore is free."""
 
     def build(arena: Arena) -> Run:
         table = arena.table

@@ -74,7 +74,7 @@ def po_sam(fused: bool) -> Callable[[Arena], Run]:
     def build(arena: Arena) -> Run:
         cls = _installed("pytorch_optimizer").SAM
         opt = cls([{"params": arena.params, "foreach": True}], AdamW, **BASE, fused=fused)
-        return Run(arena.refill, lambda: opt.step(arena.looks(arena.s)))
+        return Run(arena.refill, lambda: opt.step(arena.closure(arena.s)))
 
     return build
 
@@ -93,10 +93,10 @@ def po_looksam(refresh: bool, fused: bool) -> Callable[[Arena], Run]:
                 group["looksam_step"] = step
 
         def step() -> None:
-            opt.step(arena.looks(arena.s if refresh else arena.g))
+            opt.step(arena.closure(arena.s if refresh else arena.g))
 
         prepare(step=0)
-        opt.step(arena.looks(arena.s))
+        opt.step(arena.closure(arena.s))
         return Run(prepare, step)
 
     return build
@@ -158,7 +158,7 @@ class LoopSAM:
 def loop_sam(arena: Arena) -> Run:
     """Over AdamW as torch picks it by default: a loop on the CPU, foreach on CUDA."""
     opt = LoopSAM(arena.params, AdamW(arena.params, **BASE))
-    return Run(arena.refill, lambda: opt.step(arena.looks(arena.s)))
+    return Run(arena.refill, lambda: opt.step(arena.closure(arena.s)))
 
 
 YARDSTICK = "torch fused AdamW"

@@ -139,8 +139,8 @@ class Bench:
         """
         records: dict[str, Record] = {}
         held = 3 + PEERS[YARDSTICK].columns + max(case.columns for case in cases)
-        room = (self.args.memory * 1e9 - 8 * peers.COPIED) / (4 * arena.numel) - held
-        for guests in rounds([p for p in cases[0].peers if self.invited(p, name)], room):
+        free = (self.args.memory * 1e9 - 8 * peers.COPIED) / (4 * arena.numel) - held
+        for guests in rounds([p for p in cases[0].peers if self.invited(p, name)], free):
             self.console.print(f"[dim]{name}: {cases[0].name if len(cases) == 1 else 'ops'}[/]", highlight=False)
             runs = self.contenders(name, arena, cases, guests)
             others = machine.Others()
@@ -222,11 +222,11 @@ def first_step(run: Run) -> Run:
     return run
 
 
-def rounds(names: list[str], room: float) -> list[list[str]]:
-    """Distributes peers, in order, over rounds that hold at most ``room`` columns; at least one round, one a round."""
+def rounds(names: list[str], free: float) -> list[list[str]]:
+    """Distributes peers, in order, over rounds that hold at most ``free`` columns; at least one round, one a round."""
     found: list[list[str]] = [[]]
     for name in names:
-        if found[-1] and sum(PEERS[n].columns for n in (*found[-1], name)) > room:
+        if found[-1] and sum(PEERS[n].columns for n in (*found[-1], name)) > free:
             found.append([])
         found[-1].append(name)
     return found

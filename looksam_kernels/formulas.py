@@ -390,7 +390,7 @@ DESCENTS = {
 }
 
 STORED = ("w", "q", "m", "y")
-"""Columns that carry no loss scale; all others are gradients of this step and do."""
+"""Columns without a loss scale in them; all others are gradients of this step, which contain it."""
 
 MAX_INPUTS = 3
 

@@ -52,7 +52,7 @@ def coefficients(
         sums: made by :func:`sums`; added up over the ranks first where tensors are sharded.
         groups: the hyper-parameters of each group by name (``rho``, ``alpha``, ``perturb_eps``, ``norm_scope``,
             ``maximize``, ...), numbers or 0-dim tensors.
-        grad_scale: the loss scale that g and s carry; d and q are divided by it.
+        grad_scale: the loss scale that g and s contain; d and q are divided by it.
         found_inf: 1.0 if an earlier pass of this step was not finite.
         max_grad_norm: scale d by min(1, max_grad_norm / ||d||); the sums must hold the rule's ``clip_pairs`` too.
         trust_ratio: then scale each row of a descent by LARS's (:func:`looksam_kernels.formulas.lars_ratio`), for the

@@ -68,7 +68,7 @@ def test_cases_run_again_and_again(case: Any) -> None:
 
 def test_a_reuse_step_reuses_and_a_refresh_looks_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     handed = []
-    monkeypatch.setattr(Arena, "looks", lambda self, *given: handed.append(len(given)) or looks(self, *given))
+    monkeypatch.setattr(Arena, "closure", lambda self, *given: handed.append(len(given)) or closure(self, *given))
     arena = Arena(SMALL, backend="reference")
     cases = {case.name: case.build(arena) for case in STEPS}
     for name, calls in (("LookSAM refresh", 2), ("LookSAM reuse", 1), ("SAM", 2), ("AdamW", 1)):
@@ -78,7 +78,7 @@ def test_a_reuse_step_reuses_and_a_refresh_looks_twice(monkeypatch: pytest.Monke
         assert handed == [calls, calls], name
 
 
-looks = Arena.looks
+closure = Arena.closure
 
 
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name != run.COMPILED])
