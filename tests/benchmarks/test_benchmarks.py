@@ -66,9 +66,9 @@ def test_cases_run_again_and_again(case: Any) -> None:
     assert all(p.isfinite().all() for p in arena.params)
 
 
-def test_a_reuse_step_reuses_and_a_refresh_looks_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reuse_step_reuses_and_a_sharp_step_takes_two_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     handed = []
-    monkeypatch.setattr(Arena, "closure", lambda self, *given: handed.append(len(given)) or closure(self, *given))
+    monkeypatch.setattr(Arena, "closure", lambda self, *given: handed.append(len(given)) or original(self, *given))
     arena = Arena(SMALL, backend="reference")
     cases = {case.name: case.build(arena) for case in STEPS}
     for name, calls in (("LookSAM refresh", 2), ("LookSAM reuse", 1), ("SAM", 2), ("AdamW", 1)):
@@ -78,7 +78,7 @@ def test_a_reuse_step_reuses_and_a_refresh_looks_twice(monkeypatch: pytest.Monke
         assert handed == [calls, calls], name
 
 
-closure = Arena.closure
+original = Arena.closure
 
 
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name != run.COMPILED])

@@ -11,6 +11,7 @@ tried there, from a folder beside.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -132,17 +133,26 @@ def existing(python: str, folder: Path, wheel: str) -> None:
     use(Path(python), folder, "INFO looksam: backend native on", env)
 
 
+def supported() -> list[str]:
+    """The oldest torch that pyproject.toml allows, and the one that constraints.txt pins."""
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    pinned = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert oldest is not None
+    assert pinned is not None
+    return [f"{oldest[1]}.0", pinned[1]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    pinned = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    parser.add_argument("--torch", action="append", help=f"a version to install; default: {pinned[7:]}")
+    default = ", ".join(supported())
+    parser.add_argument("--torch", action="append", help=f"a version to install; default: {default}")
     parser.add_argument("--base", default=sys.executable, help="the Python that makes the environments")
     parser.add_argument("--python", action="append", default=[], help="of an environment that has torch already")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="looksam-release-") as temporary:
         folder = Path(temporary)
         found = artefacts(folder)
-        for number, torch in enumerate(options.torch or ([] if options.python else [pinned[7:]])):
+        for number, torch in enumerate(options.torch or ([] if options.python else supported())):
             (folder / str(number)).mkdir()
             fresh(torch, folder / str(number), found, options.base)
         for number, python in enumerate(options.python):
