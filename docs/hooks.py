@@ -19,6 +19,7 @@ log = get_plugin_logger("looksam")
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "looksam"
 VARIANTS = tuple(PACKAGE / name for name in ("variants.py", "esam.py", "aesam.py", "sampa.py", "standalone.py"))
+FILE = re.compile(r"^<!-- file: (\S+) -->$", re.MULTILINE)
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")
 SHIM = "https://unpkg.com/iframe-worker/shim"
@@ -26,11 +27,12 @@ MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """``<!-- variants -->`` -> one row for each variant; ``<!-- version -->`` -> that of the sources."""
+    """``<!-- variants -->`` -> one row for each variant; ``<!-- version -->`` -> that of the sources;
+    ``<!-- file: examples/ddp.py -->`` -> that file as a block of code."""
     for comment, made in (("<!-- variants -->", table), ("<!-- version -->", version)):
         if comment in markdown:
             markdown = markdown.replace(comment, made(), 1)
-    return markdown
+    return FILE.sub(lambda m: f'```python title="{m[1]}"\n{(ROOT / m[1]).read_text()}```', markdown)
 
 
 def version() -> str:

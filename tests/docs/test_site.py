@@ -25,9 +25,10 @@ ROOT = Path(__file__).parents[2]
 WIDEST = 84
 """Columns of a code block in a window of 1280 pixels."""
 REPOSITORY = "https://example.org/a/repository"
+FILE = r"<!-- file: (\S+) -->"
 LITERAL = ("pre", "code", "math", "script", "style")
 """Elements whose text may hold any character."""
-REMAINS = re.compile(r"\|\s*:?-{3,}|\*\*|`|\]\[|\]\(|\$\$|\\[()\[]|^\s*:::|<!--|^\s*\||--8<--", re.MULTILINE)
+REMAINS = re.compile(r"\|\s*:?-{3,}|\*\*|`|\]\[|\]\(|\$\$|\\[()\[]|^\s*:::|<!--|^\s*\|", re.MULTILINE)
 LOADED = (("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"))
 
 
@@ -148,6 +149,14 @@ def test_the_home_page_says_how_to_install_which_version_and_where(pages: list[B
     assert any("pip install" in block for block in home.code)
     assert re.search(r"Version\s+\d+\.\d+", "".join(home.text))
     assert REPOSITORY in home.links
+
+
+def test_the_examples_are_shown_whole(pages: list[Built]) -> None:
+    shown = [block.strip() for block in dict(pages)["examples.html"].code]
+    assert shown == [
+        (ROOT / link).read_text().strip() for link in re.findall(FILE, (ROOT / "docs/examples.md").read_text())
+    ]
+    assert len(shown) == len(list((ROOT / "examples").glob("*.py")))
 
 
 def test_pages_lead_to_the_previous_and_the_next(site: Path) -> None:
