@@ -66,7 +66,9 @@ OPTIONS = (
         default="laptop",
         help="Values of the options that are left out: for a minute, for half an hour, for a data-centre GPU.",
     ),
-    click.option("--recipe", type=click.Choice(list(RECIPES)), help="Methods and values of the literature, by name."),
+    click.option(
+        "--recipe", type=click.Choice(list(RECIPES)), help="Methods and usual values for a task of the literature."
+    ),
     click.option("--seeds", type=COUNT, default=4, help="Number of seeds, counted from --seed."),
     click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Base of methods that name none."),
     click.option(

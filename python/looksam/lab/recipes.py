@@ -1,4 +1,8 @@
-"""Recipes: methods and values of the literature, by name. What the user gives on the command line takes precedence."""
+"""Recipes: the tasks of the literature, by name. What the user gives on the command line takes precedence.
+
+alpha, and rho of Look-LayerSAM, are those of Liu et al. 2022; the other values are the usual ones for these models. Nobody has
+run the recipes of this file in full.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    # Foret et al. 2021 and Liu et al. 2022, with the usual CIFAR schedule.
     "cifar100-resnet18-looksam": {
         "methods": ("sgd", "sam:rho=0.1", "looksam-5:rho=0.1,alpha=0.7"),
         "data": None, "model": "resnet18", "epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4,
@@ -15,7 +18,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "methods": ("sgd", "sam:rho=0.1", "looksam-5:rho=0.1,alpha=0.7"),
         "data": None, "model": "wrn28-10", "epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4,
     },
-    # Liu et al. 2022: ViT-B/16, batch 4096; AdamW for LookSAM, LAMB with large batches for Look-LayerSAM.
     "imagenet-vit-b16-looksam": {
         "methods": ("looksam-5+adamw:rho=0.1,alpha=0.7",),
         "data": None, "stream": True, "image_size": 224, "model": "vit-base", "patch": 16, "epochs": 300, "batch_size": 4096,

@@ -1,4 +1,4 @@
-"""``looksam drift``: how fast the parts of SAM's gradient change. Liu et al. 2022, figure 3."""
+"""``looksam drift``: how fast the parts of SAM's gradient change. Liu et al. 2022."""
 
 from __future__ import annotations
 

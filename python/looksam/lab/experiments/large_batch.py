@@ -1,4 +1,4 @@
-"""``looksam large-batch``: LAMB and the variants over it, over growing batches. Liu et al. 2022, table 4."""
+"""``looksam large-batch``: LAMB and the variants over it, over growing batches. Liu et al. 2022."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``looksam sensitivity``: accuracy over alpha and rho. Liu et al. 2022, figures 5 and 6."""
+"""``looksam sensitivity``: accuracy over alpha and rho. Liu et al. 2022."""
 
 from __future__ import annotations
 
