@@ -10,12 +10,13 @@ import click
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..config import make_generator
 from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
-from ..figures import COLOURS, finish, new_figure, style
+from ..figures import COLOURS, new_figure, style
 from ..records import Experiment, mean_and_error
 from ..streaming import in_memory
 
@@ -174,8 +175,9 @@ def _eigenvalues(experiment: Experiment) -> Figure:
         count = min(len(value["values"]) for value in values)
         means = _array([value["values"][:count] for value in values]).mean(0)
         axes.plot(range(1, count + 1), means, marker="o", ms=5, label=method, **style(index))  # type: ignore[arg-type]
-    axes.set_yscale("log")
-    finish(figure, axes)
+    axes.set_ylim(bottom=min(0.0, axes.dataLim.ymin))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
     return figure
 
 
