@@ -141,6 +141,11 @@ def esam(sums: Sums, hyper: Hyper) -> Tensor:
     return _over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("g", "g").sqrt(), hyper)
 
 
+def esam_adaptive(sums: Sums, hyper: Hyper) -> Tensor:
+    """c = rho / (beta (||T g|| + perturb_eps)) with e = c T^2 (b g), b the mask."""
+    return _over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("Tg", "Tg").sqrt(), hyper)
+
+
 def trust_normalized(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho L_p / ||L g||, so that ||e|| = rho. LayerSAM, Liu et al. 2022."""
     scale = _layer_ratio(sums, hyper)
@@ -358,7 +363,8 @@ def _pairs(names: str) -> tuple[Pair, ...]:
 ASCENTS = {
     "sam": Ascent(sam, _pairs("gg"), adaptive="asam"),
     "asam": Ascent(asam, (("Tg", "Tg"),)),
-    "esam": Ascent(esam, _pairs("gg")),
+    "esam": Ascent(esam, _pairs("gg"), adaptive="esam_adaptive"),
+    "esam_adaptive": Ascent(esam_adaptive, (("Tg", "Tg"),)),
     "trust_normalized": Ascent(trust_normalized, _pairs("gg ww")),
     "trust": Ascent(trust, _pairs("gg ww")),
     "trust_global": Ascent(trust_global, _pairs("gg ww")),

@@ -25,7 +25,7 @@ LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg;
 
 enum class Rule : std::uint8_t {
   // ascents, e = T^2 sum_i c_i x_i
-  sam, asam, esam, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, along_previous, extrapolate,
+  sam, asam, esam, esam_adaptive, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, along_previous, extrapolate,
   // descents, d and what is written or added beside it
   as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso_direction, friendly_direction, sampa,
 };
@@ -49,6 +49,7 @@ inline constexpr RuleInfo kRules[] = {
     {"sam", Rule::sam, 1, {g}, kRho, false, false},
     {"asam", Rule::asam, 1, {g}, kRho, false, false},
     {"esam", Rule::esam, 1, {g}, kRho | kBeta, false, false},
+    {"esam_adaptive", Rule::esam_adaptive, 1, {g}, kRho | kBeta, false, false},
     {"trust_normalized", Rule::trust_normalized, 1, {g}, kRho | kLayerScaled, false, false},
     {"trust", Rule::trust, 1, {g}, kRho | kLayerScaled, false, false},
     {"trust_global", Rule::trust_global, 1, {g}, kRho | kLayerScaled, false, false},
@@ -159,6 +160,7 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::sam:
     case Rule::asam:
     case Rule::esam:
+    case Rule::esam_adaptive:
     case Rule::unit:
     case Rule::along_previous:
     case Rule::as_is: return {{1}, {}, {}};
@@ -212,6 +214,7 @@ LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const Ro
     case Rule::unit: return over_norm(h.rho, root(h.layer_scaled > 0 ? row.of(g, g) : total.of(g, g)), eps);
     case Rule::asam: return over_norm(h.rho, root(total.of(Tg, Tg)), eps);
     case Rule::esam: return over_norm(h.rho / h.beta, root(direction_sq_total), eps);
+    case Rule::esam_adaptive: return over_norm(h.rho / h.beta, root(total.of(Tg, Tg)), eps);
     default: return over_norm(h.rho, root(direction_sq_total), eps);
   }
 }

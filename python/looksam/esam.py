@@ -62,10 +62,13 @@ class ESAM(SharpnessAware):
         seed: int = 0,
         k: int = 1,
         perturb_eps: float = 1e-12,
+        adaptive: bool = False,
+        eta: float = 0.01,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed, "draws": 0, "k": k, "perturb_eps": perturb_eps}
+        hyper |= {"adaptive": adaptive, "eta": eta}
         variant = Variant(sharp=sharp_plan("esam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 

@@ -61,11 +61,10 @@ class LookSAM(SharpnessAware):
     When: SAM's effect at little more than the base's cost; take this one first.
 
     Args:
-        rho: radius of the perturbation, >= 0; per group.
         k: a sharp step on every k-th step, >= 1; k = 1 is SAM.
         alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
-        perturb_eps: added to ||g|| in the perturbation.
+        rho, perturb_eps, adaptive, eta: of the perturbation, as in :class:`looksam.SAM`.
 
     Beside these: those of the base (``lr``, ``weight_decay``, ``momentum`` or ``betas``, ...); ``max_grad_norm``, to clip;
     ``model``, so that the running statistics of batch norms move once a step. Everything else, and the errors:
@@ -94,10 +93,19 @@ class LookSAM(SharpnessAware):
         alpha: float = 0.7,
         norm_scope: NormScope = "global",
         perturb_eps: float = 1e-12,
+        adaptive: bool = False,
+        eta: float = 0.01,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope, "perturb_eps": perturb_eps}
+        hyper: dict[str, Any] = {
+            "rho": rho,
+            "k": k,
+            "alpha": alpha,
+            "norm_scope": norm_scope,
+            "perturb_eps": perturb_eps,
+        }
+        hyper |= {"adaptive": adaptive, "eta": eta}
         variant = Variant(sharp=sharp_plan("sam", "looksam_refresh"), between=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -212,7 +220,8 @@ class ASAM(SAM):
 class SSAM(SharpnessAware):
     """SSAM: SAM's direction at the length of the plain gradient. Tan et al. 2024.
 
-    e as SAM; s the gradient at w + e; base update with d = (||g|| / (||s|| + perturb_eps)) s.
+    e as SAM; s the gradient at w + e; base update with d = (||g|| / (||s|| + perturb_eps)) s, also if the
+    perturbation is adaptive.
 
     Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
     When: SAM is unstable at the desired rho or learning rate.
@@ -227,10 +236,12 @@ class SSAM(SharpnessAware):
         rho: float = 0.05,
         k: int = 1,
         perturb_eps: float = 1e-12,
+        adaptive: bool = False,
+        eta: float = 0.01,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "k": k, "perturb_eps": perturb_eps}
+        hyper = {"rho": rho, "k": k, "perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta}
         variant = Variant(sharp=sharp_plan("sam", "ssam"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -262,11 +273,13 @@ class GSAM(SharpnessAware):
         lr_min: float = 0.0,
         k: int = 1,
         perturb_eps: float = 1e-12,
+        adaptive: bool = False,
+        eta: float = 0.01,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
-        hyper |= {"k": k, "perturb_eps": perturb_eps}
+        hyper |= {"k": k, "perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta}
         variant = Variant(sharp=sharp_plan("sam", "gsam"), between=PLAIN, radius=_follows_lr)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -303,10 +316,13 @@ class WSAM(SharpnessAware):
         decouple: bool = True,
         k: int = 1,
         perturb_eps: float = 1e-12,
+        adaptive: bool = False,
+        eta: float = 0.01,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
+        hyper |= {"adaptive": adaptive, "eta": eta}
         variant = Variant(sharp=sharp_plan("sam", "wsam" if decouple else "wsam_coupled"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 

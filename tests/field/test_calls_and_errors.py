@@ -295,9 +295,9 @@ MISTAKES: list[tuple[str, Any, type[Exception], str]] = [
     ("model", lambda p: looksam.SAM([p], "sgd", lr=0.1, modell=None), TypeError, "'modell'.*'model'"),
     (
         "adaptive",
-        lambda p: looksam.GSAM([p], "sgd", lr=0.1, adaptive=True),
+        lambda p: looksam.CRSAM([p], "sgd", lr=0.1, adaptive=True),
         TypeError,
-        "GSAM over sgd has no.*'adaptive'.*lr_max",
+        "CRSAM over sgd has no.*'adaptive'.*gamma",
     ),
     (
         "wrapped",

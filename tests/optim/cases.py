@@ -70,6 +70,8 @@ FRIENDLY = (
 )
 LAMBDAS = ({"rho": 0.3, "lambda_": 0.2}, {"rho": 0.1, "lambda_": 0.9}, {"rho": 0.2, "lambda_": 0.0})
 ADAPTIVE = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "adaptive": False})
+ADAPTIVE_ALPHAS = tuple({**h, "alpha": a} for h, a in zip(ADAPTIVE, (0.7, 0.3, 1.2), strict=True))
+ADAPTIVE_GAMMAS = tuple({**h, "gamma": a} for h, a in zip(ADAPTIVE, (0.6, 0.3, 0.5), strict=True))
 
 METHODS = {
     "sam": Method(looksam.SAM, ascent_sam, options={"perturb_eps": 0.01}, k=1),
@@ -99,6 +101,16 @@ METHODS = {
         independent=independent.LookSAM,
     ),
     "ASAM-3": Method(looksam.ASAM, ascent_asam, ASAM),
+    "looksam-3-adaptive": Method(
+        looksam.LookSAM, ascent_asam, ADAPTIVE_ALPHAS, {"adaptive": True}, "global", independent=independent.LookSAM
+    ),
+    "ssam-3-adaptive": Method(looksam.SSAM, ascent_asam, ADAPTIVE, {"adaptive": True}, independent=independent.SSAM),
+    "gsam-3-adaptive": Method(
+        looksam.GSAM, ascent_asam, ADAPTIVE_ALPHAS, {"adaptive": True}, independent=independent.GSAM
+    ),
+    "wsam-3-adaptive": Method(
+        looksam.WSAM, ascent_asam, ADAPTIVE_GAMMAS, {"adaptive": True, "decouple": False}, independent=independent.WSAM
+    ),
     "ssam-3": Method(looksam.SSAM, options={"perturb_eps": 0.01}, independent=independent.SSAM),
     "gsam-3": Method(looksam.GSAM, hyper=SCHEDULE, options={"perturb_eps": 0.01}, independent=independent.GSAM),
     "wsam-3": Method(looksam.WSAM, hyper=GAMMAS, independent=independent.WSAM),

@@ -158,6 +158,29 @@ def test_esam_closure_calls(gamma: float, kept: int | None) -> None:
     assert chosen[0] == (sorted(set(chosen[0])) if kept else None)
 
 
+@on_backends
+def test_esam_adaptive_scales_the_masked_perturbation(backend: str) -> None:
+    """e = (rho / beta) b T^2 g / ||T g||, T = |w| + eta on matrices, 1 on the rest; the norm is that without the mask."""
+    random = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64)) for shape in ((40, 30), (50,))]
+    x = [torch.randn(p.shape, generator=random, dtype=torch.float64) for p in params]
+    start, seen = [p.detach().clone() for p in params], []
+
+    def closure(kept: Tensor | None) -> Tensor:
+        seen.append([p.detach().clone() for p in params])
+        return torch.stack([(p * g).sum() for p, g in zip(params, x, strict=True)])
+
+    options = {"rho": 0.5, "beta": 0.7, "gamma": 1.0, "adaptive": True, "eta": 0.1}
+    looksam.ESAM(params, "sgd", lr=0.1, backend=backend, **options).step(closure)
+    g = [v / 2 for v in x]  # of the mean of the two losses
+    t = [start[0].abs() + 0.1, torch.ones(50, dtype=torch.float64)]
+    norm = torch.stack([(a * b).square().sum() for a, b in zip(t, g, strict=True)]).sum().sqrt()
+    for before, moved, a, b in zip(start, seen[1], t, g, strict=True):
+        e = moved - before
+        torch.testing.assert_close(e, torch.where(e != 0, 0.5 / 0.7 * a**2 * b / norm, 0.0), rtol=1e-9, atol=1e-12)
+        assert 0.5 < (e != 0).double().mean() < 0.9
+
+
 def test_the_samples_that_grew_most_are_kept_in_the_order_of_the_batch() -> None:
     before, after = torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([3.0, 2, 3.5, 6, 4])
     assert sharpest(before, after, 0.4).tolist() == [0, 3]
