@@ -171,19 +171,33 @@ def test_frequent_questions_have_headings(pages: list[Built]) -> None:
     assert len([link for link in dict(pages)["faq.html"].links if link.startswith("#")]) > 2 * len(questions)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-@pytest.mark.parametrize("start", ["index.html", "api/looksam.html"])
-def test_the_search_works_from_a_folder(start: str, site: Path, tmp_path: Path) -> None:
-    """In a browser, without a server: a page asked with ``?q=`` searches by itself."""
+needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+
+
+def shown(address: str, profile: Path, *settings: str) -> str:
+    """A page as a browser has it after its scripts have run, without a server."""
     options = (
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
+        f"--user-data-dir={profile}",
         "--virtual-time-budget=8000",
     )
-    address = f"file://{site / start}?q=checkpoint"
-    done = subprocess.run(["chromium", *options, "--dump-dom", address], capture_output=True, text=True, check=True)
-    found = re.search(r"(\d+) matching documents", done.stdout)
+    command = ("chromium", *options, *settings, "--dump-dom", f"file://{address}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_browser
+@pytest.mark.parametrize("start", ["index.html", "api/looksam.html"])
+def test_the_search_works_from_a_folder(start: str, site: Path, tmp_path: Path) -> None:
+    """A page asked with ``?q=`` searches by itself."""
+    found = re.search(r"(\d+) matching documents", shown(f"{site / start}?q=checkpoint", tmp_path))
     assert found is not None
     assert int(found[1]) > 5
+
+
+@needs_browser
+@pytest.mark.parametrize(("preferred", "scheme"), [(0, "slate"), (1, "default")])
+def test_dark_and_light_follow_the_system(preferred: int, scheme: str, site: Path, tmp_path: Path) -> None:
+    page = shown(f"{site / 'index.html'}", tmp_path, f"--blink-settings=preferredColorScheme={preferred}")
+    assert re.search(rf'<body[^>]*data-md-color-scheme="{scheme}"', page)
