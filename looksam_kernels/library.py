@@ -46,7 +46,7 @@ def perturb_(w: Sequence[Tensor], backup: Sequence[Tensor], g: Sequence[Tensor],
     Args:
         c: shape [tensors].
     """
-    ops.perturb(TensorTable(w, b=backup, g=g), _coefficients(("g",), c.reshape(1, -1)))
+    ops.perturb(TensorTable(w, device=c.device, b=backup, g=g), _coefficients(("g",), c.reshape(1, -1)))
 
 
 @custom_op("looksam::restore_", mutates_args=("w",))
@@ -75,7 +75,7 @@ def _define(name: str, base: Base) -> Any:
         trust = values.pop(0).to(torch.float64) if ratio else None
         d = torch.stack([torch.ones_like(c), c]).to(torch.float64)
         found = _coefficients(("g", "q"), d if trust is None else d * trust)._replace(trust=trust)
-        table = TensorTable(**{column: x for column, x in columns.items() if x or column == "w"})
+        table = TensorTable(device=c.device, **{column: x for column, x in columns.items() if x or column == "w"})
         ops.step(table, name, found, [group_of(base, values)])
 
     op = custom_op(f"looksam::{name}_", update, mutates_args=written, schema=f"({', '.join(schema)}) -> ()")

@@ -48,6 +48,8 @@ def unavailable(device: torch.device) -> str | None:
     if (why := _not_usable()) is not None:
         return why
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no GPU with a driver here"
         return "TRITON_INTERPRET is set, and the interpreter runs on CPU tensors only" if _interpreting() else None
     if device.type != "cpu":
         return f"Triton has no code for {device.type} tensors"

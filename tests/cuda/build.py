@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pybind11
 import torch
@@ -35,8 +36,15 @@ PYTHON = [
 TORCH = Path(torch.__file__).parent / "lib"
 LIBRARIES = [f"-L{TORCH}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH}"]
 
-Fault = tuple[str, str, str]
-"""A file under csrc/cuda, text that stands in it once, and what to put in its place."""
+
+class Fault(NamedTuple):
+    kernel: str
+    """One of :data:`KERNELS`, which alone is compiled with the fault."""
+    file: str
+    """Under csrc/cuda."""
+    text: str
+    """Stands in it once."""
+    replacement: str
 
 
 def run(*command: str | Path) -> str:
@@ -78,22 +86,28 @@ def binding_object() -> Path:
 def harness(sanitize: bool, fault: Fault | None = None) -> Path:
     """The extension module ``_harness``: looksam_kernels._cuda, for CPU tensors."""
     name = "sanitized" if sanitize else "plain"
-    if fault is not None:
-        name += "-" + hashlib.sha256(repr(fault).encode()).hexdigest()[:8]
+    command = [CXX, "-std=c++17", *COMMON, *(SANITIZE if sanitize else CONTRACT), "-x", "c++"]
+    sources = [CSRC / "cuda" / f"{kernel}.cu" for kernel in KERNELS] + [CSRC / "harness" / "execute.cpp"]
     with locked(name) as folder:
-        source = CSRC if fault is None else _with_fault(fault, folder)
-        flags = ["-std=c++17", "-O1" if fault is None else "-O0", *COMMON, *(SANITIZE if sanitize else CONTRACT)]
-        sources = [source / "cuda" / f"{kernel}.cu" for kernel in KERNELS] + [source / "harness" / "execute.cpp"]
         with ThreadPoolExecutor(2) as pool:
-            jobs = [pool.submit(compiled, [CXX, *flags, "-x", "c++"], path, folder) for path in sources]
+            jobs = [pool.submit(compiled, [*command, "-O1"], path, folder) for path in sources]
             objects = [job.result() for job in jobs] + [binding_object()]
-        module = folder / "_harness.so"
-        run(CXX, "-shared", *(SANITIZE if sanitize else []), *objects, "-o", module, *LIBRARIES)
+        if fault is None:
+            return _module(objects, folder, sanitize)
+    with locked(f"{name}-{hashlib.sha256(repr(fault).encode()).hexdigest()[:8]}") as folder:
+        source = _with_fault(fault, folder) / "cuda" / f"{fault.kernel}.cu"
+        objects[KERNELS.index(fault.kernel)] = compiled([*command, "-O0"], source, folder)
+        return _module(objects, folder, sanitize)
+
+
+def _module(objects: Sequence[Path], folder: Path, sanitize: bool) -> Path:
+    module = folder / "_harness.so"
+    run(CXX, "-shared", *(SANITIZE if sanitize else []), *objects, "-o", module, *LIBRARIES)
     return module
 
 
 def _with_fault(fault: Fault, folder: Path) -> Path:
-    file, text, replacement = fault
+    _, file, text, replacement = fault
     source = folder / "csrc"
     shutil.rmtree(source, ignore_errors=True)
     for part in ("core", "cuda", "harness"):

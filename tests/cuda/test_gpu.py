@@ -210,3 +210,12 @@ def test_an_error_is_not_left_for_the_next_call() -> None:
     assert native._cuda.refusal(torch.cuda.device_count()) is not None
     assert torch.ones(3, device="cuda").sum().item() == 3
     assert native._cuda.refusal(0) is None
+
+
+def test_operators_on_empty_lists_are_where_their_coefficients_are() -> None:
+    """Only a GPU can tell: for the other devices without one, torch calls the operators' fakes."""
+    for name in ("reference", *BACKENDS):
+        with lk.use_backend(name):
+            torch.ops.looksam.perturb_([], [], [], torch.zeros(0, device="cuda"))
+            nothing = ([], [], [], [], [], [])
+            torch.ops.looksam.adam_(*nothing, torch.zeros(0, device="cuda"), 0.1, 0.0, 0.9, 0.999, 1e-8)

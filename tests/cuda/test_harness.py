@@ -75,72 +75,67 @@ def test_launches() -> None:
     assert_green(on_harness(build.harness(sanitize=False), *LAUNCHES, sanitize=False))
 
 
-STEP, PERTURB, SUMS = "test_step and adamw", "(test_perturb or test_a_mask)", "test_sums"
+TESTS_OF = {"step": "test_step and adamw", "perturb": "(test_perturb or test_a_mask)", "sums": "test_sums"}
+"""Those that must fail when a kernel has a fault."""
 
-FAULTS: dict[str, tuple[build.Fault, str]] = {
-    "the last element of a tail is left out": (
-        (
-            "table.cuh",
-            "chunk_size - i < T::lanes ? chunk_size - i :",
-            "chunk_size - i < T::lanes ? chunk_size - i - 1 :",
-        ),
-        PERTURB,
+FAULTS = {
+    "the last element of a tail is left out": build.Fault(
+        "perturb",
+        "table.cuh",
+        "chunk_size - i < T::lanes ? chunk_size - i :",
+        "chunk_size - i < T::lanes ? chunk_size - i - 1 :",
     ),
-    "the block sum reads its terms before all are there": (
-        (
-            "block.cuh",
-            "scratch.of_thread[block.rank()] = x;\n  block.barrier();",
-            "scratch.of_thread[block.rank()] = x;",
-        ),
-        SUMS,
+    "the block sum reads its terms before all are there": build.Fault(
+        "sums",
+        "block.cuh",
+        "scratch.of_thread[block.rank()] = x;\n  block.barrier();",
+        "scratch.of_thread[block.rank()] = x;",
     ),
-    "the two states are swapped": (
-        (
-            "step.cuh",
-            "has_state<Update>(k, h) ? a.state[k]",
-            "has_state<Update>(k, h) ? a.state[(k + 1) % states_of<Update>]",
-        ),
-        STEP,
+    "the two states are swapped": build.Fault(
+        "step",
+        "step.cuh",
+        "has_state<Update>(k, h) ? a.state[k]",
+        "has_state<Update>(k, h) ? a.state[(k + 1) % states_of<Update>]",
     ),
-    "a row is added up when half of its blocks have arrived": (
-        (
-            "sums.cuh",
-            "&a.row_arrivals[chunk.row], end - begin))",
-            "&a.row_arrivals[chunk.row], (end - begin + 1) / 2))",
-        ),
-        SUMS,
+    "a row is added up when half of its blocks have arrived": build.Fault(
+        "sums",
+        "sums.cuh",
+        "&a.row_arrivals[chunk.row], end - begin))",
+        "&a.row_arrivals[chunk.row], (end - begin + 1) / 2))",
     ),
-    "the offset of a chunk is taken in bytes": (
-        ("table.cuh", "data_ += offset * (narrow() ? sizeof(Narrow) : sizeof(Wide))", "data_ += offset"),
-        PERTURB,
+    "the offset of a chunk is taken in bytes": build.Fault(
+        "perturb",
+        "table.cuh",
+        "data_ += offset * (narrow() ? sizeof(Narrow) : sizeof(Wide))",
+        "data_ += offset",
     ),
-    "a mask is counted from the chunk on": (
-        ("perturb.cuh", "mask(a.mask, chunk.row, chunk.offset)", "mask(a.mask, chunk.row, 0)"),
-        PERTURB,
+    "a mask is counted from the chunk on": build.Fault(
+        "perturb",
+        "perturb.cuh",
+        "mask(a.mask, chunk.row, chunk.offset)",
+        "mask(a.mask, chunk.row, 0)",
     ),
-    "only some threads reach a barrier": (
-        (
-            "block.cuh",
-            "    scratch.of_lane[block.rank()] = sum;\n  }\n  block.barrier();",
-            "    scratch.of_lane[block.rank()] = sum;\n  block.barrier();\n  }",
-        ),
-        SUMS,
+    "only some threads reach a barrier": build.Fault(
+        "sums",
+        "block.cuh",
+        "    scratch.of_lane[block.rank()] = sum;\n  }\n  block.barrier();",
+        "    scratch.of_lane[block.rank()] = sum;\n  block.barrier();\n  }",
     ),
-    "an unaligned tensor is taken for an aligned one": (
-        ("table.cuh", "body(i, size, aligned && size == T::lanes);", "body(i, size, size == T::lanes);"),
-        PERTURB,
+    "an unaligned tensor is taken for an aligned one": build.Fault(
+        "perturb",
+        "table.cuh",
+        "body(i, size, aligned && size == T::lanes);",
+        "body(i, size, size == T::lanes);",
     ),
-    "one element after the tail": (
-        (
-            "table.cuh",
-            "chunk_size - i < T::lanes ? chunk_size - i :",
-            "chunk_size - i < T::lanes ? chunk_size - i + 1 :",
-        ),
-        PERTURB,
+    "one element after the tail": build.Fault(
+        "perturb",
+        "table.cuh",
+        "chunk_size - i < T::lanes ? chunk_size - i :",
+        "chunk_size - i < T::lanes ? chunk_size - i + 1 :",
     ),
 }
-"""Each is planted in a copy of the sources, which must then fail the part of the matrix named beside it. The last two do
-not make wrong numbers, or not always: the sanitizers find them."""
+"""Each is planted in a copy of the sources, which must then fail the tests of the kernel. The last two do not make wrong
+numbers, or not always: the sanitizers find them."""
 
 FOUND_BY_SANITIZER = {
     "an unaligned tensor is taken for an aligned one": "runtime error",
@@ -154,10 +149,9 @@ def with_fault() -> dict[str, Done]:
     """What the matrix says of each fault, two at a time."""
 
     def run(name: str) -> Done:
-        fault, part = FAULTS[name]
-        sanitize = name in FOUND_BY_SANITIZER
-        module = build.harness(sanitize, fault)
-        return on_harness(module, OP_MATRIX, "-k", f"native-cpu and {part}", sanitize=sanitize)
+        fault, sanitize = FAULTS[name], name in FOUND_BY_SANITIZER
+        chosen = f"native-cpu and {TESTS_OF[fault.kernel]}"
+        return on_harness(build.harness(sanitize, fault), OP_MATRIX, "-k", chosen, sanitize=sanitize)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(FAULTS, pool.map(run, FAULTS), strict=True))

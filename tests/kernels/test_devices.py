@@ -200,3 +200,14 @@ def test_a_driver_that_is_not_there_is_a_reason_not_a_failure(monkeypatch: pytes
 
     gpu_build(monkeypatch, refusal)
     assert backend_info("cuda:0")["native"].reason == "the driver on your system is too old"
+
+
+def test_without_a_gpu_only_the_reference_takes_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu_build(monkeypatch, lambda index: "no CUDA-capable device is detected")
+    info = backend_info("cuda:0")
+    assert [name for name, found in info.items() if found.available] == ["reference"]
+    assert all(found.reason for name, found in info.items() if name != "reference")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cuda tensors: "):
+        lk.backends.select("triton", torch.device("cuda:0"))
