@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench docs lint format dist-check release-check clean
+.PHONY: help demo test nightly bench docs lint format dist-check release-check clean
 .PHONY: gpu gpu-first gpu-second
 
 help: ## list the targets
@@ -23,6 +23,9 @@ demo: .venv/lab ## train a small network with SGD, SAM, SAM-5 and LookSAM-5 on n
 
 test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options on
 	@$(BIN)/pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+nightly: ## make test over more cases, random ones among them: every GPU architecture, Triton's whole matrix, new sequences
+	@LOOKSAM_NIGHTLY=1 $(MAKE) --no-print-directory test
 
 bench: .venv/installed ## measure every op and step beside its peers; BENCH_ARGS=--quick passes options on
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

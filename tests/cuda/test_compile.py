@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.nightly import NIGHTLY
+
 from . import build
 
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("75", "80", "86", "90", "100", "120") if NIGHTLY else ("90", "100")
 NVCC = build.nvcc()
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not there: not in PATH, CUDA_HOME or /usr/local/cuda")

@@ -1,15 +1,14 @@
 """Random lives of an optimizer, against the plain reference.
 
 Hypothesis draws sequences of what users, schedulers, trainers and other libraries do around a step. After each of them
-the weights of every backend are those of the reference, to rounding. ``LOOKSAM_SEQUENCES=2000`` runs as many sequences,
-drawn anew every time; without it a hundred that are always the same.
+the weights of every backend are those of the reference, to rounding. A hundred sequences are always the same;
+``make nightly`` draws two thousand anew every time.
 """
 
 from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Callable, Collection
 from typing import Any
@@ -26,8 +25,8 @@ import looksam
 from tests.field import test_state as changes
 from tests.field import test_weights as moves
 from tests.field.support import BACKENDS, BASES, HYPER, ONLY_OURS, STYLES, Side, assert_close, reference
+from tests.nightly import NIGHTLY
 
-SEQUENCES = int(os.environ.get("LOOKSAM_SEQUENCES", "0"))
 SHAPES = [(3, 4), (5,), (), (4, 3), (5,), (0,), (2, 2), (1,)]
 """Of the parameters, by number; those that come later begin again at the first."""
 VARIANTS = ("sam", "looksam", "layersam", "looklayersam", "asam", "gsam", "vasso")
@@ -501,13 +500,13 @@ class Lives(RuleBasedStateMachine):
 
 
 Lives.TestCase.settings = settings(
-    max_examples=SEQUENCES or 100,
+    max_examples=2000 if NIGHTLY else 100,
     stateful_step_count=20,
-    derandomize=not SEQUENCES,
+    derandomize=not NIGHTLY,
     deadline=None,
     database=None,
     suppress_health_check=[*HealthCheck],
-    phases=[p for p in Phase if SEQUENCES or p is not Phase.shrink],
+    phases=[p for p in Phase if NIGHTLY or p is not Phase.shrink],
 )
 
 

@@ -10,17 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.parts import LISTS
 from tests.gpu.runner import LINES
 from tests.gpu.toolchain import ROOT
+from tests.nightly import NIGHTLY
 
-PARTS = ("build", "smoke native", "native tests", "benchmark tiny", "triton tests", "memcheck", "profile ncu")
-"""One of each kind. All of them: make gpu GPU_ARGS='--rehearse --every 20'."""
+KINDS = ("build", "smoke native", "native tests", "benchmark tiny", "memcheck", "profile ncu")
+"""One part of each kind."""
+PARTS = tuple(part.name for parts in LISTS.values() for part in parts) if NIGHTLY else KINDS
+EVERY = 20 if NIGHTLY else 600
+"""Of the tests, one of so many."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not there")
 def test_both_lists_run_to_their_ends(tmp_path: Path) -> None:
-    options = f"--rehearse --every 300 --processes 1 --patience 20 --folder {tmp_path} --only '{','.join(PARTS)}'"
+    options = f"--rehearse --every {EVERY} --processes 1 --patience 20 --folder {tmp_path} --only '{','.join(PARTS)}'"
     command = ["make", "-s", "gpu", f"GPU_PYTHON={sys.executable}", f"GPU_ARGS={options}"]
     environment = {name: x for name, x in os.environ.items() if name not in ("LOOKSAM_BACKEND", "TRITON_INTERPRET")}
     environment["OUT"] = str(tmp_path / "out")

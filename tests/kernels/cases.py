@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,11 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 class Target(NamedTuple):
     backend: str
     device: str
+
+    @property
+    def is_slow(self) -> bool:
+        """Triton compiles or interprets for long; the harness of the CUDA kernels runs them thread by thread."""
+        return self.backend == "triton" or (self.backend == "native" and "LOOKSAM_HARNESS" in os.environ)
 
 
 def _targets() -> list[Any]:

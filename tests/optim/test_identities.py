@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import looksam
 from looksam_kernels.updates import BASES as BASES_OF_OPS
 from tests import bases as tables
 from tests.bases import SGD_HYPER, base_of
+from tests.nightly import NIGHTLY
 from tests.optim.cases import BASES, METHODS, QUICK, Base, Method, build, names_for
 from tests.optim.independent import LAMB, Independent
 from tests.optim.problem import GROUPS, SHAPES, Closure, Problem
@@ -42,7 +44,6 @@ K = 3
 
 backends = pytest.mark.parametrize("backend", QUICK)
 bases = pytest.mark.parametrize("base", EVERY_BASE)
-variants = pytest.mark.parametrize("variant", VARIANTS)
 principal = pytest.mark.parametrize("variant", PRINCIPAL)
 
 PAIRS = list(
@@ -55,7 +56,22 @@ PAIRS = list(
 )
 """Every variant over three kinds of bases, every base under the principal variants; all of their products are calculated
 independently in test_against_formulas.py."""
-pairs = pytest.mark.parametrize(("variant", "base"), PAIRS)
+
+
+def on_backends(cases: list[tuple[str, str]]) -> Any:
+    """Tests of what the optimizer does, not the ops: all cases on one backend, a fifth on the others."""
+    return pytest.mark.parametrize(
+        ("backend", "variant", "base"),
+        [
+            (backend, variant, base)
+            for backend in QUICK
+            for place, (variant, base) in enumerate(cases)
+            if NIGHTLY or backend == QUICK[0] or place % 5 == 0
+        ],
+    )
+
+
+pairs = on_backends(PAIRS)
 
 
 def problem_for(variant: str, base: str) -> Problem:
@@ -470,7 +486,6 @@ def test_rho_0_over_muon_equals_muon_bit_for_bit(variant, backend):
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
-@backends
 @pairs
 def test_resuming_at_every_phase_equals_the_uninterrupted_run_bit_for_bit(variant, base, backend):
     whole = begin(variant, base, backend).steps(K)
@@ -496,8 +511,7 @@ def test_resuming_at_every_phase_equals_the_uninterrupted_run_bit_for_bit(varian
 # ---------------------------------------------------------------------------------------------------- the two call styles
 
 
-@backends
-@pytest.mark.parametrize(("variant", "base"), [(v, b) for v, b in PAIRS if METHODS[v].in_two_calls])
+@on_backends([(v, b) for v, b in PAIRS if METHODS[v].in_two_calls])
 def test_both_call_styles_and_an_unmodified_loop_of_two_calls_give_the_same_bits(variant, base, backend):
     closures = begin(variant, base, backend)
     asks = begin(variant, base, backend)  # looks at what first_step returns
@@ -524,7 +538,6 @@ def test_both_call_styles_and_an_unmodified_loop_of_two_calls_give_the_same_bits
 # ---------------------------------------------------------------------------------------------- failures and bad values
 
 
-@backends
 @pairs
 def test_a_closure_that_raises_in_any_pass_leaves_no_trace(variant, base, backend):
     """The weights at once, and everything else as the further run shows: it equals one in which nothing happened."""
@@ -549,9 +562,7 @@ def test_a_closure_that_raises_in_any_pass_leaves_no_trace(variant, base, backen
     assert_same(calm, hit)
 
 
-@backends
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "RMSprop"])
-@variants
+@on_backends(list(product(VARIANTS, ["sgd", "adamw", "lamb", "RMSprop"])))
 def test_a_non_finite_gradient_in_any_pass_changes_nothing_but_the_phase(variant, base, backend):
     for t, values in ((0, ("nan", "inf", "nan")), (K, ("inf", "nan", "inf")), (K + 1, ("nan", "inf"))):
         for number, value in zip(range(1, passes_of(variant, t) + 1), values, strict=False):
@@ -602,7 +613,6 @@ def check_non_finite(variant: str, base: str, t: int, number: int, value: float,
     assert all(torch.isfinite(p).all() for p in run.params)
 
 
-@backends
 @pairs
 def test_the_storage_of_a_parameter_never_changes(variant, base, backend):
     run = begin(variant, base, backend)
@@ -691,7 +701,6 @@ def test_a_loss_scale_changes_neither_the_ascent_nor_the_reuse(variant, backend,
     assert same_bits(*visited)
 
 
-@backends
 @pairs
 def test_maximize_equals_minimising_the_negated_loss_bit_for_bit(variant, base, backend):
     flipped = replace(BASES[base], options={**BASES[base].options, "maximize": True})

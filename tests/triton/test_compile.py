@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.nightly import NIGHTLY
+
 HERE = Path(__file__).parent
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942") if NIGHTLY else ("cuda:90", "hip:gfx942")
 STREAMS = ("inner_products", "perturb", "restore", "step", "apply_lamb")
 """The kernels that walk through chunks."""
 
