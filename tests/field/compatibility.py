@@ -41,14 +41,14 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row(
             "`opt.param_groups = [...]`, parameters added, removed or moved in place",
             YES,
-            "a layer filter's answers go with their parameters",
+            "the choice of a layer filter stays with its parameter",
             "test_item_01_groups_changed_between_steps",
         ),
         Row("all of it between the passes of one step", YES, "", "test_item_01_state_changed_within_a_step"),
         Row(
             "one parameter twice in a group",
             YES,
-            "torch warns; perturbed once and restored to the bit",
+            "torch warns; perturbed once and restored bit for bit",
             "test_item_07_the_same_parameter_twice",
         ),
     ),
@@ -76,7 +76,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row(
             "frozen parameters of any kind: integer, boolean, float8, quantized, meta, sparse, complex",
             YES,
-            "never looked at",
+            "never read",
             "test_item_11_frozen_parameters_of_every_kind",
         ),
         Row("sparse or complex parameters that train", REFUSED, "", "test_item_11_one_that_trains_is_refused"),
@@ -97,7 +97,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row(
             "OneCycleLR and CyclicLR with momentum or betas",
             YES,
-            "what they leave in the groups is never taken for an argument",
+            "the keys that they write into the groups are no arguments of the base",
             "test_item_03_checkpoint_after_a_scheduler",
         ),
         Row(
@@ -217,7 +217,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row(
             "a wrapped class, and what it saves by a `state_dict` of its own",
             YES,
-            "as the class alone comes back",
+            "restored as if the class were used alone",
             "test_item_04_resuming_with_a_class",
         ),
     ),
