@@ -113,15 +113,18 @@ def editable_wheel(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_type_checkers_see_both_packages(editable: bool, wheel: Path, tmp_path: Path) -> None:
+def test_type_checkers_see_both_packages(
+    editable: bool, wheel: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """A virtual environment with nothing but the wheel. torch is not in it: its types are Any here."""
+    cache = tmp_path_factory.getbasetemp() / "mypy"  # of the standard library's types, for both
     mypy = pytest.importorskip("mypy.api", reason="mypy is not installed")
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     unpack(editable_wheel(tmp_path) if editable else wheel, packages)
     program = tmp_path / "program.py"
     program.write_text("import looksam, looksam_kernels\nreveal_type(looksam.LookSAM)\nlooksam_kernels.nothing\n")
-    options = ["--python-executable", str(tmp_path / "venv/bin/python"), "--cache-dir", str(tmp_path / "cache")]
+    options = ["--python-executable", str(tmp_path / "venv/bin/python"), "--cache-dir", str(cache)]
     out, _, _ = mypy.run([*options, "--config-file", "/dev/null", "--ignore-missing-imports", str(program)])
     assert "looksam.variants.LookSAM" in out, out
     assert 'Module has no attribute "nothing"' in out, out

@@ -155,8 +155,9 @@ def test_a_killed_build_blocks_nobody(cache: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_waiting_for_another_process_ends(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = QuickCompiler(tmp_path / "compiler")
-    compile_with(compiler, monkeypatch)
+    compiler = QuickCompiler(tmp_path / "compiler", 'if "-c" in given: sys.exit(1)')
+    with pytest.raises(builder.BuildError):  # the lock's file stays
+        compile_with(compiler, monkeypatch)
     (lock,) = (cache / "builds").glob("*.lock")
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
