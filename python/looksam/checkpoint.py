@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from itertools import chain
 from typing import Any
 
@@ -61,7 +61,12 @@ def load_exactly(
 
 
 def from_another_variant(
-    given: StateDict, groups: list[dict[str, Any]], owner: str, in_groups: frozenset[str], in_state: frozenset[str]
+    given: StateDict,
+    groups: list[dict[str, Any]],
+    owner: str,
+    in_groups: frozenset[str],
+    in_state: frozenset[str],
+    known: Collection[frozenset[str]],
 ) -> StateDict:
     """A checkpoint of another variant, as one that this optimizer loads: the base's hyper-parameters and state are the
     checkpoint's; the variant's own, and the place in the cycle, stay as they are in ``groups``. One of the same variant
@@ -70,10 +75,12 @@ def from_another_variant(
     Args:
         owner: this optimizer's class.
         in_groups, in_state: the names that are the variant's.
+        known: of every variant, those of :data:`HYPER` that its groups have.
     """
     mine = in_groups & HYPER
     base = groups[0].keys() - in_groups
-    if all("phase" not in g or _of_variant(g, base) == mine for g in given["param_groups"]):
+    others = [names - base for names in known]
+    if all("phase" not in g or _is_of(mine, _of_variant(g, base), others) for g in given["param_groups"]):
         return given
     if len(given["param_groups"]) != len(groups):
         return given  # torch has the error
@@ -90,6 +97,12 @@ def from_another_variant(
         ],
         "state": {key: _state_of_base(state, in_state) for key, state in given["state"].items()},
     }
+
+
+def _is_of(variant: Set[str], found: Set[str], others: Collection[Set[str]]) -> bool:
+    """A wrapped class, or the user, may have put names into the groups that other variants have: the variant is the largest
+    that has all its names there."""
+    return variant <= found and not any(variant < other <= found for other in others)
 
 
 def _of_variant(group: dict[str, Any], base: Collection[str]) -> set[str]:

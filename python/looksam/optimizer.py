@@ -16,7 +16,7 @@ from typing_extensions import Self
 from looksam import bases
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
-from looksam.checkpoint import from_another_variant, load_exactly
+from looksam.checkpoint import HYPER, from_another_variant, load_exactly
 from looksam.filters import LayerFilters
 from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
 from looksam.messages import arguments, check_backend, shown
@@ -426,6 +426,11 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._base.share(self.param_groups, self.state)
         return {**super().state_dict(), **self._base.extras()}
 
+    @classmethod
+    def _hyper_names(cls) -> frozenset[str]:
+        """The names by which the groups of this variant differ from those of others."""
+        return frozenset(HYPER & {*arguments(cls), *cls.counted})
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved with.
 
@@ -436,7 +441,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
         def translate(given: dict[str, Any]) -> dict[str, Any]:
             given = bases.under_our_names(self._base, given)
-            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state)
+            known = [cls._hyper_names() for cls in _subclasses(SharpnessAware)]
+            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state, known)
 
         loaded = load_exactly(
             self,
@@ -447,6 +453,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
         )
         self._base.load(loaded)
         self._base.share(self.param_groups, self.state)
+
+
+def _subclasses(cls: type[SharpnessAware]) -> Iterator[type[SharpnessAware]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
 
 
 PASSES = ("model", "same_rng", "m_sharpness")

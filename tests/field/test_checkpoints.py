@@ -161,3 +161,34 @@ def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(model.parameters(), variant, "rmsprop").load_state_dict(optimizer.state_dict())
+
+
+class WritesGamma(torch.optim.SGD):
+    """Keeps a number in its groups, from its first step on, under a name that GSAM's and WSAM's groups have."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["gamma"] = group.get("gamma", 0.0) + 1.0
+
+
+@pytest.mark.parametrize("variant", ["sam", "ssam", "looksam", "looklayersam"])
+def test_field_09_a_name_that_the_wrapped_class_adds_makes_no_other_variant(variant: str) -> None:
+    model = network()
+    optimizer = VARIANTS[variant](model.parameters(), WritesGamma, lr=0.1, k=3)
+    train(model, optimizer, 4)
+    second = VARIANTS[variant](network().parameters(), WritesGamma, lr=0.1, k=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(optimizer.state_dict())
+    assert (second.param_groups[0]["phase"], second.param_groups[0]["gamma"]) == (1, 4.0)
+
+
+def test_field_09_a_checkpoint_of_another_variant_is_told_also_by_more_names_than_its_own() -> None:
+    model = network()
+    optimizer = looksam.LookSAM(model.parameters(), WritesGamma, lr=0.1, k=3)
+    train(model, optimizer, 1)
+    second = looksam.SAM(network().parameters(), WritesGamma, lr=0.1, k=3)
+    with pytest.warns(UserWarning, match="another variant"):
+        second.load_state_dict(optimizer.state_dict())
+    assert second.param_groups[0]["phase"] == 0
