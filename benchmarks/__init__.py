@@ -6,6 +6,7 @@
 ``python -m benchmarks --quick``                     a short run of half a minute; ``--help`` has the choices
 ``python -m benchmarks --shapes vit-b --only SAM``   one list, some cases
 ``python -m benchmarks --device cuda``               on a GPU, with launches, synchronisations and host time
+``python -m benchmarks.host``                        host time of a step over many tiny tensors, and the Python calls of one
 ``pytest benchmarks/ -k LookSAM --shapes vit-s``     the same cases through pytest-benchmark
 ``python -m benchmarks.report FILE.json``            the table of a result as markdown
 ===================================================  ====================================================================

@@ -49,20 +49,41 @@ class Where {
   std::ptrdiff_t row_ = -1;
 };
 
-// Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other tensors
-// does not, and a storage may have been resized to nothing.
-inline bool has_memory(const at::Tensor& x) {
-  // Nearly all: torch's own dense tensors on the CPU, with nothing between them and their storage. Asked for every tensor of every
-  // op, so without the calls below.
+// The storage of nearly all tensors: of torch's own dense ones on the CPU, with nothing between them and their elements, which
+// are all there. Null for the others. Asked of every tensor by every op, so without the calls that the others need.
+C10_ALWAYS_INLINE c10::StorageImpl* plain_storage(const c10::TensorImpl& x) {
   const std::uint64_t plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                                    c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU})
                                   .raw_repr();
-  const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
-  if ((impl.key_set().raw_repr() & ~plain) == 0 && impl.is_contiguous()) {
-    c10::StorageImpl* const storage = impl.unsafe_storage().unsafeGetStorageImpl();
-    const auto end = static_cast<std::size_t>(impl.storage_offset() + impl.numel()) * impl.itemsize();
-    if (storage != nullptr && storage->_mutable_data_ptr_no_checks().get() != nullptr && storage->nbytes() >= end) return true;
-  }
+  if ((x.key_set().raw_repr() & ~plain) != 0 || !x.is_non_overlapping_and_dense()) return nullptr;
+  c10::StorageImpl* const storage = x.unsafe_storage().unsafeGetStorageImpl();
+  if (storage == nullptr || storage->_mutable_data_ptr_no_checks().get() == nullptr) return nullptr;
+  const auto end = static_cast<std::size_t>(x.storage_offset() + x.numel()) * x.itemsize();
+  return storage->nbytes() >= end ? storage : nullptr;
+}
+
+// The first element of a tensor with plain storage, to be read or to be written; null for others.
+inline const void* plain_elements(const c10::TensorImpl& x) {
+  const c10::StorageImpl* const storage = plain_storage(x);
+  if (storage == nullptr) return nullptr;
+  return static_cast<const char*>(storage->data()) + static_cast<std::size_t>(x.storage_offset()) * x.itemsize();
+}
+
+inline void* plain_elements_to_write(const c10::TensorImpl& x) {
+  c10::StorageImpl* const storage = plain_storage(x);
+  if (storage == nullptr) return nullptr;
+  return static_cast<char*>(storage->mutable_data()) + static_cast<std::size_t>(x.storage_offset()) * x.itemsize();
+}
+
+// Have two tensors with plain storage the same shape, and their elements in the same order?
+inline bool alike(const c10::TensorImpl& x, const c10::TensorImpl& w) {
+  return x.sizes() == w.sizes() && (x.strides() == w.strides() || (x.is_contiguous() && w.is_contiguous()));
+}
+
+// Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other tensors
+// does not, and a storage may have been resized to nothing.
+inline bool has_memory(const at::Tensor& x) {
+  if (plain_storage(*x.unsafeGetTensorImpl()) != nullptr) return true;
   if (!x.has_storage()) return false;
   const c10::Storage& storage = x.unsafeGetTensorImpl()->unsafe_storage();
   if (storage.device_type() != x.device().type() || x._is_zerotensor()) return false;

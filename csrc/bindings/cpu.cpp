@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 #include "arguments.h"
 #include "../cpu/ops.h"
 #include "snapshot.h"
@@ -27,25 +29,32 @@ void check_scalar(const at::Tensor& x, const Where& what) {
 }
 
 double read_scalar(const at::Tensor& x, const Where& what) {
+  const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
+  const void* const number = impl.numel() == 1 ? plain_elements(impl) : nullptr;
+  if (number != nullptr && x.scalar_type() == at::kFloat) return *static_cast<const float*>(number);
+  if (number != nullptr && x.scalar_type() == at::kDouble) return *static_cast<const double*>(number);
   check_scalar(x, what);
-  if (x.scalar_type() == at::kFloat && !x.is_neg()) return *static_cast<const float*>(x.const_data_ptr());
-  if (x.scalar_type() == at::kDouble && !x.is_neg()) return *static_cast<const double*>(x.const_data_ptr());
   return x.item().toDouble();
 }
 
 bool holds_true(py::handle found_inf) { return read_scalar(unpack(found_inf), "found_inf") > 0; }
 
+void bump_version(const at::Tensor& x) {
+  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+}
+
 // x has been checked.
 void write_scalar(const at::Tensor& x, double value) {
-  if (x.scalar_type() == at::kFloat && !x.is_neg()) {
-    *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
-  } else if (x.scalar_type() == at::kDouble && !x.is_neg()) {
-    *static_cast<double*>(x.mutable_data_ptr()) = value;
+  void* const number = plain_elements_to_write(*x.unsafeGetTensorImpl());
+  if (number != nullptr && x.scalar_type() == at::kFloat) {
+    *static_cast<float*>(number) = static_cast<float>(value);
+  } else if (number != nullptr && x.scalar_type() == at::kDouble) {
+    *static_cast<double*>(number) = value;
   } else {
     x.fill_(value);
     return;
   }
-  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  bump_version(x);
 }
 
 void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body) {
@@ -54,44 +63,64 @@ void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body)
 
 enum class Access { read, overwrite, update };
 
-// A column for the length of one op. Tensors in another order than their row's are read from and written to a copy.
+// The elements of a column for the length of one op. Tensors in another order than their row's are read from and written to a
+// copy.
 class BorrowedColumn {
  public:
   BorrowedColumn() = default;
   BorrowedColumn(const BorrowedColumn&) = delete;
   BorrowedColumn& operator=(const BorrowedColumn&) = delete;
 
+  // rows: those that take part; null: all.
   void take(const std::string& name, const Tensors& tensors, const Tensors& w, Access access, const RowFlags* rows) {
     data_.assign(w.size(), nullptr);
     dtype_.assign(w.size(), Dtype::f32);
+    writes_ = access != Access::read;
+    const auto takes_part = [&](std::size_t row) { return tensors[row].defined() && (rows == nullptr || (*rows)[row]); };
     for (std::size_t row = 0; row < tensors.size(); ++row) {
       const at::Tensor& x = tensors[row];
       if (!x.defined()) continue;
-      const bool used = rows == nullptr || (*rows)[row];
-      dtype_[row] = check_tensor(x, used ? w[row] : x, kHost, name, row);
-      if (!used) continue;
-      at::Tensor copy;
-      if (!in_row_order(x, w[row])) {
-        copy = empty_in_row_order(w[row], x.options());
-        if (access != Access::overwrite) copy.copy_(x);
-        copies_.emplace_back(x, copy);
+      if (!takes_part(row)) {
+        dtype_[row] = check_tensor(x, x, kHost, name, row);
+        continue;
       }
-      const at::Tensor& source = copy.defined() ? copy : x;
-      require_memory(source, Where(name, row));
-      data_[row] = access == Access::read ? const_cast<void*>(source.const_data_ptr()) : source.mutable_data_ptr();
-      if (access != Access::read && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+      const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
+      const std::optional<Dtype> dtype = dtype_of(x);
+      void* const data = writes_ ? plain_elements_to_write(impl) : const_cast<void*>(plain_elements(impl));
+      if (data != nullptr && dtype && alike(impl, *w[row].unsafeGetTensorImpl())) {
+        data_[row] = data;
+        dtype_[row] = *dtype;
+      } else {
+        take_one(name, x, w[row], access, row);
+      }
     }
-    writes_ = access != Access::read;
+    for (std::size_t row = 0; row < tensors.size() && writes_; ++row)  // apart: each is a fence for the reads above
+      if (takes_part(row)) bump_version(tensors[row]);
   }
 
   Column column() const { return {data_.data(), dtype_.data()}; }
 
+  // What was written to copies goes to the tensors.
   void write_back() {
     if (!writes_) return;
     for (const auto& [x, copy] : copies_) x.copy_(copy);
   }
 
  private:
+  // Of any kind of tensor.
+  void take_one(const std::string& name, const at::Tensor& x, const at::Tensor& w, Access access, std::size_t row) {
+    dtype_[row] = check_tensor(x, w, kHost, name, row);
+    at::Tensor copy;
+    if (!in_row_order(x, w)) {
+      copy = empty_in_row_order(w, x.options());
+      if (access != Access::overwrite) copy.copy_(x);
+      copies_.emplace_back(x, copy);
+    }
+    const at::Tensor& source = copy.defined() ? copy : x;
+    require_memory(source, Where(name, row));
+    data_[row] = writes_ ? source.mutable_data_ptr() : const_cast<void*>(source.const_data_ptr());
+  }
+
   std::vector<void*> data_;
   std::vector<Dtype> dtype_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
@@ -207,6 +236,7 @@ class Table {
     const at::Tensor trust_ratio = trust.is_none() ? at::Tensor() : to_numbers(trust, "coefficients.trust", rows(), kHost);
     const std::vector<State> states = states_of_base(base);
     std::vector<const BaseHyper*> hyper_of_row;
+    hyper_of_row.reserve(rows());
     std::vector<cpu::StepRow> plan(rows());
     std::vector<double> count(rows());
     RowFlags updated(rows()), written(rows());
@@ -337,7 +367,8 @@ class Table {
   void add_up(const std::vector<Pair>& pairs, py::handle adaptive, double* values) {
     const std::vector<double> eta = to_eta(adaptive);
     BorrowedColumn w;
-    borrow("w", Access::read, nullptr, w);
+    const RowFlags none(rows());
+    borrow("w", Access::read, eta.empty() ? &none : nullptr, w);  // the kernels ask for the types also where T = 1
     for (std::size_t next = 0; next < pairs.size();) {
       cpu::SumsArgs args = {};
       args.map = chunks();
@@ -382,16 +413,17 @@ class Table {
 
   py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
                        py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) const {
-    std::vector<Sums> sums(rows());
+    cpu::SumsOfRows sums;
     bool bad = !found_inf.is_none() && holds_true(found_inf);
     check_groups(group_, groups);
     for (std::size_t p = 0; p < pairs.size(); ++p) {
+      const double* const of_pair = values + p * rows();
+      bad = bad || !std::all_of(of_pair, of_pair + rows(), [](double value) { return std::isfinite(value); });
       const auto x = column_named(pairs[p].first), y = column_named(pairs[p].second);
-      for (std::size_t row = 0; row < rows(); ++row) {
-        const double value = values[p * rows() + row];
-        bad = bad || !std::isfinite(value);
-        if (x && y) sums[row].set(*x, *y, value);
-      }
+      if (!x || !y) continue;
+      sums.x.push_back(*x);
+      sums.y.push_back(*y);
+      sums.values.push_back(of_pair);
     }
     std::vector<RowHyper> hyper;
     std::vector<LarsHyper> lars_groups;
@@ -412,7 +444,7 @@ class Table {
     const at::Tensor q = rule.writes ? new_doubles(rule.inputs) : at::Tensor();
     const at::Tensor post = rule.posts ? new_doubles(rule.inputs) : at::Tensor();
     const at::Tensor trust = lars ? at::empty({static_cast<std::int64_t>(rows())}, at::kDouble) : at::Tensor();
-    cpu::coefficients(rule, sums.data(), hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), doubles(d),
+    cpu::coefficients(rule, sums, hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), doubles(d),
                       rule.writes ? doubles(q) : nullptr, rule.posts ? doubles(post) : nullptr,
                       lars ? lars_of_row.data() : nullptr, lars ? doubles(trust) : nullptr);
     const at::Tensor not_finite = at::empty({}, at::kFloat);

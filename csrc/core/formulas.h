@@ -74,6 +74,9 @@ inline constexpr RuleInfo kRules[] = {
     {"sampa", Rule::sampa, 2, {r, s}, kLambda, true, false},
 };
 
+// What takes the loss scale out of <x, y>.
+LOOKSAM_HD double unscaling(Col x, Col y, double inv_scale) { return (is_scaled(x) ? inv_scale : 1) * (is_scaled(y) ? inv_scale : 1); }
+
 // Inner products <x, y> of one row, or their totals over all rows; 0 for pairs that the rule does not ask for.
 struct Sums {
   double at[kCols * (kCols + 1) / 2];
@@ -89,8 +92,7 @@ struct Sums {
   // The sums of gradients without their loss scale.
   LOOKSAM_HD void unscale(double inv_scale) {
     for (int i = 0; i < kCols; ++i)
-      for (int j = 0; j <= i; ++j)
-        at[index(Col(i), Col(j))] *= (is_scaled(Col(i)) ? inv_scale : 1) * (is_scaled(Col(j)) ? inv_scale : 1);
+      for (int j = 0; j <= i; ++j) at[index(Col(i), Col(j))] *= unscaling(Col(i), Col(j), inv_scale);
   }
 };
 

@@ -82,7 +82,7 @@ inline void prefetch(Span x) {
 template <class T>
 inline T* values(Span x, int size, Tile<T>& tile) {
   if (x.data == nullptr) return nullptr;
-  prefetch(x);
+  if (size == kTile) prefetch(x);  // else the row ends here
   if (x.dtype == dtype_of<T>) return static_cast<T*>(x.data);
   widen_to(tile.at, x, size);
   return tile.at;
@@ -98,8 +98,12 @@ inline void put(Span x, const T* results, int size) {
   if (x.data != nullptr && x.data != results) narrow_to(x, results, size);
 }
 
-// to <- from of one dtype, past the caches.
+// to <- from of one dtype, past the caches; but not the end of a row, as lines of which it fills a part would be slow.
 inline void stream(Span to, const void* from, int size) {
+  if (size < kTile) {
+    __builtin_memcpy(to.data, from, static_cast<std::size_t>(size) * size_of(to.dtype));
+    return;
+  }
   switch (size_of(to.dtype)) {
     case 2: return stream_copy(static_cast<std::uint16_t*>(to.data), static_cast<const std::uint16_t*>(from), size);
     case 4: return stream_copy(static_cast<float*>(to.data), static_cast<const float*>(from), size);
@@ -154,10 +158,11 @@ struct InnerProduct {
     lane[0] = sum0, lane[1] = sum1, lane[2] = sum2, lane[3] = sum3;
   }
 
-  double total() const {
+  // Of `size` elements altogether: lanes that no element has reached are 0.
+  double total(int size) const {
     double sum = 0;
-    for (const Vector& part : lane)
-      for (int i = 0; i < 8; ++i) sum += part[i];
+    const int used = size < kLanes ? size : kLanes;
+    for (int i = 0; i < used; ++i) sum += lane[i / 8][i % 8];
     return sum;
   }
 };
@@ -198,14 +203,16 @@ void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
   const std::int64_t share = (last - first + kPlaces - 1) / kPlaces;
   Summing place[kPlaces];
   for (std::int64_t i = 0; i < share; ++i) {
+    int longest = 0;
     for (int n = 0; n < kPlaces; ++n) {
       const std::int64_t index = first + n * share + i;
       Summing& at = place[n];
       at.chunk = index < last ? a.map.at(index) : Chunk{};
+      longest = longest < at.chunk.size ? at.chunk.size : longest;
       for (int k = 0; k < a.operands; ++k) at.operand[k] = span(a.operand[k].column, at.chunk.row, at.chunk.offset);
       for (int p = 0; p < a.pairs; ++p) at.product[p].clear();
     }
-    for (int begin = 0; begin < kChunk; begin += kTile) {
+    for (int begin = 0; begin < longest; begin += kTile) {
       for (Summing& at : place) {
         if (begin >= at.chunk.size) continue;
         a.w.dtype[at.chunk.row] == Dtype::f64 ? sums_tile<double>(a, at, begin) : sums_tile<float>(a, at, begin);
@@ -213,7 +220,7 @@ void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
     }
     for (int n = 0; n < kPlaces; ++n)
       for (int p = 0; p < a.pairs && place[n].chunk.size > 0; ++p)
-        a.partial[p * a.map.chunks + first + n * share + i] = place[n].product[p].total();
+        a.partial[p * a.map.chunks + first + n * share + i] = place[n].product[p].total(place[n].chunk.size);
   }
 }
 
@@ -418,8 +425,8 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
     // Last, because q may be the first input itself.
     if (a.base == Base::grad) put(span(a.input[0], chunk.row, offset), d, size);
   }
-  if (a.q != nullptr) a.q_sq[index] = qq.total();
-  if (two_phases) a.w_sq[index] = ww.total(), a.u_sq[index] = uu.total();
+  if (a.q != nullptr) a.q_sq[index] = qq.total(chunk.size);
+  if (two_phases) a.w_sq[index] = ww.total(chunk.size), a.u_sq[index] = uu.total(chunk.size);
 }
 
 void step(const StepArgs& a, std::int64_t first, std::int64_t last) {

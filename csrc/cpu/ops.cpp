@@ -142,24 +142,35 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
     if (rows[row].action == Action::update) q_sq_of_row[row] = total(args.q_sq, args.map, row);
 }
 
-void coefficients(const RuleInfo& rule, Sums* sums, const RowHyper* const* hyper, const CommonHyper& common, bool found_inf,
-                  std::int32_t rows, double* d, double* q, double* post, const LarsHyper* const* lars, double* trust) {
-  Sums total = {};
-  for (std::int32_t row = 0; row < rows; ++row) {
-    sums[row].unscale(common.inv_scale);
-    total.add(sums[row]);
+void coefficients(const RuleInfo& rule, const SumsOfRows& given, const RowHyper* const* hyper, const CommonHyper& common,
+                  bool found_inf, std::int32_t rows, double* d, double* q, double* post, const LarsHyper* const* lars,
+                  double* trust) {
+  std::vector<double> factor;
+  Sums total = {}, of_row = {};
+  for (std::size_t p = 0; p < given.values.size(); ++p) {
+    factor.push_back(unscaling(given.x[p], given.y[p], common.inv_scale));
+    double sum = 0;
+    for (std::int32_t row = 0; row < rows; ++row) sum += given.values[p][row] * factor[p];
+    total.set(given.x[p], given.y[p], sum);
   }
-  std::vector<Direction> directions;
+  const auto sums_of = [&](std::int32_t row) -> const Sums& {
+    for (std::size_t p = 0; p < factor.size(); ++p) of_row.set(given.x[p], given.y[p], given.values[p][row] * factor[p]);
+    return of_row;
+  };
+  const bool by_length = is_ascent(rule.rule) || common.max_grad_norm >= 0;
+  std::vector<Direction> directions(static_cast<std::size_t>(rows));
   double square = 0;
   for (std::int32_t row = 0; row < rows; ++row) {
-    directions.push_back(direction(rule.rule, sums[row], total, *hyper[row], common));
-    square += direction_sq(rule, directions.back(), sums[row]);
+    const Sums& sums = sums_of(row);
+    directions[row] = direction(rule.rule, sums, total, *hyper[row], common);
+    if (by_length) square += direction_sq(rule, directions[row], sums);
   }
   for (std::int32_t row = 0; row < rows; ++row) {
+    const Sums& sums = sums_of(row);
     const RowHyper& h = *hyper[row];
-    double by = length(rule.rule, sums[row], total, h, common, square);
+    double by = length(rule.rule, sums, total, h, common, square);
     if (lars != nullptr)
-      by *= trust[row] = lars_ratio(sums[row].of(w, w), by * by * direction_sq(rule, directions[row], sums[row]), *lars[row]);
+      by *= trust[row] = lars_ratio(sums.of(w, w), by * by * direction_sq(rule, directions[row], sums), *lars[row]);
     finish(rule, directions[row], by, h, common, found_inf);
     for (int i = 0; i < rule.inputs; ++i) {
       d[i * rows + row] = directions[row].d[i];

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "args.h"
 
@@ -23,10 +24,17 @@ void perturb(const PerturbArgs& args, const ParallelFor& parallel_for);
 void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
           const ParallelFor& parallel_for);
 
-// The coefficients of a rule for every row, each [rule.inputs, rows]; q and post may be null. Unscales the sums. lars: each
-// row's hyper-parameters, and where the trust ratios go, [rows]; null where the base is another.
-void coefficients(const RuleInfo& rule, Sums* sums, const RowHyper* const* hyper, const CommonHyper& common, bool found_inf,
-                  std::int32_t rows, double* d, double* q, double* post, const LarsHyper* const* lars, double* trust);
+// Inner products <x, y> of some pairs of columns, [x.size(), rows], with the loss scale that the gradients carry.
+struct SumsOfRows {
+  std::vector<Col> x, y;
+  std::vector<const double*> values;  // of each pair, [rows]
+};
+
+// The coefficients of a rule for every row, each [rule.inputs, rows]; q and post may be null. lars: each row's
+// hyper-parameters, and where the trust ratios go, [rows]; null where the base is another.
+void coefficients(const RuleInfo& rule, const SumsOfRows& sums, const RowHyper* const* hyper, const CommonHyper& common,
+                  bool found_inf, std::int32_t rows, double* d, double* q, double* post, const LarsHyper* const* lars,
+                  double* trust);
 
 // The instruction sets that this processor runs, best last, and the one in use; use_isa returns false for another name.
 const std::vector<const Kernels*>& available_isas();
