@@ -6,7 +6,8 @@ DEMO := looksam compare sgd sgd:weight_decay=0.08 sam:rho=0.4 sam-5:rho=0.4 look
         --data digits --label-noise 0.4 --seeds 4 --epochs 50 --warmup 5 --out runs/demo --overwrite
 
 BIN := .venv/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh looksam_kernels/build/*.py)
+CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(CSRC) $(wildcard looksam_kernels/build/*.py)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-conflicts -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -34,10 +35,12 @@ docs: .venv-docs/installed ## build the documentation into site/; LOOKSAM_REPOSI
 	@PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	@echo '== site/index.html'
 
-lint: .venv/installed ## check style (ruff), types (mypy) and import arrows (import-linter)
+lint: .venv/installed ## check style (ruff, clang-format), types (mypy) and import arrows (import-linter)
 	@echo '== ruff'
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@echo '== clang-format'
+	@$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	@echo '== mypy'
 	@$(BIN)/mypy
 	@echo '== import-linter'
@@ -49,7 +52,8 @@ dist-check: .venv/installed ## build sdist and wheel without a network, and look
 release-check: .venv/installed ## install the artefacts into fresh environments and use them there; CHECK_ARGS='--torch 2.13.0' picks one
 	@$(BIN)/python -m tests.packaging.release $(CHECK_ARGS)
 
-format: .venv/installed ## rewrite the Python files in the project's style
+format: .venv/installed ## rewrite the Python and C++ files in the project's style
+	@$(BIN)/clang-format -i $(CSRC)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -49,8 +49,9 @@ class Where {
   std::ptrdiff_t row_ = -1;
 };
 
-// The storage of nearly all tensors: of torch's own dense ones on the CPU, with nothing between them and their elements, which
-// are all there. Null for the others. Asked of every tensor by every op, so without the calls that the others need.
+// The storage of nearly all tensors: of torch's own dense ones on the CPU, with nothing between them and their
+// elements, which are all there. Null for the others. Asked of every tensor by every op, so without the calls that the
+// others need.
 C10_ALWAYS_INLINE c10::StorageImpl* plain_storage(const c10::TensorImpl& x) {
   const std::uint64_t plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                                    c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU})
@@ -80,8 +81,8 @@ inline bool alike(const c10::TensorImpl& x, const c10::TensorImpl& w) {
   return x.sizes() == w.sizes() && (x.strides() == w.strides() || (x.is_contiguous() && w.is_contiguous()));
 }
 
-// Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other tensors
-// does not, and a storage may have been resized to nothing.
+// Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other
+// tensors does not, and a storage may have been resized to nothing.
 inline bool has_memory(const at::Tensor& x) {
   if (plain_storage(*x.unsafeGetTensorImpl()) != nullptr) return true;
   if (!x.has_storage()) return false;
@@ -94,16 +95,18 @@ inline bool has_memory(const at::Tensor& x) {
   } catch (const c10::Error&) {  // a storage whose data may not be accessed
     return false;
   }
-  return storage.nbytes() >= (x.is_contiguous() ? (offset + count) * x.itemsize()
-                                                : at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), offset));
+  return storage.nbytes() >= (x.is_contiguous()
+                                  ? (offset + count) * x.itemsize()
+                                  : at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), offset));
 }
 
 // The elements of x, which C++ is about to read or write there. what: which tensor it is, for the message.
 inline void require_memory(const at::Tensor& x, const Where& what) {
   if (!has_memory(x))
-    throw py::type_error(what + " has no memory on " + x.device().str() +
-                         ": it is a FakeTensor or wraps another tensor, or its storage was freed; backend=\"reference\" takes all "
-                         "tensors that PyTorch can compute with");
+    throw py::type_error(
+        what + " has no memory on " + x.device().str() +
+        ": it is a FakeTensor or wraps another tensor, or its storage was freed; backend=\"reference\" takes all "
+        "tensors that PyTorch can compute with");
 }
 
 // A tensor on the device, whose value the host must not read.
@@ -114,9 +117,10 @@ inline bool is_remote(py::handle object) {
 // Numbers, and tensors on the host that hold one.
 inline double number(py::handle object, const char* name) {
   if (is_remote(object))
-    throw py::type_error(std::string(name) + " is a tensor on " + unpack(object).device().str() +
-                         ", which the host would have to wait for: give a number or a CPU tensor. Only lr may be on the device of "
-                         "the parameters, and only of CUDA parameters");
+    throw py::type_error(
+        std::string(name) + " is a tensor on " + unpack(object).device().str() +
+        ", which the host would have to wait for: give a number or a CPU tensor. Only lr may be on the device of "
+        "the parameters, and only of CUDA parameters");
   const double value = PyFloat_AsDouble(object.ptr());
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
@@ -234,8 +238,8 @@ inline std::optional<Dtype> dtype_of(const at::Tensor& x) {
   }
 }
 
-// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one? Not those of a view
-// whose minus sign has still to be applied, nor zeros that are nowhere.
+// Do the elements of x lie in the row's memory order: that of w where w is dense, else the contiguous one? Not those of
+// a view whose minus sign has still to be applied, nor zeros that are nowhere.
 inline bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
   if (x.is_neg() || x._is_zerotensor()) return false;
   if (x.is_contiguous() && w.is_contiguous()) return true;
@@ -247,11 +251,14 @@ inline bool in_row_order(const at::Tensor& x, const at::Tensor& w) {
 
 // A new tensor for the elements of a row, in that order.
 inline at::Tensor empty_in_row_order(const at::Tensor& w, const at::TensorOptions& options) {
-  return w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options) : at::empty(w.sizes(), options);
+  return w.is_non_overlapping_and_dense() ? at::empty_strided(w.sizes(), w.strides(), options)
+                                          : at::empty(w.sizes(), options);
 }
 
 // Is b the master copy of w, rather than a place to save it in?
-inline bool is_master(const at::Tensor& b, const at::Tensor& w) { return b.defined() && b.scalar_type() != w.scalar_type(); }
+inline bool is_master(const at::Tensor& b, const at::Tensor& w) {
+  return b.defined() && b.scalar_type() != w.scalar_type();
+}
 
 // The one sum that is kept beside its column, in q_norm_sq: kept_norm() of formulas.py.
 inline constexpr const char* kKeptNorm = "q_norm_sq";
@@ -263,7 +270,8 @@ inline void check_inputs(const std::vector<std::string>& inputs) {
 
 inline void check_group_of_row(const std::vector<int>& group) {
   for (std::size_t row = 0; row < group.size(); ++row)
-    if (group[row] < 0) throw py::value_error("row " + std::to_string(row) + " is in group " + std::to_string(group[row]));
+    if (group[row] < 0)
+      throw py::value_error("row " + std::to_string(row) + " is in group " + std::to_string(group[row]));
 }
 
 // Kernels index the groups by what stands in `group`.
@@ -271,14 +279,15 @@ inline void check_groups(const std::vector<int>& group, py::handle groups) {
   const auto count = static_cast<int>(py::len(groups));
   for (std::size_t row = 0; row < group.size(); ++row)
     if (group[row] >= count)
-      throw py::value_error("row " + std::to_string(row) + " is in group " + std::to_string(group[row]) + ", but there are only " +
-                            std::to_string(count) + " groups");
+      throw py::value_error("row " + std::to_string(row) + " is in group " + std::to_string(group[row]) +
+                            ", but there are only " + std::to_string(count) + " groups");
 }
 
 // A tensor on the table's device whose type the kernels know, at the shape that it had when the column was set.
 inline Dtype check_tensor(const at::Tensor& x, const at::Tensor& w, const at::Device& device, const std::string& column,
-                         std::size_t row) {
-  if (x.device() != device) throw py::type_error(Where(column, row) + ": on " + x.device().str() + ", not on " + device.str());
+                          std::size_t row) {
+  if (x.device() != device)
+    throw py::type_error(Where(column, row) + ": on " + x.device().str() + ", not on " + device.str());
   const std::optional<Dtype> dtype = dtype_of(x);
   if (!dtype) throw py::type_error(Where(column, row) + ": " + toString(x.scalar_type()) + " is not supported");
   if (x.sizes() != w.sizes())
@@ -296,8 +305,8 @@ inline Tensors column_of(const std::string& name, const py::list& tensors, std::
   return column;
 }
 
-// Numbers that an op is given, float64 on the table's device, [count]. Of a table on the CPU they are read at once, so they must
-// be there.
+// Numbers that an op is given, float64 on the table's device, [count]. Of a table on the CPU they are read at once, so
+// they must be there.
 inline at::Tensor to_numbers(py::handle object, const char* name, std::size_t count, const at::Device& device) {
   const at::Tensor& given = unpack(object);
   if (device.is_cpu() && !given.is_cpu())

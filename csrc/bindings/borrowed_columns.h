@@ -7,15 +7,16 @@
 
 namespace looksam::cuda {
 
-// The columns of one op. Tensors in another order than their row's, or of a type in which the row's kernel does not read
-// them, are read from and written to a copy.
+// The columns of one op. Tensors in another order than their row's, or of a type in which the row's kernel does not
+// read them, are read from and written to a copy.
 class BorrowedColumns {
  public:
   BorrowedColumns(DeviceTable& table, const Session& session) : table_(table), session_(session) {}
 
-  // rows: those that are read or written, the same for each use of a column; they must all have a tensor, unless that is
-  // optional. wide_only: their kernel reads no other type, as of the base's states.
-  void borrow(const std::string& name, Access access, const RowFlags& rows, bool optional = false, bool wide_only = false) {
+  // rows: those that are read or written, the same for each use of a column; they must all have a tensor, unless that
+  // is optional. wide_only: their kernel reads no other type, as of the base's states.
+  void borrow(const std::string& name, Access access, const RowFlags& rows, bool optional = false,
+              bool wide_only = false) {
     const Tensors &tensors = table_.column(name), &weights = table_.column("w");
     for (std::size_t row = 0; row < rows.size(); ++row) {
       if (tensors[row].defined()) {
@@ -41,7 +42,8 @@ class BorrowedColumns {
       const at::ScalarType w = weights[row].scalar_type();
       if (w == at::kBFloat16) kinds[row] = Kind::bf16;
       if (w == at::kHalf) kinds[row] = Kind::f16;
-      if (w == at::kDouble || (masters[row].defined() && masters[row].scalar_type() == at::kDouble)) kinds[row] = Kind::f64;
+      if (w == at::kDouble || (masters[row].defined() && masters[row].scalar_type() == at::kDouble))
+        kinds[row] = Kind::f64;
     }
     for (const Borrowed& borrowed : borrowed_) {
       if (borrowed.wide_only) continue;
@@ -79,7 +81,8 @@ class BorrowedColumns {
   };
 
   Borrowed* of(const std::string& name) {
-    const auto found = std::find_if(borrowed_.begin(), borrowed_.end(), [&](const Borrowed& borrowed) { return borrowed.name == name; });
+    const auto found = std::find_if(borrowed_.begin(), borrowed_.end(),
+                                    [&](const Borrowed& borrowed) { return borrowed.name == name; });
     return found != borrowed_.end() ? &*found : nullptr;
   }
 

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "arguments.h"
 #include "../cpu/ops.h"
+#include "arguments.h"
 #include "snapshot.h"
 
 namespace looksam {
@@ -63,8 +63,8 @@ void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body)
 
 enum class Access { read, overwrite, update };
 
-// The elements of a column for the length of one op. Tensors in another order than their row's are read from and written to a
-// copy.
+// The elements of a column for the length of one op. Tensors in another order than their row's are read from and
+// written to a copy.
 class BorrowedColumn {
  public:
   BorrowedColumn() = default;
@@ -76,7 +76,9 @@ class BorrowedColumn {
     data_.assign(w.size(), nullptr);
     dtype_.assign(w.size(), Dtype::f32);
     writes_ = access != Access::read;
-    const auto takes_part = [&](std::size_t row) { return tensors[row].defined() && (rows == nullptr || (*rows)[row]); };
+    const auto takes_part = [&](std::size_t row) {
+      return tensors[row].defined() && (rows == nullptr || (*rows)[row]);
+    };
     for (std::size_t row = 0; row < tensors.size(); ++row) {
       const at::Tensor& x = tensors[row];
       if (!x.defined()) continue;
@@ -159,7 +161,8 @@ class Table {
 
   // known: formulas.Sums or None. -> all sums, the known ones first, and coefficients().
   py::tuple measure(const std::string& rule, const std::vector<Pair>& pairs, py::handle known, py::handle groups,
-                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
+                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm,
+                    bool lars) {
     const at::NoGradGuard no_grad;
     std::vector<Pair> all;
     at::Tensor before;
@@ -233,7 +236,8 @@ class Table {
       hyper.push_back(base_hyper(base, group));
       if (base != Base::grad) hyper.back().lr = number_in(group, "lr");
     }
-    const at::Tensor trust_ratio = trust.is_none() ? at::Tensor() : to_numbers(trust, "coefficients.trust", rows(), kHost);
+    const at::Tensor trust_ratio =
+        trust.is_none() ? at::Tensor() : to_numbers(trust, "coefficients.trust", rows(), kHost);
     const std::vector<State> states = states_of_base(base);
     std::vector<const BaseHyper*> hyper_of_row;
     hyper_of_row.reserve(rows());
@@ -253,8 +257,8 @@ class Table {
       if (updated[row] && writes_q && norms_sq[row].defined()) check_scalar(norms_sq[row], Where(norm_sq, row));
       if (!updated[row] || base == Base::grad) continue;
       count[row] = read_scalar(counts[row], Where("step", row)) + 1;
-      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] && count[row] == count[row - 1] &&
-                             !trust_ratio.defined();
+      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] &&
+                             count[row] == count[row - 1] && !trust_ratio.defined();
       const double r = trust_ratio.defined() ? doubles(trust_ratio)[row] : 1;
       plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row], r);
     }
@@ -263,13 +267,15 @@ class Table {
     borrow("w", Access::update, &written, w);
     borrow("b", Access::update, &written, b, /*optional=*/true);
     for (std::size_t i = 0; i < inputs.size(); ++i)
-      borrow(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i], /*optional=*/true);
+      borrow(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i],
+             /*optional=*/true);
     for (std::size_t k = 0; k < states.size(); ++k) borrow(states[k].name, Access::update, &with_state[k], state[k]);
     if (writes_q) borrow(writes, Access::overwrite, &updated, q_out);
     const std::size_t terms = inputs.size() * rows();
     const at::Tensor d_coefficient = to_numbers(d, "coefficients.d", terms, kHost);
     const at::Tensor q_coefficient = writes_q ? to_numbers(q, "coefficients.q", terms, kHost) : at::Tensor();
-    const at::Tensor post_coefficient = !post.is_none() ? to_numbers(post, "coefficients.post", terms, kHost) : at::Tensor();
+    const at::Tensor post_coefficient =
+        !post.is_none() ? to_numbers(post, "coefficients.post", terms, kHost) : at::Tensor();
     std::vector<double> q_sq(writes_q ? rows() : 0);
 
     cpu::StepArgs args = {};
@@ -335,11 +341,13 @@ class Table {
   }
 
   // Every row of the mask must have a tensor in the column, unless that is optional.
-  void borrow(const std::string& name, Access access, const RowFlags* mask, BorrowedColumn& borrowed, bool optional = false) const {
+  void borrow(const std::string& name, Access access, const RowFlags* mask, BorrowedColumn& borrowed,
+              bool optional = false) const {
     const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows() && mask != nullptr && !optional; ++row)
       if ((*mask)[row] && !tensors[row].defined())
-        throw py::value_error("row " + std::to_string(row) + " takes part, but column '" + name + "' has no tensor for it");
+        throw py::value_error("row " + std::to_string(row) + " takes part, but column '" + name +
+                              "' has no tensor for it");
     borrowed.take(name, tensors, column("w"), access, mask);
   }
 

@@ -1,6 +1,6 @@
-// looksam_kernels._cuda: takes tensors apart for csrc/cuda and checks them; no arithmetic in here. Its Table has the methods of
-// looksam_kernels._C's. Nothing waits for the device, and all device memory is written by kernels: whatever an op does can be
-// captured in a CUDA graph.
+// looksam_kernels._cuda: takes tensors apart for csrc/cuda and checks them; no arithmetic in here. Its Table has the
+// methods of looksam_kernels._C's. Nothing waits for the device, and all device memory is written by kernels: whatever
+// an op does can be captured in a CUDA graph.
 
 #include "borrowed_columns.h"
 
@@ -22,7 +22,8 @@ StepGroup step_group(Base base, py::handle group, const at::Device& device, Tens
     const bool known = given.scalar_type() == at::kFloat || given.scalar_type() == at::kDouble;
     kept.push_back(given.to(device, known ? given.scalar_type() : at::kDouble));
     require_memory(kept.back(), "lr");
-    if (kept.back().numel() != 1) throw py::value_error("lr has " + std::to_string(given.numel()) + " elements, not one");
+    if (kept.back().numel() != 1)
+      throw py::value_error("lr has " + std::to_string(given.numel()) + " elements, not one");
     const auto address = reinterpret_cast<std::uint64_t>(kept.back().const_data_ptr());
     result.lr = {address | static_cast<std::uint64_t>(kept.back().scalar_type() == at::kFloat)};
   } else {
@@ -36,8 +37,8 @@ struct Evaluation {
   RuleArgs args = {};
   std::vector<RowHyper> groups;
 
-  Evaluation(const DeviceTable& table, const Session& session, const std::string& name, py::handle group_list, py::handle grad_scale,
-             py::handle found_inf, py::handle max_grad_norm, bool lars) {
+  Evaluation(const DeviceTable& table, const Session& session, const std::string& name, py::handle group_list,
+             py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     check_groups(table.group(), group_list);
     args.evaluate = true;
     args.rule = rule_named(name);
@@ -91,7 +92,8 @@ class Table : public DeviceTable {
     const at::NoGradGuard no_grad;
     const Tensors& weights = column("w");
     if (!weights.empty() && weights[0].defined()) device_ = weights[0].device();
-    if (device().type() != kDeviceType) throw py::type_error("the table is on " + device().str() + ", for which there is no code here");
+    if (device().type() != kDeviceType)
+      throw py::type_error("the table is on " + device().str() + ", for which there is no code here");
     try {
       const Session session(device());
       follow_streams(session);
@@ -99,8 +101,8 @@ class Table : public DeviceTable {
     } catch (const py::builtin_exception&) {  // of the caller's doing, and says so
       throw;
     } catch (const std::runtime_error& error) {
-      throw std::runtime_error("looksam_kernels: " + std::string(error.what()) + " (table of " + std::to_string(rows()) +
-                               " rows on " + device().str() + ")");
+      throw std::runtime_error("looksam_kernels: " + std::string(error.what()) + " (table of " +
+                               std::to_string(rows()) + " rows on " + device().str() + ")");
     }
   }
 
@@ -115,7 +117,8 @@ class Table : public DeviceTable {
     });
   }
 
-  // Can the coefficients of this rule be computed here? Not with hyper-parameters on the device, nor with very many groups.
+  // Can the coefficients of this rule be computed here? Not with hyper-parameters on the device, nor with very many
+  // groups.
   bool evaluates(const std::string& name, py::handle groups, bool lars) const {
     const RuleInfo& rule = rule_named(name);
     for (const py::handle group : groups) {
@@ -132,7 +135,8 @@ class Table : public DeviceTable {
     return guarded([&](const Session& session) {
       const at::Tensor exact = numbers(session, values, "sums.values", pairs.size());
       Evaluation evaluation(*this, session, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
-      for (std::size_t p = 0; p < pairs.size(); ++p) evaluation.reads(pairs[p], data<double>(exact) + p * rows(), nullptr);
+      for (std::size_t p = 0; p < pairs.size(); ++p)
+        evaluation.reads(pairs[p], data<double>(exact) + p * rows(), nullptr);
       add_up(session, {}, py::none(), nullptr, &evaluation.args, evaluation.groups);
       evaluation.adapt(session);
       return evaluation.result();
@@ -141,7 +145,8 @@ class Table : public DeviceTable {
 
   // known: formulas.Sums or None. -> all sums, the known ones first, and coefficients().
   py::tuple measure(const std::string& rule, const std::vector<Pair>& pairs, py::handle known, py::handle groups,
-                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
+                    py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm,
+                    bool lars) {
     return guarded([&](const Session& session) {
       std::vector<Pair> before;
       at::Tensor exact;
@@ -154,7 +159,8 @@ class Table : public DeviceTable {
       Evaluation evaluation(*this, session, rule, groups, grad_scale, found_inf, max_grad_norm, lars);
       for (std::size_t p = 0; p < before.size(); ++p)
         evaluation.reads(before[p], data<double>(exact) + p * rows(), all + p * rows());
-      for (std::size_t p = 0; p < pairs.size(); ++p) evaluation.reads(pairs[p], all + (before.size() + p) * rows(), nullptr);
+      for (std::size_t p = 0; p < pairs.size(); ++p)
+        evaluation.reads(pairs[p], all + (before.size() + p) * rows(), nullptr);
       add_up(session, pairs, adaptive, all + before.size() * rows(), &evaluation.args, evaluation.groups);
       evaluation.adapt(session);
       return py::make_tuple(wrap(values), evaluation.result());
@@ -222,7 +228,8 @@ class Table : public DeviceTable {
       columns.borrow("w", Access::write, written);
       columns.borrow("b", Access::write, written, /*optional=*/true);
       for (std::size_t i = 0; i < inputs.size(); ++i)
-        columns.borrow(inputs[i], i == 0 && base == Base::grad ? Access::write : Access::read, updated, /*optional=*/true);
+        columns.borrow(inputs[i], i == 0 && base == Base::grad ? Access::write : Access::read, updated,
+                       /*optional=*/true);
       for (std::size_t k = 0; k < states.size(); ++k)
         columns.borrow(states[k].name, Access::write, with_state[k], /*optional=*/false, /*wide_only=*/true);
       if (writes_q) columns.borrow(writes, Access::write, updated);
@@ -280,8 +287,8 @@ class Table : public DeviceTable {
     return bits;
   }
 
-  void launch_step(const Session& session, const Arrangement& arrangement, StepArgs& args, const std::vector<StepGroup>& groups,
-                   const py::list& moved) const {
+  void launch_step(const Session& session, const Arrangement& arrangement, StepArgs& args,
+                   const std::vector<StepGroup>& groups, const py::list& moved) const {
     args.group = data<std::int32_t>(arrangement.group);
     args.row_arrivals = data<std::uint32_t>(arrangement.counters);
     args.trust_ratio = data<double>(arrangement.trust_ratio);
@@ -294,17 +301,18 @@ class Table : public DeviceTable {
         const auto begin = group().begin() + window.rows.first, end = begin + window.rows.count;
         args.first_group = *std::min_element(begin, end);
         const int last_group = *std::max_element(begin, end);
-        for (int i = args.first_group; i <= last_group && !groups.empty(); ++i) args.groups[i - args.first_group] = groups.at(i);
+        for (int i = args.first_group; i <= last_group && !groups.empty(); ++i)
+          args.groups[i - args.first_group] = groups.at(i);
         cuda::step(layout.kind, window.chunks, args, session.stream);
         if (in_two_phases(args.base)) cuda::lamb_apply(layout.kind, window.chunks, args, session.stream);
       }
     }
   }
 
-  // values [pairs, rows], and the coefficients of a rule in the same launch. In batches, should there be more columns than one
-  // launch takes. rule: null for none.
-  void add_up(const Session& session, const std::vector<Pair>& pairs, py::handle adaptive, double* values, RuleArgs* rule,
-              const std::vector<RowHyper>& groups) {
+  // values [pairs, rows], and the coefficients of a rule in the same launch. In batches, should there be more columns
+  // than one launch takes. rule: null for none.
+  void add_up(const Session& session, const std::vector<Pair>& pairs, py::handle adaptive, double* values,
+              RuleArgs* rule, const std::vector<RowHyper>& groups) {
     std::size_t next = 0;
     do {
       SumsArgs args = {};
@@ -332,8 +340,8 @@ class Table : public DeviceTable {
     } while (next < pairs.size());
   }
 
-  void launch_sums(const Session& session, SumsArgs& args, const std::vector<std::string>& operands, py::handle adaptive,
-                   RuleArgs* rule, const std::vector<RowHyper>& groups) {
+  void launch_sums(const Session& session, SumsArgs& args, const std::vector<std::string>& operands,
+                   py::handle adaptive, RuleArgs* rule, const std::vector<RowHyper>& groups) {
     const auto column_of = [](const std::string& name) { return name == "Tg" ? std::string("g") : name; };
     const RowFlags all(rows(), 1);
     BorrowedColumns columns(*this, session);
@@ -354,7 +362,9 @@ class Table : public DeviceTable {
       args.passed_to = array_of(session, columns_[name]);
       args.passed = static_cast<std::int32_t>(k);
     }
-    const auto place = [&](const std::string& name) -> const Ref* { return name == passed ? args.passed_to : columns.column(name); };
+    const auto place = [&](const std::string& name) -> const Ref* {
+      return name == passed ? args.passed_to : columns.column(name);
+    };
     for (std::size_t k = 0; k < operands.size(); ++k) {
       args.operand[k] = place(column_of(operands[k]));
       if (operands[k] == "Tg") {
@@ -402,7 +412,8 @@ class Table : public DeviceTable {
           launch.column.high[row] = static_cast<std::uint16_t>(refs[window.rows.first + row] >> 32);
         }
       }
-      cuda::sums(window.kind, window.chunks, launch, rule != nullptr ? static_cast<int>(groups.size()) : 0, session.stream);
+      cuda::sums(window.kind, window.chunks, launch, rule != nullptr ? static_cast<int>(groups.size()) : 0,
+                 session.stream);
     }
     if (args.passed_to != nullptr) {
       columns_[passed].refs = columns.refs(passed);
@@ -411,8 +422,8 @@ class Table : public DeviceTable {
   }
 };
 
-// A GPU on which these kernels do not run has a reason, which the driver knows best: the code in this build is for others, the
-// driver is too old for its PTX.
+// A GPU on which these kernels do not run has a reason, which the driver knows best: the code in this build is for
+// others, the driver is too old for its PTX.
 std::optional<std::string> refusal(int device) {
   try {
     const Session session(at::Device(kDeviceType, static_cast<at::DeviceIndex>(device)));
@@ -428,7 +439,9 @@ std::optional<std::string> refusal(int device) {
 PYBIND11_MODULE(LOOKSAM_MODULE, module) {
   using looksam::cuda::Table;
   py::class_<Table>(module, "Table")
-      .def(py::init([](std::vector<int> group, const std::string& device) { return Table(std::move(group), at::Device(device)); }))
+      .def(py::init([](std::vector<int> group, const std::string& device) {
+        return Table(std::move(group), at::Device(device));
+      }))
       .def("set", &Table::set)
       .def("sums", &Table::sums)
       .def("evaluates", &Table::evaluates)
@@ -443,7 +456,9 @@ PYBIND11_MODULE(LOOKSAM_MODULE, module) {
   module.def("refusal", &looksam::cuda::refusal);
 #if defined(LOOKSAM_HARNESS)
   module.def("fail_after", &looksam::cuda::fail_after);
-  module.def("use_stream", [](std::uintptr_t stream) { looksam::cuda::harness_stream = reinterpret_cast<looksam::cuda::Stream>(stream); });
+  module.def("use_stream", [](std::uintptr_t stream) {
+    looksam::cuda::harness_stream = reinterpret_cast<looksam::cuda::Stream>(stream);
+  });
   module.def("use_capture", [](unsigned long long capture) { looksam::cuda::harness_capture = capture; });
   module.def("recorded", [] { return looksam::cuda::harness_recorded; });
 #endif

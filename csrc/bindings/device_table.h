@@ -1,4 +1,5 @@
-// What the CUDA extension keeps of a TensorTable: its columns, and the arrays on the device by which the kernels find them.
+// What the CUDA extension keeps of a TensorTable: its columns, and the arrays on the device by which the kernels find
+// them.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,10 @@ namespace looksam::cuda {
 using Kinds = std::vector<Kind>;  // one a row
 
 inline at::ScalarType scalar_type(Dtype dtype) {
-  return dtype == Dtype::f32 ? at::kFloat : dtype == Dtype::f64 ? at::kDouble : dtype == Dtype::f16 ? at::kHalf : at::kBFloat16;
+  return dtype == Dtype::f32   ? at::kFloat
+         : dtype == Dtype::f64 ? at::kDouble
+         : dtype == Dtype::f16 ? at::kHalf
+                               : at::kBFloat16;
 }
 
 enum class Access { read, write };
@@ -24,8 +28,8 @@ T* data(const at::Tensor& x) {
 // Empty tensors have no address, but they are there.
 inline constexpr std::uint64_t kNowhere = 16;
 
-// Whether the device has an array, and in which graph capture it was uploaded: what a capture uploads is there only when the graph
-// runs. Not uploaded from before the launch that writes it until that has succeeded.
+// Whether the device has an array, and in which graph capture it was uploaded: what a capture uploads is there only
+// when the graph runs. Not uploaded from before the launch that writes it until that has succeeded.
 struct Uploaded {
   bool done = false;
   unsigned long long capture = 0;
@@ -77,7 +81,8 @@ struct Arrangement {
   }
 };
 
-// How many a table keeps of those that no graph reads. An op has one or two: more come up where dtypes change from step to step.
+// How many a table keeps of those that no graph reads. An op has one or two: more come up where dtypes change from step
+// to step.
 inline constexpr std::size_t kArrangements = 8;
 
 class DeviceTable {
@@ -127,7 +132,8 @@ class DeviceTable {
 
   template <class T>
   at::Tensor new_array(std::size_t count) const {
-    return at::empty({static_cast<std::int64_t>(count * sizeof(T))}, at::TensorOptions().dtype(at::kByte).device(device_));
+    return at::empty({static_cast<std::int64_t>(count * sizeof(T))},
+                     at::TensorOptions().dtype(at::kByte).device(device_));
   }
 
   at::Tensor new_doubles(std::size_t count) const {
@@ -140,8 +146,9 @@ class DeviceTable {
     cuda::upload(to.mutable_data_ptr(), from.data(), from.size() * sizeof(T), session.stream);
   }
 
-  // Once a second stream has come up, all device memory that an op uses is recorded with the stream that it runs on: torch's
-  // allocator knows only the stream for which the memory was made. Sums and coefficients, too, pass from op to op.
+  // Once a second stream has come up, all device memory that an op uses is recorded with the stream that it runs on:
+  // torch's allocator knows only the stream for which the memory was made. Sums and coefficients, too, pass from op to
+  // op.
   void follow_streams(const Session& session) {
     if (!first_stream_) first_stream_ = session.stream;
     several_streams_ = several_streams_ || *first_stream_ != session.stream;
@@ -179,7 +186,8 @@ class DeviceTable {
   }
 
   // A column of scalars. needed: the rows that must have one.
-  const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, Access access, const RowFlags& needed) {
+  const Ref* scalars(const Session& session, const std::string& name, at::ScalarType dtype, Access access,
+                     const RowFlags& needed) {
     std::vector<std::uint64_t> refs(rows());
     const Tensors& tensors = column(name);
     for (std::size_t row = 0; row < rows(); ++row) {
@@ -188,10 +196,13 @@ class DeviceTable {
         if (needed[row]) throw py::value_error("row " + std::to_string(row) + " takes part, but has no '" + name + "'");
         continue;
       }
-      if (x.device() != device_) throw py::type_error(Where(name, row) + ": on " + x.device().str() + ", not on " + device_.str());
+      if (x.device() != device_)
+        throw py::type_error(Where(name, row) + ": on " + x.device().str() + ", not on " + device_.str());
       if (x.scalar_type() != dtype)
-        throw py::type_error(Where(name, row) + ": " + toString(x.scalar_type()) + " is not supported; it must be " + toString(dtype));
-      if (x.numel() != 1) throw py::value_error(Where(name, row) + ": " + std::to_string(x.numel()) + " elements, not one");
+        throw py::type_error(Where(name, row) + ": " + toString(x.scalar_type()) + " is not supported; it must be " +
+                             toString(dtype));
+      if (x.numel() != 1)
+        throw py::value_error(Where(name, row) + ": " + std::to_string(x.numel()) + " elements, not one");
       refs[row] = address_of(x, access, name, row);
     }
     return on_device(session, name, refs);
@@ -209,7 +220,8 @@ class DeviceTable {
     if (object.is_none()) return {};
     const at::Tensor x = unpack(object).to(device_, at::kFloat);
     require_memory(x, name);
-    if (x.numel() != 1) throw py::value_error(std::string(name) + " has " + std::to_string(x.numel()) + " elements, not one");
+    if (x.numel() != 1)
+      throw py::value_error(std::string(name) + " has " + std::to_string(x.numel()) + " elements, not one");
     use(session, x);
     return x;
   }
@@ -244,8 +256,10 @@ class DeviceTable {
   Arrangement& arrangement_for(const Session& session, const Kinds& kinds) {
     std::vector<std::int64_t> numel;
     for (const at::Tensor& w : column("w")) numel.push_back(w.numel());
-    auto known = std::find_if(arrangements_.begin(), arrangements_.end(), [&](const Arrangement& x) { return x.kinds == kinds && x.numel == numel; });
-    if (known == arrangements_.end()) known = arrangements_.insert(arrangements_.begin(), new_arrangement(kinds, std::move(numel)));
+    auto known = std::find_if(arrangements_.begin(), arrangements_.end(),
+                              [&](const Arrangement& x) { return x.kinds == kinds && x.numel == numel; });
+    if (known == arrangements_.end())
+      known = arrangements_.insert(arrangements_.begin(), new_arrangement(kinds, std::move(numel)));
     arrangements_.splice(arrangements_.begin(), arrangements_, known);
     forget_old_arrangements();
     Arrangement& arrangement = arrangements_.front();
@@ -267,7 +281,8 @@ class DeviceTable {
 
   void forget_old_arrangements() {
     std::size_t eager = 0;
-    arrangements_.remove_if([&](const Arrangement& arrangement) { return !arrangement.captured && ++eager > kArrangements; });
+    arrangements_.remove_if(
+        [&](const Arrangement& arrangement) { return !arrangement.captured && ++eager > kArrangements; });
   }
 
   Arrangement new_arrangement(const Kinds& kinds, std::vector<std::int64_t> numel) const {
@@ -286,7 +301,8 @@ class DeviceTable {
       for (std::size_t row = 0; row < rows(); ++row) {
         const bool here = kinds[row] == layout.kind;
         // Empty rows have a chunk too: it counts their updates.
-        const std::int64_t chunks = here ? std::max<std::int64_t>((arrangement.numel[row] + kChunk - 1) / kChunk, 1) : 0;
+        const std::int64_t chunks =
+            here ? std::max<std::int64_t>((arrangement.numel[row] + kChunk - 1) / kChunk, 1) : 0;
         layout.first.push_back(layout.first.back() + chunks);
         layout.rows.push_back(layout.rows.back() + here);
       }
@@ -302,7 +318,8 @@ class DeviceTable {
     return arrangement;
   }
 
-  // One launch each: at most kMaxRows rows, and, where the groups are passed too, kStepGroups groups that follow each other.
+  // One launch each: at most kMaxRows rows, and, where the groups are passed too, kStepGroups groups that follow each
+  // other.
   std::vector<Window> windows(const Layout& layout, bool groups) const {
     std::vector<Window> result;
     const auto count = static_cast<std::int32_t>(rows());
@@ -315,7 +332,8 @@ class DeviceTable {
       }
       const std::int64_t first_chunk = layout.first[first], chunks = layout.first[end] - first_chunk;
       if (chunks > 0)
-        result.push_back({layout.kind, {first, end - first, first_chunk}, chunks, layout.rows[end] - layout.rows[first]});
+        result.push_back(
+            {layout.kind, {first, end - first, first_chunk}, chunks, layout.rows[end] - layout.rows[first]});
       first = end;
     }
     return result;

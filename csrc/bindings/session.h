@@ -21,7 +21,8 @@ inline std::vector<std::pair<std::uintptr_t, std::uintptr_t>> harness_recorded; 
 struct Session {
   explicit Session(const at::Device&) {}
   void record(const at::Tensor& x) const {
-    harness_recorded.emplace_back(reinterpret_cast<std::uintptr_t>(x.const_data_ptr()), reinterpret_cast<std::uintptr_t>(stream));
+    harness_recorded.emplace_back(reinterpret_cast<std::uintptr_t>(x.const_data_ptr()),
+                                  reinterpret_cast<std::uintptr_t>(stream));
   }
   Stream stream = harness_stream;
   unsigned long long capture = harness_capture;

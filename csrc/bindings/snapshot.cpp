@@ -1,5 +1,6 @@
-// Have an optimizer's groups, weights and state changed since they were last read? Asked several times a step, so without
-// hashing a tensor (Python would, in each state[p]) and without calling into Python. Twin: looksam_kernels/snapshot.py.
+// Have an optimizer's groups, weights and state changed since they were last read? Asked several times a step, so
+// without hashing a tensor (Python would, in each state[p]) and without calling into Python. Twin:
+// looksam_kernels/snapshot.py.
 
 #include "snapshot.h"
 
@@ -31,7 +32,8 @@ struct Place {
 
   static const void* address(const at::Tensor& x) {
     if (!x.has_storage()) return nullptr;
-    const auto* start = static_cast<const char*>(x.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
+    const auto* start =
+        static_cast<const char*>(x.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
     return start == nullptr ? nullptr : start + x.storage_offset() * static_cast<std::int64_t>(x.dtype().itemsize());
   }
 };
@@ -44,7 +46,9 @@ class Items {
     if (!fast_) throw py::error_already_set();
   }
   std::size_t size() const { return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast_.ptr())); }
-  py::handle operator[](std::size_t i) const { return PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(i)); }
+  py::handle operator[](std::size_t i) const {
+    return PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(i));
+  }
 
  private:
   py::object fast_;
@@ -71,7 +75,8 @@ class Snapshot {
 
   // weights: those of now where they are not the parameters themselves, else None.
   int changes(py::handle groups, py::handle state, py::handle weights) const {
-    return (same_params(groups) ? 0 : kParams) | (same_places(weights) ? 0 : kPlaces) | (same_state(state) ? 0 : kState);
+    return (same_params(groups) ? 0 : kParams) | (same_places(weights) ? 0 : kPlaces) |
+           (same_state(state) ? 0 : kState);
   }
 
  private:
@@ -80,7 +85,7 @@ class Snapshot {
   };
   struct StateOfParam {
     py::object key, state;  // no state where the key is not a parameter
-    std::size_t end;  // of its entries, which begin where those of the one before end
+    std::size_t end;        // of its entries, which begin where those of the one before end
   };
 
   void read(py::handle state, const std::vector<std::string>& followed) {
@@ -88,9 +93,10 @@ class Snapshot {
     for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &inner);) {
       const bool of_param = THPVariable_Check(key);  // a class may keep anything under other keys
       for (Py_ssize_t in = 0; of_param && PyDict_Next(inner, &in, &name, &value);) {
-        const bool follow = PyUnicode_Check(name) && std::any_of(followed.begin(), followed.end(), [&](const std::string& x) {
-                              return PyUnicode_CompareWithASCIIString(name, x.c_str()) == 0;
-                            });
+        const bool follow =
+            PyUnicode_Check(name) && std::any_of(followed.begin(), followed.end(), [&](const std::string& x) {
+              return PyUnicode_CompareWithASCIIString(name, x.c_str()) == 0;
+            });
         entries_.push_back({borrowed(name), follow ? borrowed(value) : py::object()});
       }
       state_.push_back({borrowed(key), of_param ? borrowed(inner) : py::object(), entries_.size()});

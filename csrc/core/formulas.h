@@ -1,11 +1,12 @@
 // Sums -> coefficients of every rule, in double, with all zero rules in one place: the twin of formulas.py.
 //
-// All functions work on one row and the totals over all rows, so that a host loop and a thread block can both drive them:
+// All functions work on one row and the totals over all rows, so that a host loop and a thread block can both drive
+// them:
 //   1. unscale() each row's sums and add them up to the total
 //   2. direction() of each row; add up its direction_sq() over the rows
 //   3. finish() each row's direction
-// A new rule is a name in Rule, a line in kRules and a case in direction(); an ascent that is not divided by the norm of
-// its own direction also has a case in length().
+// A new rule is a name in Rule, a line in kRules and a case in direction(); an ascent that is not divided by the norm
+// of its own direction also has a case in length().
 #pragma once
 
 #include "updates.h"
@@ -25,13 +26,43 @@ LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg;
 
 enum class Rule : std::uint8_t {
   // ascents, e = T^2 sum_i c_i x_i
-  sam, asam, esam, esam_adaptive, trust_normalized, trust, trust_global, unit, opposite, vasso, friendly, along_previous, extrapolate,
+  sam,
+  asam,
+  esam,
+  esam_adaptive,
+  trust_normalized,
+  trust,
+  trust_global,
+  unit,
+  opposite,
+  vasso,
+  friendly,
+  along_previous,
+  extrapolate,
   // descents, d and what is written or added beside it
-  as_is, looksam_refresh, looksam_reuse, ssam, gsam, wsam, wsam_coupled, crsam, vasso_direction, friendly_direction, sampa,
+  as_is,
+  looksam_refresh,
+  looksam_reuse,
+  ssam,
+  gsam,
+  wsam,
+  wsam_coupled,
+  crsam,
+  vasso_direction,
+  friendly_direction,
+  sampa
 };
 
 enum Parameter : std::uint32_t {
-  kRho = 1, kAlpha = 2, kBeta = 4, kGamma = 8, kTheta = 16, kSigma = 32, kLambda = 64, kLr = 128, kLayerScaled = 256,
+  kRho = 1,
+  kAlpha = 2,
+  kBeta = 4,
+  kGamma = 8,
+  kTheta = 16,
+  kSigma = 32,
+  kLambda = 64,
+  kLr = 128,
+  kLayerScaled = 256
 };
 
 struct RuleInfo {
@@ -75,7 +106,9 @@ inline constexpr RuleInfo kRules[] = {
 };
 
 // What takes the loss scale out of <x, y>.
-LOOKSAM_HD double unscaling(Col x, Col y, double inv_scale) { return (is_scaled(x) ? inv_scale : 1) * (is_scaled(y) ? inv_scale : 1); }
+LOOKSAM_HD double unscaling(Col x, Col y, double inv_scale) {
+  return (is_scaled(x) ? inv_scale : 1) * (is_scaled(y) ? inv_scale : 1);
+}
 
 // Inner products <x, y> of one row, or their totals over all rows; 0 for pairs that the rule does not ask for.
 struct Sums {
@@ -106,14 +139,18 @@ struct RowHyper {
 struct ParameterField {
   const char* name;
   Parameter bit;
-  double RowHyper::*field;
+  double RowHyper::* field;
 };
 
 inline constexpr ParameterField kParameters[] = {
-    {"rho", kRho, &RowHyper::rho},          {"alpha", kAlpha, &RowHyper::alpha},
-    {"beta", kBeta, &RowHyper::beta},       {"gamma", kGamma, &RowHyper::gamma},
-    {"theta", kTheta, &RowHyper::theta},    {"sigma", kSigma, &RowHyper::sigma},
-    {"lambda_", kLambda, &RowHyper::lambda}, {"lr", kLr, &RowHyper::lr},
+    {"rho", kRho, &RowHyper::rho},
+    {"alpha", kAlpha, &RowHyper::alpha},
+    {"beta", kBeta, &RowHyper::beta},
+    {"gamma", kGamma, &RowHyper::gamma},
+    {"theta", kTheta, &RowHyper::theta},
+    {"sigma", kSigma, &RowHyper::sigma},
+    {"lambda_", kLambda, &RowHyper::lambda},
+    {"lr", kLr, &RowHyper::lr},
     {"layer_scaled", kLayerScaled, &RowHyper::layer_scaled},
 };
 
@@ -138,7 +175,8 @@ LOOKSAM_HD double over_norm(double numerator, double norm, double perturb_eps) {
   return norm > 0 ? numerator / (norm + perturb_eps) : 0;
 }
 
-// ||g|| / ||q||, 0 where ||q|| <= 2^-21 ||g||: such a q is what rounding left of nothing, as in a tensor of one element.
+// ||g|| / ||q||, 0 where ||q|| <= 2^-21 ||g||: such a q is what rounding left of nothing, as in a tensor of one
+// element.
 LOOKSAM_HD double reuse_ratio(double gg, double qq) { return qq > 0x1p-42 * gg ? sqrt(gg / qq) : 0; }
 
 LOOKSAM_HD double root(double square) { return square > 0 ? sqrt(square) : 0; }
@@ -154,7 +192,8 @@ LOOKSAM_HD double layer_ratio(const Sums& row, const RowHyper& h) {
 LOOKSAM_HD double weight_of_new(double weight, const Sums& row) { return row.of(m, m) > 0 ? weight : 1; }
 
 // d, q and post of a row, of unscaled inputs; an ascent's d is still without its length.
-LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common) {
+LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, const RowHyper& h,
+                               const CommonHyper& common) {
   const Sums& scoped = common.tensor_scope ? row : total;
   const double eps = common.perturb_eps;
   const double gamma_odds = h.gamma / (1 - h.gamma);
@@ -180,7 +219,8 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
     case Rule::wsam_coupled: return {{gamma_odds, 1 - gamma_odds}, {}, {}};
     case Rule::crsam: return {{h.gamma - h.beta, 1 + h.gamma + h.beta, -2 * h.gamma}, {}, {}};
-    case Rule::vasso_direction: return {{1, 0, 0}, {0, weight_of_new(h.theta, row), 1 - weight_of_new(h.theta, row)}, {}};
+    case Rule::vasso_direction:
+      return {{1, 0, 0}, {0, weight_of_new(h.theta, row), 1 - weight_of_new(h.theta, row)}, {}};
     case Rule::friendly_direction:
       return {{1, 0, 0}, {0, weight_of_new(1 - h.lambda, row), 1 - weight_of_new(1 - h.lambda, row)}, {}};
     case Rule::sampa: return {{h.lambda, 1 - h.lambda}, {1, 0}, {}};
@@ -229,8 +269,9 @@ struct LarsHyper {
   bool adapts;  // with weight decay, or always_adapt
 };
 
-// r_p = trust_coefficient ||w_p|| / (||d_p|| + weight_decay ||w_p|| + eps), which scales d_p + weight_decay w_p; 1 where either
-// norm is 0; with trust_clip min(1, r_p / lr); 1 in groups that do not adapt. LARS, You, Gitman & Ginsburg 2017.
+// r_p = trust_coefficient ||w_p|| / (||d_p|| + weight_decay ||w_p|| + eps), which scales d_p + weight_decay w_p; 1
+// where either norm is 0; with trust_clip min(1, r_p / lr); 1 in groups that do not adapt. LARS, You, Gitman & Ginsburg
+// 2017.
 LOOKSAM_HD double lars_ratio(double w_norm_sq, double d_norm_sq, const LarsHyper& h) {
   if (!h.adapts) return 1;
   double r = 1;

@@ -7,8 +7,8 @@
 
 namespace looksam {
 
-// Elements of a chunk, the unit of work. Partial sums are stored by chunk and added up in its order, so this number, and
-// nothing of the machine, decides the bits of a sum.
+// Elements of a chunk, the unit of work. Partial sums are stored by chunk and added up in its order, so this number,
+// and nothing of the machine, decides the bits of a sum.
 inline constexpr std::int64_t kChunk = 8192;
 
 // One tensor for each row. data[row] is null where the row has none; elements lie in the memory order of the row's w.
@@ -30,9 +30,9 @@ struct Chunk {
 struct ChunkMap {
   std::int32_t rows;
   std::int64_t chunks;
-  const std::int64_t* numel;    // [rows]
-  const std::int64_t* first;    // [rows + 1]
-  const std::int32_t* row_of;   // [chunks]
+  const std::int64_t* numel;   // [rows]
+  const std::int64_t* first;   // [rows + 1]
+  const std::int32_t* row_of;  // [chunks]
 
   LOOKSAM_HD Chunk at(std::int64_t index) const {
     const std::int32_t row = row_of[index];
@@ -52,7 +52,8 @@ struct ChunkList {
     for (const std::int64_t n : numel) first.push_back(first.back() + (n + kChunk - 1) / kChunk);
     row_of.reserve(static_cast<std::size_t>(first.back()));
     for (std::size_t row = 0; row < numel.size(); ++row)
-      row_of.insert(row_of.end(), static_cast<std::size_t>(first[row + 1] - first[row]), static_cast<std::int32_t>(row));
+      row_of.insert(row_of.end(), static_cast<std::size_t>(first[row + 1] - first[row]),
+                    static_cast<std::int32_t>(row));
   }
 
   ChunkMap map() const {

@@ -1,11 +1,11 @@
 // The base updates on one element: the only place of per-element mathematics, for host and device, in float or double.
 //
-// A base is a struct, and its place in the list Bases; nothing else has to know it. The struct holds the base's names, its
-// states, the hyper-parameters that it reads, and update(w, d, states ..., h), which returns the new weight and changes the
-// states; w is the weight at which the step is taken, d the direction. What a row lacks of the states is scratch memory,
-// whose values mean nothing. An update chooses between values, never between statements: a loop over elements then stays one
-// of vectors. Orders of operations follow torch.optim, so that results agree within a few ulps. The host is built without
-// contraction to fused multiply-adds, so that every instruction set gives the same bits.
+// A base is a struct, and its place in the list Bases; nothing else has to know it. The struct holds the base's names,
+// its states, the hyper-parameters that it reads, and update(w, d, states ..., h), which returns the new weight and
+// changes the states; w is the weight at which the step is taken, d the direction. What a row lacks of the states is
+// scratch memory, whose values mean nothing. An update chooses between values, never between statements: a loop over
+// elements then stays one of vectors. Orders of operations follow torch.optim, so that results agree within a few ulps.
+// The host is built without contraction to fused multiply-adds, so that every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -20,18 +20,20 @@ inline constexpr int kMaxStates = 4;
 struct BaseHyper {
   double lr, weight_decay;
   double momentum, dampening;
-  double beta1, beta2;  // beta2 is the weight of the old mean square: also rmsprop's alpha, adadelta's rho, adan's third beta
-  double beta_diff;     // adan's second beta: the weight of the old mean difference
+  double beta1,
+      beta2;  // beta2 is the weight of the old mean square: also rmsprop's alpha, adadelta's rho, adan's third beta
+  double beta_diff;  // adan's second beta: the weight of the old mean difference
   double eps, lr_decay;
   bool nesterov, centered, always_adapt, trust_clip, no_prox;
   bool bias_correction = true;
 };
 
-// One of them: its name in torch.optim, and the number or flag that it sets; index: its place where the value is a tuple.
+// One of them: its name in torch.optim, and the number or flag that it sets; index: its place where the value is a
+// tuple.
 struct Option {
   const char* name;
-  double BaseHyper::*number = nullptr;
-  bool BaseHyper::*flag = nullptr;
+  double BaseHyper::* number = nullptr;
+  bool BaseHyper::* flag = nullptr;
   int index = -1;
 };
 
@@ -65,8 +67,8 @@ struct State {
   When when;
 };
 
-// What the updates of one row need, made once a step from its group's hyper-parameters and its update count. A base reads
-// only its own fields.
+// What the updates of one row need, made once a step from its group's hyper-parameters and its update count. A base
+// reads only its own fields.
 template <class T>
 struct UpdateScalars {
   T lr;  // adagrad: lr / (1 + (count - 1) lr_decay)
@@ -109,8 +111,8 @@ struct UpdateScalars {
   }
 };
 
-// x^n for a whole n >= 0. 1 - beta^n cancels, so agreement with torch within ulps takes the host's pow(); a GPU's takes a
-// thousand instructions and a stack frame, and there squaring is exact enough for float states.
+// x^n for a whole n >= 0. 1 - beta^n cancels, so agreement with torch within ulps takes the host's pow(); a GPU's takes
+// a thousand instructions and a stack frame, and there squaring is exact enough for float states.
 LOOKSAM_HD double power(double x, double n) {
 #ifdef __CUDA_ARCH__
   double result = 1;
@@ -170,14 +172,14 @@ LOOKSAM_HD T sign(T x) {
   return T(x > 0) - T(x < 0);
 }
 
-// A base whose update() returns the new weight. One in two phases returns a direction, whose norm over the row must be known
-// before w changes; its apply() then does that.
+// A base whose update() returns the new weight. One in two phases returns a direction, whose norm over the row must be
+// known before w changes; its apply() then does that.
 struct OnePhase {
   static constexpr bool two_phases = false;
 };
 
-// buf = momentum buf + (1 - dampening) d; w - lr buf, or w - lr (d + momentum buf) with nesterov; without momentum w - lr d.
-// LARS is SGD with a d and a weight decay that hold the trust ratio.
+// buf = momentum buf + (1 - dampening) d; w - lr buf, or w - lr (d + momentum buf) with nesterov; without momentum w -
+// lr d. LARS is SGD with a d and a weight decay that hold the trust ratio.
 struct Sgd : OnePhase {
   static constexpr const char* name[] = {"sgd", "lars"};
   static constexpr State state[] = {{"momentum_buffer", When::momentum}};
@@ -235,8 +237,8 @@ struct AdamW : OnePhase {
 struct Lamb {
   static constexpr const char* name[] = {"lamb"};
   static constexpr State state[] = {{"exp_avg", When::always}, {"exp_avg_sq", When::always}};
-  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta2, option::eps,
-                                    option::always_adapt, option::trust_clip, option::bias_correction};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1,      option::beta2,          option::eps,
+                                     option::always_adapt, option::trust_clip, option::bias_correction};
   static constexpr bool two_phases = true;
 
   // u = adam_direction + weight_decay w, from moments that already hold this step's d.
@@ -292,7 +294,7 @@ struct Rmsprop : OnePhase {
   static constexpr State state[] = {
       {"square_avg", When::always}, {"grad_avg", When::centered}, {"momentum_buffer", When::momentum}};
   static constexpr Option reads[] = {option::weight_decay, option::alpha, option::eps, option::momentum,
-                                    option::centered};
+                                     option::centered};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& square_avg, T& grad_avg, T& buf, const UpdateScalars<T>& h) {
@@ -323,16 +325,16 @@ struct Adadelta : OnePhase {
   }
 };
 
-// Adan: m, a, v are the means of d, of its difference from the direction before, and of (d + beta2 difference)^2. Xie et al.
-// 2022. The weight decay is proximal, or with no_prox as AdamW's.
+// Adan: m, a, v are the means of d, of its difference from the direction before, and of (d + beta2 difference)^2. Xie
+// et al. 2022. The weight decay is proximal, or with no_prox as AdamW's.
 struct Adan : OnePhase {
   static constexpr const char* name[] = {"adan"};
   static constexpr State state[] = {{"exp_avg", When::always},
                                     {"exp_avg_diff", When::always},
                                     {"exp_avg_sq", When::always},
                                     {"neg_pre_grad", When::always}};
-  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta_diff, option::beta3, option::eps,
-                                     option::no_prox};
+  static constexpr Option reads[] = {option::weight_decay, option::beta1, option::beta_diff,
+                                     option::beta3,        option::eps,   option::no_prox};
 
   template <class T>
   static LOOKSAM_HD T update(T w, T d, T& m, T& a, T& v, T& neg_before, const UpdateScalars<T>& h) {
@@ -363,7 +365,8 @@ LOOKSAM_HD constexpr When when_of() {
 // Does a row have the k-th state? A constant where the base alone decides.
 template <class Update, class Scalars>
 LOOKSAM_HD bool has_state(int k, const Scalars& h) {
-  constexpr When when[kMaxStates] = {when_of<Update, 0>(), when_of<Update, 1>(), when_of<Update, 2>(), when_of<Update, 3>()};
+  constexpr When when[kMaxStates] = {when_of<Update, 0>(), when_of<Update, 1>(), when_of<Update, 2>(),
+                                     when_of<Update, 3>()};
   return is_there(k == 0 ? when[0] : k == 1 ? when[1] : k == 2 ? when[2] : when[3], h);
 }
 

@@ -3,8 +3,8 @@
 // Each op runs over all chunks of all rows, whatever their dtypes, and writes a partial sum per chunk where it sums.
 #pragma once
 
-#include "../core/masks.h"
 #include "../core/formulas.h"
+#include "../core/masks.h"
 #include "../core/table.h"
 
 namespace looksam::cpu {

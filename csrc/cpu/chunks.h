@@ -3,8 +3,8 @@
 //
 // A chunk is worked off in tiles that stay in the first-level cache. A column of the arithmetic's own type is used in
 // place; any other is converted tile by tile. So each loop below exists for float and for double only, whatever the mix
-// of dtypes, and memory sees each column once. Lanes of sums are fixed, and nothing is contracted to fused multiply-adds:
-// all instruction sets give the same bits.
+// of dtypes, and memory sees each column once. Lanes of sums are fixed, and nothing is contracted to fused
+// multiply-adds: all instruction sets give the same bits.
 
 #include "../core/vec.h"
 #include "args.h"
@@ -167,7 +167,8 @@ struct InnerProduct {
   }
 };
 
-// sums ------------------------------------------------------------------------------------------------------------------
+// sums
+// ------------------------------------------------------------------------------------------------------------------
 
 // One chunk whose sums are being made, tile by tile.
 struct Summing {
@@ -282,7 +283,8 @@ struct Inputs {
   }
 };
 
-// perturb ---------------------------------------------------------------------------------------------------------------
+// perturb
+// ---------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
@@ -337,7 +339,8 @@ void perturb(const PerturbArgs& a, std::int64_t first, std::int64_t last) {
   stream_fence();
 }
 
-// step ------------------------------------------------------------------------------------------------------------------
+// step
+// ------------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void restore_chunk(const StepArgs& a, const Chunk chunk) {
@@ -356,7 +359,9 @@ struct Weights {
   bool w_was_read;
   Tile<T>& tile;
 
-  T* target_for_new() const { return b.data != nullptr ? target_of(b, tile) : w_was_read ? target_of(w, tile) : tile.at; }
+  T* target_for_new() const {
+    return b.data != nullptr ? target_of(b, tile) : w_was_read ? target_of(w, tile) : tile.at;
+  }
   void put_new(const T* results, int size) const {
     put(b, results, size);
     w_was_read ? put(w, results, size) : write_once(w, results, size);

@@ -17,8 +17,9 @@ std::int64_t grain(const ChunkMap& map) {
   return grain(map.chunks, std::accumulate(map.numel, map.numel + map.rows, std::int64_t{0}));
 }
 
-// Rows of at most this many chunks do both phases of lamb on one thread, so that w and u of the row (8 bytes an element,
-// half a MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of sums.
+// Rows of at most this many chunks do both phases of lamb on one thread, so that w and u of the row (8 bytes an
+// element, half a MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of
+// sums.
 constexpr std::int64_t kCachedChunks = 8;
 
 double total(const double* partial, const ChunkMap& map, std::int64_t row) {
@@ -65,13 +66,11 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
   for (const std::int64_t row : large) {
     const std::int64_t begin = map.first[row];
     args.u = scratch_for_u(args, row);
-    parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
-      kernels.step(args, begin + first, begin + last);
-    });
+    parallel_for(chunks_of(row), kGrain / kChunk,
+                 [&](std::int64_t first, std::int64_t last) { kernels.step(args, begin + first, begin + last); });
     find_trust_ratio(row);
-    parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
-      kernels.lamb_apply(args, begin + first, begin + last);
-    });
+    parallel_for(chunks_of(row), kGrain / kChunk,
+                 [&](std::int64_t first, std::int64_t last) { kernels.lamb_apply(args, begin + first, begin + last); });
   }
 }
 
@@ -112,7 +111,8 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
   std::vector<double> partial(static_cast<std::size_t>(args.pairs * args.map.chunks));
   args.partial = partial.data();
   if (args.pairs > 0)
-    parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.sums(args, first, last); });
+    parallel_for(args.map.chunks, grain(args.map),
+                 [&](std::int64_t first, std::int64_t last) { kernels.sums(args, first, last); });
   for (std::int64_t p = 0; p < args.pairs; ++p)
     for (std::int64_t row = 0; row < args.map.rows; ++row)
       values[p * args.map.rows + row] = total(args.partial + p * args.map.chunks, args.map, row);
@@ -120,7 +120,8 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
 
 void perturb(const PerturbArgs& args, const ParallelFor& parallel_for) {
   const Kernels& kernels = isa();
-  parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.perturb(args, first, last); });
+  parallel_for(args.map.chunks, grain(args.map),
+               [&](std::int64_t first, std::int64_t last) { kernels.perturb(args, first, last); });
 }
 
 void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
@@ -136,15 +137,16 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
   if (two_phases) {
     step_lamb(args, rows, base_of_row, parallel_for);
   } else {
-    parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });
+    parallel_for(args.map.chunks, grain(args.map),
+                 [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });
   }
   for (std::int64_t row = 0; row < args.map.rows && q_sq_of_row != nullptr; ++row)
     if (rows[row].action == Action::update) q_sq_of_row[row] = total(args.q_sq, args.map, row);
 }
 
-void coefficients(const RuleInfo& rule, const SumsOfRows& given, const RowHyper* const* hyper, const CommonHyper& common,
-                  bool found_inf, std::int32_t rows, double* d, double* q, double* post, const LarsHyper* const* lars,
-                  double* trust) {
+void coefficients(const RuleInfo& rule, const SumsOfRows& given, const RowHyper* const* hyper,
+                  const CommonHyper& common, bool found_inf, std::int32_t rows, double* d, double* q, double* post,
+                  const LarsHyper* const* lars, double* trust) {
   std::vector<double> factor;
   Sums total = {}, of_row = {};
   for (std::size_t p = 0; p < given.values.size(); ++p) {
@@ -154,7 +156,8 @@ void coefficients(const RuleInfo& rule, const SumsOfRows& given, const RowHyper*
     total.set(given.x[p], given.y[p], sum);
   }
   const auto sums_of = [&](std::int32_t row) -> const Sums& {
-    for (std::size_t p = 0; p < factor.size(); ++p) of_row.set(given.x[p], given.y[p], given.values[p][row] * factor[p]);
+    for (std::size_t p = 0; p < factor.size(); ++p)
+      of_row.set(given.x[p], given.y[p], given.values[p][row] * factor[p]);
     return of_row;
   };
   const bool by_length = is_ascent(rule.rule) || common.max_grad_norm >= 0;

@@ -19,8 +19,8 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for);
 
 void perturb(const PerturbArgs& args, const ParallelFor& parallel_for);
 
-// rows[r].trust_ratio, and the three arrays of partial sums, are made here. q_sq_of_row [rows] receives ||q_p||^2 of the
-// rows that are updated; null where q is not written. base_of_row: each row's hyper-parameters, read by lamb only.
+// rows[r].trust_ratio, and the three arrays of partial sums, are made here. q_sq_of_row [rows] receives ||q_p||^2 of
+// the rows that are updated; null where q is not written. base_of_row: each row's hyper-parameters, read by lamb only.
 void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
           const ParallelFor& parallel_for);
 

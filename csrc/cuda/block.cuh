@@ -3,8 +3,8 @@
 //   rank(), size()     of this thread among the block's threads
 //   index(), count()   of this block among the launch's blocks; no block may wait for another
 //   barrier()          all threads of the block, with what they wrote before it
-//   arrive(counter)    thread 0 only: publishes what the block wrote, returns how many arrived before, and sees what they wrote
-//   any(flag)          a barrier; is the flag set in any thread?
+//   arrive(counter)    thread 0 only: publishes what the block wrote, returns how many arrived before, and sees what
+//   they wrote any(flag)          a barrier; is the flag set in any thread?
 //
 // On the device it is the one below. The host harness (csrc/harness) has another, and runs the same bodies.
 #pragma once
@@ -38,8 +38,8 @@ LOOKSAM_HD double block_sum(const Block& block, SumScratch& scratch, double x) {
   return total;
 }
 
-// Is this the last of `expected` blocks to arrive? It may then read what the others wrote before they arrived. The counter
-// is 0 before the first and after the last.
+// Is this the last of `expected` blocks to arrive? It may then read what the others wrote before they arrived. The
+// counter is 0 before the first and after the last.
 template <class Block>
 LOOKSAM_HD bool last_to_arrive(const Block& block, std::uint32_t* counter, std::int64_t expected) {
   bool last = false;

@@ -33,8 +33,10 @@ std::optional<std::string> why_not_executable() {
   const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&kernel<Body, Args>));
   if (error == cudaSuccess) return std::nullopt;
   std::string built_for;
-  for (const int architecture : {__CUDA_ARCH_LIST__}) built_for += (built_for.empty() ? "sm_" : ", sm_") + std::to_string(architecture / 10);
-  return taken_back(error) + " (this build is for " + built_for + "; TORCH_CUDA_ARCH_LIST names others when it is built)";
+  for (const int architecture : {__CUDA_ARCH_LIST__})
+    built_for += (built_for.empty() ? "sm_" : ", sm_") + std::to_string(architecture / 10);
+  return taken_back(error) + " (this build is for " + built_for +
+         "; TORCH_CUDA_ARCH_LIST names others when it is built)";
 }
 
 template <class Body, class Args>
@@ -42,8 +44,8 @@ void execute(const char* op, std::int64_t blocks, const Args& args, Stream strea
   if (blocks == 0) return;
   void* parameters[] = {const_cast<Args*>(&args)};
   const auto function = reinterpret_cast<const void*>(&kernel<Body, Args>);
-  const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), parameters, 0,
-                                             static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), parameters,
+                                             0, static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + taken_back(error));
   count_launch();
 }

@@ -1,5 +1,5 @@
-// The launches of the CUDA ops: plain C++, for the binding. Implemented for the device by the .cu files beside this, compiled
-// by nvcc; for the CPU by the same files, compiled by g++ with csrc/harness.
+// The launches of the CUDA ops: plain C++, for the binding. Implemented for the device by the .cu files beside this,
+// compiled by nvcc; for the CPU by the same files, compiled by g++ with csrc/harness.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// perturb: b <- w, w <- w + T^2 sum_i c_i x_i, in the rows that have the first input and the elements that the mask keeps.
+// perturb: b <- w, w <- w + T^2 sum_i c_i x_i, in the rows that have the first input and the elements that the mask
+// keeps.
 #pragma once
 
 #include <type_traits>
@@ -18,7 +19,7 @@ struct PerturbArgs {
   const double* eta;  // [rows], NaN where T = 1; null: everywhere
   const double* c;    // [inputs, rows of the whole table]
   Mask mask;
-  Bits perturbed;     // rows that start from b and leave it alone, as those do whose b is a master copy
+  Bits perturbed;  // rows that start from b and leave it alone, as those do whose b is a master copy
 };
 
 template <class T>

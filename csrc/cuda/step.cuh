@@ -1,6 +1,6 @@
-// step: d = sum_i d_i x_i and the base update in one pass, read from the backup where there is one, so that the restore is
-// free; on the way the second combination, and what is added after the update. LAMB's w needs ||w_p|| and ||u_p|| first, so
-// its update is this pass without w, and a second one that computes u again.
+// step: d = sum_i d_i x_i and the base update in one pass, read from the backup where there is one, so that the restore
+// is free; on the way the second combination, and what is added after the update. LAMB's w needs ||w_p|| and ||u_p||
+// first, so its update is this pass without w, and a second one that computes u again.
 #pragma once
 
 #include <type_traits>
@@ -20,19 +20,19 @@ struct StepTable {
   Rows rows;
   Base base;
   std::int32_t inputs;
-  const Ref* input[kMaxInputs];   // null input[0]: perturbed rows are restored, nothing else happens
-  const double *d, *q, *post;     // [inputs, rows of the whole table]; q and post may be null
-  const float* found_inf;         // above 0: perturbed rows are restored, nothing else happens
+  const Ref* input[kMaxInputs];  // null input[0]: perturbed rows are restored, nothing else happens
+  const double *d, *q, *post;    // [inputs, rows of the whole table]; q and post may be null
+  const float* found_inf;        // above 0: perturbed rows are restored, nothing else happens
   const Ref *w, *b;
-  const Ref* state[kMaxStates];   // those of the base, in the order of its struct
-  const Ref* count;               // scalars of type float
-  const Ref* written;             // receives the second combination
-  const Ref* written_norm_sq;     // scalars of type double; may be null
-  double* partial;                // [3, chunks]: squares of the second combination, of w, of u
+  const Ref* state[kMaxStates];  // those of the base, in the order of its struct
+  const Ref* count;              // scalars of type float
+  const Ref* written;            // receives the second combination
+  const Ref* written_norm_sq;    // scalars of type double; may be null
+  double* partial;               // [3, chunks]: squares of the second combination, of w, of u
   std::uint32_t* row_arrivals;
-  const double* trust;            // lars' ratios, [rows of the whole table]; null: the base is another
-  double* trust_ratio;            // lamb's, likewise
-  const std::int32_t* group;      // [rows of the whole table]
+  const double* trust;        // lars' ratios, [rows of the whole table]; null: the base is another
+  double* trust_ratio;        // lamb's, likewise
+  const std::int32_t* group;  // [rows of the whole table]
   Bits perturbed;
 };
 
@@ -86,12 +86,14 @@ LOOKSAM_HD StepGroup group_of(const StepArgs& a, std::int32_t row) {
   return group;
 }
 
-LOOKSAM_HD float* count_of(const StepArgs& a, std::int32_t row) { return reinterpret_cast<float*>(a.count[row].data()); }
+LOOKSAM_HD float* count_of(const StepArgs& a, std::int32_t row) {
+  return reinterpret_cast<float*>(a.count[row].data());
+}
 
 // The scalars of a row's update, made by one thread for all. updates: how many the row has had, this one included.
 template <class T, class Block>
-LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block, StepShared<T>& shared, const StepArgs& a,
-                                                      std::int32_t row, int updates_to_come) {
+LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block, StepShared<T>& shared,
+                                                             const StepArgs& a, std::int32_t row, int updates_to_come) {
   if (block.rank() == 0) {
     const double updates = static_cast<double>(*count_of(a, row)) + updates_to_come;
     const double trust = a.trust != nullptr ? a.trust[row] : 1;
@@ -105,10 +107,11 @@ LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block,
 template <class T, class Update>
 struct StepBody {
   using Wide = typename T::Wide;
-  // At 64 registers it spills on sm_100; this leaves it 80, or 128 with three states or more, or 255 with as many in two
-  // packs (128 spill on sm_80).
+  // At 64 registers it spills on sm_100; this leaves it 80, or 128 with three states or more, or 255 with as many in
+  // two packs (128 spill on sm_80).
   static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : states_of<Update> * T::lanes < 24 ? 2 : 1;
-  static constexpr int kBlocksPerProcessor = T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
+  static constexpr int kBlocksPerProcessor =
+      T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
   using Shared = StepShared<T>;
 
   template <class Block>
@@ -124,7 +127,8 @@ struct StepBody {
     update(block, shared, a, row, chunk, index);
     if (a.base == Base::grad && a.q == nullptr) return;
     const std::int64_t begin = a.map.first[chunk.row], end = a.map.first[chunk.row + 1];
-    if (last_to_arrive(block, &a.row_arrivals[chunk.row], end - begin)) finish_row(block, shared, a, chunk.row, begin, end);
+    if (last_to_arrive(block, &a.row_arrivals[chunk.row], end - begin))
+      finish_row(block, shared, a, chunk.row, begin, end);
   }
 
  private:
@@ -185,7 +189,8 @@ struct StepBody {
       for (int k = 0; k < T::lanes; ++k) {
         Wide& w_k = weight.lane[k];
         if (!updates) continue;
-        const Wide result = update_of<Update>(w_k, d.lane[k], s[0].lane[k], s[1].lane[k], s[2].lane[k], s[3].lane[k], h);
+        const Wide result =
+            update_of<Update>(w_k, d.lane[k], s[0].lane[k], s[1].lane[k], s[2].lane[k], s[3].lane[k], h);
         if (Update::two_phases) {
           square.w += w_k * w_k;
           square.u += result * result;
@@ -221,7 +226,8 @@ struct StepBody {
                                     std::int64_t begin, std::int64_t end) {
     const auto total = [&](int which) {
       double sum = 0;
-      for (std::int64_t i = begin + block.rank(); i < end; i += block.size()) sum += a.partial[which * a.map.chunks + i];
+      for (std::int64_t i = begin + block.rank(); i < end; i += block.size())
+        sum += a.partial[which * a.map.chunks + i];
       return block_sum(block, shared.scratch, sum);
     };
     if (a.q != nullptr) {

@@ -26,7 +26,7 @@ struct Field {
 };
 
 struct RuleArgs {
-  bool evaluate;              // only the last launch of a table does
+  bool evaluate;  // only the last launch of a table does
   RuleInfo rule;
   CommonHyper common;         // without inv_scale, which is 1 / grad_scale
   const float* grad_scale;    // null: 1
@@ -35,26 +35,26 @@ struct RuleArgs {
   const std::int32_t* group;  // [rows]
   std::int32_t fields;
   Field field[kFields];
-  double *d, *q, *post;       // [inputs, rows]; q and post are null where the rule has none
+  double *d, *q, *post;  // [inputs, rows]; q and post are null where the rule has none
   float* found_inf;
 };
 
 struct SumsArgs {
   ChunkMap map;
   Rows rows;
-  std::int32_t rows_here;          // with chunks in this launch
+  std::int32_t rows_here;  // with chunks in this launch
   std::int32_t operands;
   const Ref* operand[kOperands];
-  Ref* passed_to;                  // the operand that is passed in the arguments is written here; null: none is
-  std::int32_t passed;             // which operand that is
-  std::int32_t adaptive;           // this operand is T times its column; negative: none is
-  const Ref* w;                    // read for T only
-  const double* eta;               // [rows], NaN where T = 1
-  double* value[kPairs];           // [rows] each; null where the pair is not asked for
-  double* partial;                 // [asked pairs, chunks]
+  Ref* passed_to;         // the operand that is passed in the arguments is written here; null: none is
+  std::int32_t passed;    // which operand that is
+  std::int32_t adaptive;  // this operand is T times its column; negative: none is
+  const Ref* w;           // read for T only
+  const double* eta;      // [rows], NaN where T = 1
+  double* value[kPairs];  // [rows] each; null where the pair is not asked for
+  double* partial;        // [asked pairs, chunks]
   std::uint32_t *row_arrivals, *arrivals;
-  const Ref *cached, *cached_if;   // scalars of type double that stand for a sum, in rows that have the other column too
-  double* cached_value;            // [rows]; null: none asked for
+  const Ref *cached, *cached_if;  // scalars of type double that stand for a sum, in rows that have the other column too
+  double* cached_value;           // [rows]; null: none asked for
   RuleArgs rule;
 };
 
@@ -92,7 +92,8 @@ struct SumsBody {
   LOOKSAM_HD static void run(const Block& block, Shared& shared, const Launch& launch) {
     const SumsArgs& a = launch.args;
     if (a.passed_to != nullptr)
-      for (std::int64_t i = block.index() * block.size() + block.rank(); i < a.rows.count; i += block.count() * block.size())
+      for (std::int64_t i = block.index() * block.size() + block.rank(); i < a.rows.count;
+           i += block.count() * block.size())
         a.passed_to[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
 
     bool last = a.rows_here == 0;
@@ -148,8 +149,7 @@ struct SumsBody {
       for (int k = 0; k < kOperands; ++k)
         for (int l = 0; l < kOperands; ++l)
           if (l >= k && a.value[pair_of(k, l)] != nullptr)
-            for (int lane = 0; lane < T::lanes; ++lane)
-              sum[pair_of(k, l)] += value[k].lane[lane] * value[l].lane[lane];
+            for (int lane = 0; lane < T::lanes; ++lane) sum[pair_of(k, l)] += value[k].lane[lane] * value[l].lane[lane];
     });
 
     double* partial = a.partial + index;
@@ -248,8 +248,8 @@ struct SumsBody {
 
 inline constexpr int kLarsGroups = 64;
 
-// A launch of its own: in the epilogue above it would cost every sum registers. d as the rule has left it: of inputs as they
-// are, loss scale and all, as the sums are.
+// A launch of its own: in the epilogue above it would cost every sum registers. d as the rule has left it: of inputs as
+// they are, loss scale and all, as the sums are.
 struct LarsArgs {
   RuleArgs rule;
   double* trust;  // [rows]
@@ -274,7 +274,8 @@ struct LarsBody {
       for (int i = 0; i < r.rule.inputs; ++i)
         for (int j = 0; j < r.rule.inputs; ++j)
           if (r.field[f].index == Sums::index(r.rule.input[i], r.rule.input[j]))
-            d_norm_sq += r.d[i * static_cast<std::int64_t>(r.rows) + row] * r.d[j * static_cast<std::int64_t>(r.rows) + row] * value;
+            d_norm_sq += r.d[i * static_cast<std::int64_t>(r.rows) + row] *
+                         r.d[j * static_cast<std::int64_t>(r.rows) + row] * value;
     }
     const double trust = lars_ratio(w_norm_sq, d_norm_sq, a.group[r.group[row]]);
     a.trust[row] = trust;

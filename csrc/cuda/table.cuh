@@ -1,7 +1,8 @@
 // The tensor table on the device, and the part of it that is passed in kernel arguments.
 //
-// Columns lie in device memory as one Ref a row. Nothing is ever copied there from the host: kernels write what they were
-// given by value, so that filling the table needs no staging memory, no synchronisation, and works while a graph is captured.
+// Columns lie in device memory as one Ref a row. Nothing is ever copied there from the host: kernels write what they
+// were given by value, so that filling the table needs no staging memory, no synchronisation, and works while a graph
+// is captured.
 #pragma once
 
 #include "../core/formulas.h"
@@ -10,8 +11,8 @@
 
 namespace looksam::cuda {
 
-// A tensor's address. Bit 0, which no address of a floating point number has, says in which of a kernel's two storage types
-// its elements are; 0 is no tensor.
+// A tensor's address. Bit 0, which no address of a floating point number has, says in which of a kernel's two storage
+// types its elements are; 0 is no tensor.
 struct Ref {
   std::uint64_t bits;
 
@@ -49,8 +50,8 @@ struct PassedColumn {
   LOOKSAM_HD Ref at(std::int32_t i) const { return {std::uint64_t{high[i]} << 32 | low[i]}; }
 };
 
-// The two storage types that one kernel knows; arithmetic, states and sums are of the wide one. A vector is what one thread
-// works on at a time: 16 bytes of the narrow type, and one or more packs of 16 bytes of the wide one.
+// The two storage types that one kernel knows; arithmetic, states and sums are of the wide one. A vector is what one
+// thread works on at a time: 16 bytes of the narrow type, and one or more packs of 16 bytes of the wide one.
 template <class W, class N>
 struct Types {
   using Wide = W;
@@ -65,8 +66,8 @@ struct Vector {
   typename T::Wide lane[T::lanes];
 };
 
-// A vector as it lies in memory. Converted only where it is used, so that the loads of all columns are under way before the
-// first one is waited for.
+// A vector as it lies in memory. Converted only where it is used, so that the loads of all columns are under way before
+// the first one is waited for.
 template <class T>
 struct Raw {
   using Wide = typename T::Wide;
@@ -112,8 +113,8 @@ class Span {
   LOOKSAM_HD bool narrow() const { return may_be_narrow && narrow_; }
   LOOKSAM_HD bool aligned() const { return looksam::aligned(data_); }
 
-  // Elements i .. i + size - 1; whole: these are all lanes, and the tensor is aligned. 0 in the other lanes, and in all of an
-  // absent tensor.
+  // Elements i .. i + size - 1; whole: these are all lanes, and the tensor is aligned. 0 in the other lanes, and in all
+  // of an absent tensor.
   template <bool whole, Cache cache = Cache::keep>
   LOOKSAM_HD Raw<T> load(int i, int size) const {
     Raw<T> raw = {};
@@ -192,8 +193,8 @@ struct Combination {
 template <class T>
 using StateSpan = Span<T, false>;
 
-// A chunk's vectors, dealt out to the threads of a block: consecutive threads, consecutive vectors. `whole` is false at the
-// tail of a tensor, and everywhere in tensors that are not aligned.
+// A chunk's vectors, dealt out to the threads of a block: consecutive threads, consecutive vectors. `whole` is false at
+// the tail of a tensor, and everywhere in tensors that are not aligned.
 template <class T, class Block, class Body>
 LOOKSAM_HD void for_each_vector(const Block& block, int chunk_size, bool aligned, const Body& body) {
   for (int i = block.rank() * T::lanes; i < chunk_size; i += block.size() * T::lanes) {

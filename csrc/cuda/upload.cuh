@@ -43,7 +43,8 @@ struct IndexBody {
   template <class Block>
   LOOKSAM_HD static void run(const Block& block, Shared&, const IndexArgs& a) {
     const auto row = static_cast<std::int32_t>(block.index());
-    for (std::int64_t i = a.map.first[row] + block.rank(); i < a.map.first[row + 1]; i += block.size()) a.row_of[i] = row;
+    for (std::int64_t i = a.map.first[row] + block.rank(); i < a.map.first[row + 1]; i += block.size())
+      a.row_of[i] = row;
     if (block.rank() == 0) a.row_arrivals[row] = 0;
     if (block.rank() == 0 && row == 0) *a.arrivals = 0;
   }

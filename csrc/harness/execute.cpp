@@ -112,7 +112,8 @@ void run_block(const char* op) {
 void fail_after(std::int64_t launches) { launches_until_failure = launches; }
 
 void fail_if_due(const char* op) {
-  if (launches_until_failure >= 0 && launches_until_failure-- == 0) throw std::runtime_error(std::string(op) + ": a launch that was to fail");
+  if (launches_until_failure >= 0 && launches_until_failure-- == 0)
+    throw std::runtime_error(std::string(op) + ": a launch that was to fail");
 }
 
 void wait_for_block() {

@@ -1,7 +1,7 @@
-// Runs the kernel bodies of csrc/cuda on the CPU, as strictly as the device is allowed to: every thread of a block is a fiber
-// of its own, threads run in random order from barrier to barrier, blocks in random order one after the other, shared memory
-// begins with garbage. A missing barrier, a divergent one, or a result that depends on the order of blocks shows. Built with
-// AddressSanitizer, an access outside of a tensor shows too.
+// Runs the kernel bodies of csrc/cuda on the CPU, as strictly as the device is allowed to: every thread of a block is a
+// fiber of its own, threads run in random order from barrier to barrier, blocks in random order one after the other,
+// shared memory begins with garbage. A missing barrier, a divergent one, or a result that depends on the order of
+// blocks shows. Built with AddressSanitizer, an access outside of a tensor shows too.
 #pragma once
 
 #include <cstring>

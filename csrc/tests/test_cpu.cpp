@@ -17,13 +17,13 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(condition, ...)                                    \
-  do {                                                           \
-    if (!(condition) && ++failures <= 20) {                      \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition) && ++failures <= 20) {                       \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                  \
-      std::printf("\n");                                         \
-    }                                                            \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 // A tensor that starts `shift` elements into its storage.
@@ -34,7 +34,10 @@ struct Array {
   void* data;
 
   Array(Dtype dtype, std::int64_t size, int shift = 0)
-      : dtype(dtype), size(size), storage((size + shift) * size_of(dtype) + 1), data(storage.data() + shift * size_of(dtype)) {}
+      : dtype(dtype),
+        size(size),
+        storage((size + shift) * size_of(dtype) + 1),
+        data(storage.data() + shift * size_of(dtype)) {}
   Array(const Array&) = delete;
 
   double get(std::int64_t i) const {
@@ -60,7 +63,9 @@ struct Array {
 };
 
 // Rounding of one store of a number of size 1 to 4.
-double ulp(Dtype dtype) { return dtype == Dtype::f64 ? 1e-15 : dtype == Dtype::f32 ? 5e-7 : dtype == Dtype::f16 ? 2e-3 : 2e-2; }
+double ulp(Dtype dtype) {
+  return dtype == Dtype::f64 ? 1e-15 : dtype == Dtype::f32 ? 5e-7 : dtype == Dtype::f16 ? 2e-3 : 2e-2;
+}
 
 struct Owned {
   std::vector<std::unique_ptr<Array>> arrays;
@@ -88,8 +93,8 @@ void whole(std::int64_t count, std::int64_t, const cpu::Body& body) {
   if (count > 0) body(0, count);
 }
 
-const std::vector<std::int64_t> kSizes = {0, 1, 3, 31, 33, 255, 256, 257, 4097, kChunk - 1, kChunk + 1, 3 * kChunk + 5,
-                                          9 * kChunk + 1};
+const std::vector<std::int64_t> kSizes = {
+    0, 1, 3, 31, 33, 255, 256, 257, 4097, kChunk - 1, kChunk + 1, 3 * kChunk + 5, 9 * kChunk + 1};
 const Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::f16, Dtype::bf16};
 
 struct Fixture {
@@ -124,7 +129,8 @@ void test_conversions() {
     if (exponent == 31) value = mantissa ? NAN : INFINITY;
     if (bits & 0x8000) value = -value;
     const float wide = widen(half);
-    CHECK(std::isnan(value) ? std::isnan(wide) : wide == value && std::signbit(wide) == std::signbit(value), "%x", bits);
+    CHECK(std::isnan(value) ? std::isnan(wide) : wide == value && std::signbit(wide) == std::signbit(value), "%x",
+          bits);
     if (!std::isnan(value)) CHECK(narrow_f16(wide).bits == bits, "%x", bits);
     const bfloat16 brain{static_cast<std::uint16_t>(bits)};
     if (!std::isnan(widen(brain))) CHECK(narrow_bf16(widen(brain)).bits == bits, "%x", bits);
@@ -135,7 +141,8 @@ void test_conversions() {
     }
     if (exponent == 31) continue;
     // Half way to the next half rounds to the even one, a little more rounds up.
-    const float next = exponent == 30 && mantissa == 1023 ? std::copysign(65536.0f, wide) : widen(float16{std::uint16_t(bits + 1)});
+    const float next =
+        exponent == 30 && mantissa == 1023 ? std::copysign(65536.0f, wide) : widen(float16{std::uint16_t(bits + 1)});
     const float middle = (wide + next) / 2;
     CHECK(narrow_f16(middle).bits == bits + (bits & 1), "%x", bits);
     CHECK(narrow_f16(std::nextafter(middle, next)).bits == bits + 1, "%x", bits);
@@ -166,7 +173,8 @@ std::vector<double> test_sums(const cpu::ParallelFor& parallel_for) {
   args.w = f.w.column();
   args.eta = eta.data();
   args.operands = 3;
-  args.operand[0] = {f.g.column(), false}, args.operand[1] = {f.s.column(), false}, args.operand[2] = {f.g.column(), true};
+  args.operand[0] = {f.g.column(), false}, args.operand[1] = {f.s.column(), false},
+  args.operand[2] = {f.g.column(), true};
   args.pairs = 3;
   args.x[0] = 0, args.y[0] = 0, args.x[1] = 0, args.y[1] = 1, args.x[2] = 2, args.y[2] = 2;
   std::vector<double> values(3 * f.sizes.size());
@@ -179,7 +187,8 @@ std::vector<double> test_sums(const cpu::ParallelFor& parallel_for) {
     }
     for (int p = 0; p < 3; ++p) {
       const double value = values[p * f.sizes.size() + row];
-      CHECK(std::fabs(value - truth[p]) <= 3e-7 * truth[p], "pair %d row %zu: %.17g, not %.17g", p, row, value, truth[p]);
+      CHECK(std::fabs(value - truth[p]) <= 3e-7 * truth[p], "pair %d row %zu: %.17g, not %.17g", p, row, value,
+            truth[p]);
     }
   }
   return values;
@@ -218,8 +227,11 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
     for (std::int64_t i = 0; i < f.sizes[row]; ++i) {
       const double origin = from_b[row] ? before.b.get(row, i) : before.w.get(row, i);
       const double moved = origin + 0.125 * f.g.get(row, i);
-      const double expected = !masked || MaskSpan(perturb.mask, static_cast<std::int32_t>(row), 0).keeps(static_cast<int>(i)) ? moved : origin;
-      CHECK(std::fabs(f.w.get(row, i) - expected) <= ulp(f.w.dtype[row]), "row %zu element %lld", row, static_cast<long long>(i));
+      const double expected =
+          !masked || MaskSpan(perturb.mask, static_cast<std::int32_t>(row), 0).keeps(static_cast<int>(i)) ? moved
+                                                                                                          : origin;
+      CHECK(std::fabs(f.w.get(row, i) - expected) <= ulp(f.w.dtype[row]), "row %zu element %lld", row,
+            static_cast<long long>(i));
       CHECK(f.b.get(row, i) == origin, "row %zu element %lld: backup", row, static_cast<long long>(i));
     }
   }
@@ -235,7 +247,8 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
       }
     });
   }
-  const int states = base == Base::grad ? 0 : with_update(base, [](auto update) { return states_of<decltype(update)>; });
+  const int states =
+      base == Base::grad ? 0 : with_update(base, [](auto update) { return states_of<decltype(update)>; });
   const std::vector<const BaseHyper*> base_of_row(rows, &h);
   std::vector<cpu::StepRow> plan(rows, {cpu::Action::update, true, 0, base_scalars(h, 3)});
   std::vector<double> d(2 * rows), q(2 * rows), post(2 * rows), q_sq(rows);
@@ -277,12 +290,17 @@ std::vector<double> test_perturb_and_step(Base base, bool master, const cpu::Par
       if (base != Base::grad) new_w[i] += 0.125 * s;
       const auto element = static_cast<long long>(i);
       CHECK(std::fabs(f.w.get(row, i) - new_w[i]) <= ulp(f.w.dtype[row]), "w: row %zu element %lld", row, element);
-      if (from_b[row] && base != Base::grad) CHECK(std::fabs(f.b.get(row, i) - new_w[i]) <= ulp(wide), "b: row %zu element %lld", row, element);
+      if (from_b[row] && base != Base::grad)
+        CHECK(std::fabs(f.b.get(row, i) - new_w[i]) <= ulp(wide), "b: row %zu element %lld", row, element);
       for (int k = 0; k < kMaxStates; ++k)
-        CHECK(std::fabs(f.state[k].get(row, i) - new_state[k][i]) <= 4 * ulp(wide), "state %d: row %zu element %lld", k, row, element);
-      if (base == Base::grad) CHECK(std::fabs(f.s.get(row, i) - (s + 0.25 * g)) <= ulp(f.s.dtype[row]), "x: row %zu element %lld", row, element);
+        CHECK(std::fabs(f.state[k].get(row, i) - new_state[k][i]) <= 4 * ulp(wide), "state %d: row %zu element %lld", k,
+              row, element);
+      if (base == Base::grad)
+        CHECK(std::fabs(f.s.get(row, i) - (s + 0.25 * g)) <= ulp(f.s.dtype[row]), "x: row %zu element %lld", row,
+              element);
       CHECK(std::fabs(f.q.get(row, i) - (s - 0.5 * g)) <= ulp(wide), "q: row %zu element %lld", row, element);
-      for (const Owned* column : {&f.w, &f.b, &f.state[0], &f.state[1], &f.state[2], &f.state[3], &f.q}) results.push_back(column->get(row, i));
+      for (const Owned* column : {&f.w, &f.b, &f.state[0], &f.state[1], &f.state[2], &f.state[3], &f.q})
+        results.push_back(column->get(row, i));
     }
     results.push_back(q_sq[row]);
   }
