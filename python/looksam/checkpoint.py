@@ -66,6 +66,7 @@ def from_another_variant(
     owner: str,
     in_groups: frozenset[str],
     in_state: frozenset[str],
+    added: frozenset[str],
     known: Collection[frozenset[str]],
 ) -> StateDict:
     """A checkpoint of another variant, as one that this optimizer loads: the base's hyper-parameters and state are the
@@ -75,12 +76,13 @@ def from_another_variant(
     Args:
         owner: this optimizer's class.
         in_groups, in_state: the names that are the variant's.
-        known: of every variant, those of :data:`HYPER` that its groups have.
+        added: those that older checkpoints of this variant lack; see :func:`added_to`.
+        known: of every variant, those of :data:`HYPER` that its groups have, or had.
     """
     mine = in_groups & HYPER
     base = groups[0].keys() - in_groups
     others = [names - base for names in known]
-    if all("phase" not in g or _is_of(mine, _of_variant(g, base), others) for g in given["param_groups"]):
+    if all("phase" not in g or _is_of(mine, added, _of_variant(g, base), others) for g in given["param_groups"]):
         return given
     if len(given["param_groups"]) != len(groups):
         return given  # torch has the error
@@ -99,10 +101,16 @@ def from_another_variant(
     }
 
 
-def _is_of(variant: Set[str], found: Set[str], others: Collection[Set[str]]) -> bool:
+def added_to(variant: type) -> frozenset[str]:
+    """The hyper-parameters that a class got after its first release: its older checkpoints lack them."""
+    return frozenset(chain.from_iterable(ADDED.get(cls.__name__, ()) for cls in variant.__mro__))
+
+
+def _is_of(variant: Set[str], added: Set[str], found: Set[str], others: Collection[Set[str]]) -> bool:
     """A wrapped class, or the user, may have put names into the groups that other variants have: the variant is the largest
     that has all its names there."""
-    return variant <= found and not any(variant < other <= found for other in others)
+    own = variant if variant <= found else variant - added
+    return own <= found and not any(own < other <= found for other in others)
 
 
 def _of_variant(group: dict[str, Any], base: Collection[str]) -> set[str]:
@@ -130,6 +138,7 @@ def _state_of_base(state: Any, in_state: Collection[str]) -> Any:
 
 HYPER = {*RANGES, "layer_filter", "draws", "mu", "var", "t"} - {"max_grad_norm"}
 """The names by which the groups of variants differ."""
+ADDED = dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta"))
 STATE = ("q", "q_norm_sq", "m", "y")
 """What variants keep for each parameter."""
 

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from looksam import bases
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
-from looksam.checkpoint import HYPER, from_another_variant, load_exactly
+from looksam.checkpoint import HYPER, added_to, from_another_variant, load_exactly
 from looksam.filters import LayerFilters
 from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
 from looksam.messages import arguments, check_backend, shown
@@ -441,8 +441,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
         def translate(given: dict[str, Any]) -> dict[str, Any]:
             given = bases.under_our_names(self._base, given)
-            known = [cls._hyper_names() for cls in _subclasses(SharpnessAware)]
-            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state, known)
+            added = added_to(type(self))
+            classes = _subclasses(SharpnessAware)
+            known = [names for cls in classes for names in (cls._hyper_names(), cls._hyper_names() - added_to(cls))]
+            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state, added, known)
 
         loaded = load_exactly(
             self,

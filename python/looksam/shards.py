@@ -25,7 +25,8 @@ class Whole:
     def local(self, tensors: MaybeTensors) -> MaybeTensors:
         return tensors
 
-    step = staticmethod(ops.step)
+    def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
+        ops.step(table, base, coefficients, groups)
 
     def reshard(self, model: Module | None) -> None:
         """Gathered copies of the parameters are out of date after every write."""

@@ -67,8 +67,8 @@ def test_cases_run_again_and_again(case: Any) -> None:
 
 
 def test_a_reuse_step_reuses_and_a_sharp_step_takes_two_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    handed = []
-    monkeypatch.setattr(Arena, "closure", lambda self, *given: handed.append(len(given)) or original(self, *given))
+    handed, closure = [], Arena.closure
+    monkeypatch.setattr(Arena, "closure", lambda self, *given: handed.append(len(given)) or closure(self, *given))
     arena = Arena(SMALL, backend="reference")
     cases = {case.name: case.build(arena) for case in STEPS}
     for name, calls in (("LookSAM refresh", 2), ("LookSAM reuse", 1), ("SAM", 2), ("AdamW", 1)):
@@ -76,9 +76,6 @@ def test_a_reuse_step_reuses_and_a_sharp_step_takes_two_gradients(monkeypatch: p
         for _ in range(2):
             run.first_step(cases[name])
         assert handed == [calls, calls], name
-
-
-original = Arena.closure
 
 
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if name != run.COMPILED])

@@ -163,6 +163,33 @@ def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> 
         build(model.parameters(), variant, "rmsprop").load_state_dict(optimizer.state_dict())
 
 
+OLDER = {"looksam": looksam.LookSAM, "ssam": looksam.SSAM, "gsam": looksam.GSAM, "wsam": looksam.WSAM}
+
+
+@pytest.mark.parametrize("variant", OLDER)
+def test_field_09_a_checkpoint_of_before_the_variant_could_be_adaptive(variant: str) -> None:
+    """It continues exactly where it was, and no other variant takes it for its own."""
+    model, other = network(), network()
+    optimizer = OLDER[variant](model.parameters(), "sgd", lr=0.1, momentum=0.9, k=3)
+    train(model, optimizer, 4)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["adaptive"], group["eta"]
+    other.load_state_dict(model.state_dict())
+    second = OLDER[variant](other.parameters(), "sgd", lr=0.1, momentum=0.9, k=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(copy.deepcopy(saved))
+    train(model, optimizer, 3)
+    train(other, second, 3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for name, cls in ({**OLDER, "sam": looksam.SAM}).items():
+        if name != variant:
+            with pytest.warns(UserWarning, match="another variant"):
+                cls(network().parameters(), "sgd", lr=0.1, momentum=0.9).load_state_dict(copy.deepcopy(saved))
+
+
 class WritesGamma(torch.optim.SGD):
     """Keeps a number in its groups, from its first step on, under a name that GSAM's and WSAM's groups have."""
 

@@ -25,8 +25,8 @@ class Double(Trainer):
         super().__init__(*arguments)
         self.model.double()
 
-    def batch(self, indices):
-        return [(x.double(), targets.double()) for x, targets in super().batch(indices)]
+    def batch(self, indices, images=None):
+        return [(x.double(), targets.double()) for x, targets in super().batch(indices, images)]
 
     def evaluate(self):
         return 0.0, 0.0

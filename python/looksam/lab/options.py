@@ -219,7 +219,7 @@ def check_processes(values: dict[str, Any], methods: Sequence[str], world: World
         return
     if values["jobs"] is not None:
         raise click.UsageError("--jobs: under torchrun all processes share one run after the other; leave it out")
-    adversarial = values["adversarial"] or any(parse_method(m).of_the_run.get("adversarial") for m in methods)
+    adversarial = values.get("adversarial") or any(parse_method(m).of_the_run.get("adversarial") for m in methods)
     if values["fsdp"] and (values.get("study") or adversarial):
         raise click.UsageError(
             "--fsdp: no process has the whole model, which this experiment and adversarial training need; leave it out"
