@@ -388,11 +388,18 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def compiler_options(warp_size: int) -> dict[str, int]:
+    """Said outright, the limit of 128 registers, with which two programs share a processor, is one that ptxas fits into; its
+    own is the same, but there Adan on bfloat16 spills with Triton 3.8. AMD's compiler has no such option."""
+    options = {"num_warps": THREADS // warp_size}
+    return options if warp_size == 64 else options | {"maxnreg": 128}
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constexprs: Any) -> None:
     if 0 in grid:
         return
     if device.type == "cuda":
-        constexprs["num_warps"] = THREADS // (64 if torch.version.hip else 32)
+        constexprs |= compiler_options(64 if torch.version.hip else 32)
         with torch.cuda.device(device):
             if _capturing(device) and not _is_loaded(kernel, *arguments, **constexprs):
                 raise RuntimeError(f"the Triton kernel {kernel.fn.__name__!r} would be loaded in a capture: {WARM_UP}")

@@ -50,7 +50,7 @@ def compile_launch(target: GPUTarget, kernel: Any, arguments: tuple[Any, ...], c
     absent = {name: None for name, x in zip(kernel.arg_names, arguments, strict=False) if x is None}
     signature |= dict.fromkeys(constexprs, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs={**absent, **constexprs})
-    return triton.compile(source, target=target, options={"num_warps": backend.THREADS // target.warp_size})
+    return triton.compile(source, target=target, options=backend.compiler_options(target.warp_size))
 
 
 def report(compiled: Any, kernel: Any, constexprs: dict[str, Any]) -> dict[str, Any]:
