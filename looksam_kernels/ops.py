@@ -100,9 +100,9 @@ def measure(
     pairs = [p for p in needed if known is None or p not in known.pairs]
     if trust_ratio and ("w", "w") in pairs and any(table.perturbed):
         raise ValueError("LARS needs ||w_p|| from before the perturbation; give trust_ratio=True to the ascent too")
+    scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio and rule in DESCENTS)
     fused = getattr(table.backend, "measure", None)
     if fused is not None and all_reduce is None:
-        scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio and rule in DESCENTS)
         found, scalars = fused(table, rule, pairs, known, groups, adaptive, scaling)
         return found, _with_gaps(table, rule, found, scalars, groups, scaling)
     found = sums(table, pairs, adaptive)
@@ -110,7 +110,6 @@ def measure(
         found = all_reduce(found)
     if known is not None:
         found = known + found
-    scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio)
     return found, coefficients(table, rule, found, groups, **scaling._asdict())
 
 
