@@ -44,7 +44,7 @@ class Sums(NamedTuple):
 
     def stored(self) -> Sums:
         """Those of columns that are not gradients of this step."""
-        kept = [i for i, pair in enumerate(self.pairs) if all(x in STORED for x in pair)]
+        kept = [i for i, pair in enumerate(self.pairs) if not any(map(carries_scale, pair))]
         return Sums(tuple(self.pairs[i] for i in kept), self.values[kept])
 
     def __add__(self, other: object) -> Sums:
@@ -183,6 +183,11 @@ def vasso(sums: Sums, hyper: Hyper) -> Tensor:
 def friendly(sums: Sums, hyper: Hyper) -> Tensor:
     """e = rho c / (||c|| + perturb_eps), c = g - sigma m. Friendly SAM, Li et al. 2024."""
     return _over_combination((1.0, -hyper.row("sigma")), ("g", "m"), sums, hyper)
+
+
+def friendly_adaptive(sums: Sums, hyper: Hyper) -> Tensor:
+    """e = rho T^2 c / (||T c|| + perturb_eps), c = g - sigma m."""
+    return _over_combination((1.0, -hyper.row("sigma")), ("Tg", "Tm"), sums, hyper)
 
 
 def along_previous(sums: Sums, hyper: Hyper) -> Tensor:
@@ -371,7 +376,8 @@ ASCENTS = {
     "unit": Ascent(unit, _pairs("gg")),
     "opposite": Ascent(opposite, _pairs("gg")),
     "vasso": Ascent(vasso, _pairs("gg gm mm"), ("g", "m")),
-    "friendly": Ascent(friendly, _pairs("gg gm mm"), ("g", "m")),
+    "friendly": Ascent(friendly, _pairs("gg gm mm"), ("g", "m"), adaptive="friendly_adaptive"),
+    "friendly_adaptive": Ascent(friendly_adaptive, (("Tg", "Tg"), ("Tg", "Tm"), ("Tm", "Tm")), ("g", "m")),
     "along_previous": Ascent(along_previous, _pairs("yy"), ("y",)),
     "extrapolate": Ascent(extrapolate, _pairs("yy"), ("y",)),
 }
@@ -397,6 +403,17 @@ DESCENTS = {
 
 STORED = ("w", "q", "m", "y")
 """Columns without a loss scale in them; all others are gradients of this step, which contain it."""
+
+
+def stretched(column: str) -> str | None:
+    """Of a virtual column ``Tx``, T times x with ASAM's T = |w| + eta: x; of another ``None``."""
+    return column[1:] if column.startswith("T") else None
+
+
+def carries_scale(column: str) -> bool:
+    """Is the loss scale in it?"""
+    return (stretched(column) or column) not in STORED
+
 
 MAX_INPUTS = 3
 
@@ -560,14 +577,14 @@ def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:
 
 def _unscaled(sums: Sums, hyper: Hyper) -> Sums:
     """The sums of gradients without their loss scale."""
-    powers = hyper.upload([sum(x not in STORED for x in pair) for pair in sums.pairs])
+    powers = hyper.upload([sum(map(carries_scale, pair)) for pair in sums.pairs])
     return Sums(sums.pairs, sums.values * (hyper.inv_scale**powers).reshape(-1, 1))
 
 
 def _for_scaled(inputs: tuple[str, ...], rows: Tensor, hyper: Hyper) -> Tensor:
     """Coefficients of unscaled inputs -> coefficients of the inputs as they are."""
-    carries_scale = hyper.upload([x not in STORED for x in inputs], torch.bool)
-    return rows * torch.where(carries_scale, hyper.inv_scale, 1.0).reshape(-1, 1)
+    scaled = hyper.upload([*map(carries_scale, inputs)], torch.bool)
+    return rows * torch.where(scaled, hyper.inv_scale, 1.0).reshape(-1, 1)
 
 
 def direction_norm(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:

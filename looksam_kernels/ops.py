@@ -28,8 +28,8 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive | None = 
     ``values[i, p]`` = sum_j x_j y_j over the elements of row p for the i-th pair (x, y); float64, shape [pairs, rows];
     0 where x or y is ``None``. Accumulated in a fixed order: the same inputs give the same bits.
 
-    ``"Tg"`` names the virtual column T g, T = \\|w\\| + eta in rows where ``adaptive`` has an eta, else 1. The pair
-    ``("q", "q")`` costs no pass: it is the kept ``q_norm_sq`` of the rows that have a g.
+    ``"Tg"`` names the virtual column T g, ``"Tm"`` T m, with T = \\|w\\| + eta in rows where ``adaptive`` has an eta, else
+    1. The pair ``("q", "q")`` costs no pass: it is the kept ``q_norm_sq`` of the rows that have a g.
     """
     return table.backend.sums(table, pairs, adaptive)
 

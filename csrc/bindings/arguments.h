@@ -182,6 +182,9 @@ inline std::optional<Col> column_named(const std::string& name) {
   return std::nullopt;
 }
 
+// Of a virtual column Tx, T times x: x; of another itself.
+inline std::string without_stretch(const std::string& name) { return name[0] == 'T' ? name.substr(1) : name; }
+
 inline RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
   RowHyper h = {};
   for (const ParameterField& parameter : kParameters)

@@ -389,8 +389,9 @@ class Table {
           if (operands[k] == name) return static_cast<int>(k);
         const std::size_t k = operands.size();
         operands.push_back(name);
-        borrow(name == "Tg" ? "g" : name, Access::read, nullptr, borrowed[k]);
-        args.operand[k] = {borrowed[k].column(), name == "Tg"};
+        const std::string column = without_stretch(name);
+        borrow(column, Access::read, nullptr, borrowed[k]);
+        args.operand[k] = {borrowed[k].column(), column != name};
         return static_cast<int>(k);
       };
       double* const batch = values + next * rows();

@@ -342,20 +342,19 @@ class Table : public DeviceTable {
 
   void launch_sums(const Session& session, SumsArgs& args, const std::vector<std::string>& operands,
                    py::handle adaptive, RuleArgs* rule, const std::vector<RowHyper>& groups) {
-    const auto column_of = [](const std::string& name) { return name == "Tg" ? std::string("g") : name; };
     const RowFlags all(rows(), 1);
     BorrowedColumns columns(*this, session);
     columns.borrow("w", Access::read, all);
-    for (const std::string& name : operands) columns.borrow(column_of(name), Access::read, all, /*optional=*/true);
+    for (const std::string& name : operands)
+      columns.borrow(without_stretch(name), Access::read, all, /*optional=*/true);
     if (args.cached_value != nullptr) columns.borrow("g", Access::read, all, /*optional=*/true);
     Arrangement& arrangement = columns.arrange();
 
     args.operands = static_cast<std::int32_t>(operands.size());
-    args.adaptive = -1;
     // The first operand that is not uploaded is passed with this launch, which writes it to the device.
     std::string passed;
     for (std::size_t k = 0; k < operands.size() && args.passed_to == nullptr; ++k) {
-      const std::string name = column_of(operands[k]);
+      const std::string name = without_stretch(operands[k]);
       if (is_uploaded(session, name, columns.refs(name))) continue;
       passed = name;
       columns_[name].uploaded.invalidate();
@@ -366,13 +365,13 @@ class Table : public DeviceTable {
       return name == passed ? args.passed_to : columns.column(name);
     };
     for (std::size_t k = 0; k < operands.size(); ++k) {
-      args.operand[k] = place(column_of(operands[k]));
-      if (operands[k] == "Tg") {
-        args.adaptive = static_cast<std::int32_t>(k);
-        args.eta = to_eta(session, adaptive);
-        if (args.eta == nullptr) args.adaptive = -1;
-        args.w = place("w");
-      }
+      args.operand[k] = place(without_stretch(operands[k]));
+      if (operands[k] != without_stretch(operands[k])) args.stretched |= 1u << k;
+    }
+    if (args.stretched != 0) {
+      args.eta = to_eta(session, adaptive);
+      if (args.eta == nullptr) args.stretched = 0;
+      args.w = place("w");
     }
     if (args.cached_value != nullptr) {
       args.cached = scalars(session, kKeptNorm, at::kDouble, Access::read, RowFlags(rows()));

@@ -16,10 +16,10 @@ namespace looksam {
 inline constexpr int kMaxInputs = 3;
 
 // Columns by what they hold: g gradient at w, s at w + e, r at a third point; q LookSAM's orthogonal component, m a
-// momentum of gradients, y a gradient kept for the next step. Tg is ASAM's T times g.
-enum Col : std::uint8_t { g, s, r, q, m, y, w, Tg };
-inline constexpr int kCols = 8;
-inline constexpr const char* kColNames[kCols] = {"g", "s", "r", "q", "m", "y", "w", "Tg"};
+// momentum of gradients, y a gradient kept for the next step. Tg and Tm are ASAM's T times g and m.
+enum Col : std::uint8_t { g, s, r, q, m, y, w, Tg, Tm };
+inline constexpr int kCols = 9;
+inline constexpr const char* kColNames[kCols] = {"g", "s", "r", "q", "m", "y", "w", "Tg", "Tm"};
 
 // Gradients of this step carry the loss scale, columns that outlive it do not.
 LOOKSAM_HD bool is_scaled(Col x) { return x == g || x == s || x == r || x == Tg; }
@@ -37,6 +37,7 @@ enum class Rule : std::uint8_t {
   opposite,
   vasso,
   friendly,
+  friendly_adaptive,
   along_previous,
   extrapolate,
   // descents, d and what is written or added beside it
@@ -70,17 +71,18 @@ struct RuleInfo {
   Rule rule;
   int inputs;
   Col input[kMaxInputs];
-  std::uint32_t reads;  // which Parameters of the groups
-  bool writes;          // a second combination
-  bool posts;           // a third one, added to w after the base update
+  std::uint32_t reads;     // which Parameters of the groups
+  bool writes;             // a second combination
+  bool posts;              // a third one, added to w after the base update
+  bool stretched = false;  // the norm is that of T times the combination
 };
 
 inline constexpr RuleInfo kRules[] = {
     // ascents
     {"sam", Rule::sam, 1, {g}, kRho, false, false},
-    {"asam", Rule::asam, 1, {g}, kRho, false, false},
+    {"asam", Rule::asam, 1, {g}, kRho, false, false, true},
     {"esam", Rule::esam, 1, {g}, kRho | kBeta, false, false},
-    {"esam_adaptive", Rule::esam_adaptive, 1, {g}, kRho | kBeta, false, false},
+    {"esam_adaptive", Rule::esam_adaptive, 1, {g}, kRho | kBeta, false, false, true},
     {"trust_normalized", Rule::trust_normalized, 1, {g}, kRho | kLayerScaled, false, false},
     {"trust", Rule::trust, 1, {g}, kRho | kLayerScaled, false, false},
     {"trust_global", Rule::trust_global, 1, {g}, kRho | kLayerScaled, false, false},
@@ -88,6 +90,7 @@ inline constexpr RuleInfo kRules[] = {
     {"opposite", Rule::opposite, 1, {g}, kRho, false, false},
     {"vasso", Rule::vasso, 2, {g, m}, kRho | kTheta, false, false},
     {"friendly", Rule::friendly, 2, {g, m}, kRho | kSigma, false, false},
+    {"friendly_adaptive", Rule::friendly_adaptive, 2, {g, m}, kRho | kSigma, false, false, true},
     {"along_previous", Rule::along_previous, 1, {y}, kRho, false, false},
     {"extrapolate", Rule::extrapolate, 1, {y}, kLr, false, false},
     // descents
@@ -187,7 +190,6 @@ LOOKSAM_HD double layer_ratio(const Sums& row, const RowHyper& h) {
   return row.of(w, w) > 0 && h.layer_scaled > 0 ? sqrt(row.of(w, w) / row.of(g, g)) : 1;
 }
 
-// VaSSO's weight of the new gradient; 1 where m is still zero, so that m starts as g.
 // A moving average's weight of the new gradient: 1 where m is still zero, so that m starts as g.
 LOOKSAM_HD double weight_of_new(double weight, const Sums& row) { return row.of(m, m) > 0 ? weight : 1; }
 
@@ -210,7 +212,8 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::trust_global: return {{layer_ratio(row, h)}, {}, {}};
     case Rule::opposite: return {{-1}, {}, {}};
     case Rule::vasso: return {{weight_of_new(h.theta, row), 1 - weight_of_new(h.theta, row)}, {}, {}};
-    case Rule::friendly: return {{1, -h.sigma}, {}, {}};
+    case Rule::friendly:
+    case Rule::friendly_adaptive: return {{1, -h.sigma}, {}, {}};
     case Rule::extrapolate: return {{-h.lr}, {}, {}};
     case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
     case Rule::looksam_reuse: return {{1, h.alpha * reuse_ratio(scoped.of(g, g), scoped.of(q, q))}, {}, {}};
@@ -228,12 +231,12 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
   return {};
 }
 
-// ||d_p||^2 from the inner products alone.
+// ||d_p||^2 from the inner products alone; of a stretched rule ||T d_p||^2.
 LOOKSAM_HD double direction_sq(const RuleInfo& rule, const Direction& direction, const Sums& row) {
+  const auto measured = [&](int i) { return !rule.stretched ? rule.input[i] : rule.input[i] == m ? Tm : Tg; };
   double square = 0;
   for (int i = 0; i < rule.inputs; ++i)
-    for (int j = 0; j < rule.inputs; ++j)
-      square += direction.d[i] * direction.d[j] * row.of(rule.input[i], rule.input[j]);
+    for (int j = 0; j < rule.inputs; ++j) square += direction.d[i] * direction.d[j] * row.of(measured(i), measured(j));
   return square;
 }
 
@@ -254,9 +257,8 @@ LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const Ro
     case Rule::trust: return h.rho;
     case Rule::trust_global: return over_norm(h.rho, root(total.of(g, g)), eps);
     case Rule::unit: return over_norm(h.rho, root(h.layer_scaled > 0 ? row.of(g, g) : total.of(g, g)), eps);
-    case Rule::asam: return over_norm(h.rho, root(total.of(Tg, Tg)), eps);
-    case Rule::esam: return over_norm(h.rho / h.beta, root(direction_sq_total), eps);
-    case Rule::esam_adaptive: return over_norm(h.rho / h.beta, root(total.of(Tg, Tg)), eps);
+    case Rule::esam:
+    case Rule::esam_adaptive: return over_norm(h.rho / h.beta, root(direction_sq_total), eps);
     default: return over_norm(h.rho, root(direction_sq_total), eps);
   }
 }

@@ -45,13 +45,13 @@ struct SumsArgs {
   std::int32_t rows_here;  // with chunks in this launch
   std::int32_t operands;
   const Ref* operand[kOperands];
-  Ref* passed_to;         // the operand that is passed in the arguments is written here; null: none is
-  std::int32_t passed;    // which operand that is
-  std::int32_t adaptive;  // this operand is T times its column; negative: none is
-  const Ref* w;           // read for T only
-  const double* eta;      // [rows], NaN where T = 1
-  double* value[kPairs];  // [rows] each; null where the pair is not asked for
-  double* partial;        // [asked pairs, chunks]
+  Ref* passed_to;           // the operand that is passed in the arguments is written here; null: none is
+  std::int32_t passed;      // which operand that is
+  std::uint32_t stretched;  // bit k: operand k is T times its column
+  const Ref* w;             // read for T only
+  const double* eta;        // [rows], NaN where T = 1
+  double* value[kPairs];    // [rows] each; null where the pair is not asked for
+  double* partial;          // [asked pairs, chunks]
   std::uint32_t *row_arrivals, *arrivals;
   const Ref *cached, *cached_if;  // scalars of type double that stand for a sum, in rows that have the other column too
   double* cached_value;           // [rows]; null: none asked for
@@ -120,8 +120,8 @@ struct SumsBody {
       return Span<T>(passed ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
     };
     const Span<T> x[kOperands] = {span(0), span(1), span(2)};
-    const double eta = a.adaptive >= 0 ? a.eta[chunk.row] : 0;
-    const bool scaled = a.adaptive >= 0 && eta == eta;
+    const double eta = a.stretched != 0 ? a.eta[chunk.row] : 0;
+    const bool scaled = a.stretched != 0 && eta == eta;
     const Span<T> w(scaled ? a.w[chunk.row] : Ref{0}, chunk.offset);
     bool aligned = w.aligned();
     for (int k = 0; k < kOperands; ++k) aligned = aligned && x[k].aligned();
@@ -144,7 +144,7 @@ struct SumsBody {
         const Vector<T> weight = loaded.w.values();
         for (int k = 0; k < kOperands; ++k)
           for (int lane = 0; lane < T::lanes; ++lane)
-            if (k == a.adaptive) value[k].lane[lane] *= adaptive_scale(weight.lane[lane], static_cast<Wide>(eta));
+            if (a.stretched >> k & 1) value[k].lane[lane] *= adaptive_scale(weight.lane[lane], static_cast<Wide>(eta));
       }
       for (int k = 0; k < kOperands; ++k)
         for (int l = 0; l < kOperands; ++l)

@@ -19,6 +19,7 @@ from looksam_kernels.formulas import (
     ascent,
     descent,
     kept_norm,
+    stretched,
 )
 from looksam_kernels.masks import Mask
 from looksam_kernels.numbers import dot, scalar_dtype
@@ -51,11 +52,11 @@ def _inner_product(
 
 
 def _column(table: TensorTable, name: str, row: int, adaptive: Sequence[float | None] | None) -> Tensor | None:
-    x = table["g" if name == "Tg" else name][row]
+    x = table[stretched(name) or name][row]
     if x is None:
         return None
     x = x.to(table.arithmetic(row))
-    return _t(table, row, adaptive) * x if name == "Tg" else x
+    return _t(table, row, adaptive) * x if stretched(name) else x
 
 
 def coefficients(

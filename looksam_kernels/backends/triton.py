@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels.backends import Adaptive, reference
-from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Scaling, Sums, kept_norm
+from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Scaling, Sums, kept_norm, stretched
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable, holds_scalars
 from looksam_kernels.updates import BASES, hyper_of
@@ -437,21 +437,17 @@ def _of_rows(c: Coefficients, rows: list[int]) -> Coefficients:
 
 def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
     values = torch.zeros(len(pairs), len(table), dtype=torch.float64, device=table.device)
-    stretched = [pair for pair in pairs if "Tg" in pair]
-    if stretched and len(pairs) > 1:
-        plain = [pair for pair in pairs if "Tg" not in pair]
-        apart = sums(table, stretched[:1], adaptive) + sums(table, plain, adaptive)
-        return Sums(tuple(pairs), torch.stack([apart.of(*pair) for pair in pairs]))
     cached = next((i for i, pair in enumerate(pairs) if kept_norm(pair)), -1)
     norm = (kept_norm(pairs[cached]) if cached >= 0 else None) or "q_norm_sq"
     read = [pair for i, pair in enumerate(pairs) if i != cached]
     names = list(dict.fromkeys(x for pair in read for x in pair))
-    columns = ["g" if x == "Tg" else x for x in names]
-    used = [*columns, *(["w"] if stretched else []), *(["g", norm] if cached >= 0 else [])]
+    columns = [stretched(x) or x for x in names]
+    with_t = any(map(stretched, names))
+    used = [*columns, *(["w"] if with_t else []), *(["g", norm] if cached >= 0 else [])]
     any_present = [any(of_row) for of_row in zip(*(table.present(x) for x in dict.fromkeys(used)), strict=True)]
 
     layout, kernels = _layout(table), _kernels()
-    eta = _eta(layout, adaptive) if stretched else None
+    eta = _eta(layout, adaptive) if with_t else None
     buckets, odd = layout.split(used, any_present, [False] * len(table))
     for bucket in buckets:
         partials = torch.empty(len(pairs), bucket.programs, dtype=torch.float64, device=table.device)
@@ -467,7 +463,7 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
                 bucket.chunks,
                 layout.sizes,
                 TYPES=bucket.types(*columns),
-                STRETCHED=eta is not None,
+                STRETCHED=tuple(eta is not None and stretched(x) is not None for x in names),
                 W=bucket.types("w")[0],
                 PAIRS=tuple(None if i == cached else tuple(map(names.index, pair)) for i, pair in enumerate(pairs)),
                 **bucket.walk(),

@@ -366,15 +366,16 @@ def inner_products(
 ):
     """partials[i, chunk] = sum_j x_j y_j over the chunk, (x, y) the i-th pair of columns; 0 where either is not there.
 
-    With STRETCHED the one column is multiplied by T of :func:`stretch`. A pair ``None`` is not this kernel's.
+    STRETCHED: which columns are multiplied by T of :func:`stretch`. A pair ``None`` is not this kernel's.
     """
     place, full = locate(chunks, sizes, CHUNK)
     for FULL in tl.static_range(2):
         if full == FULL:
             xs = load_each(columns, place, TYPES, ACC, ALIGNED, FULL)
-            if STRETCHED:
-                t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + place[0]).to(ACC))
-                xs = (t * xs[0],)
+            for i in tl.static_range(len(TYPES)):
+                if STRETCHED[i]:
+                    t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + place[0]).to(ACC))
+                    xs = xs[:i] + (t * xs[i],) + xs[i + 1 :]  # noqa: RUF005 - Triton has no unpacking
             for i in tl.static_range(len(PAIRS)):
                 if PAIRS[i] is not None:
                     total = 0.0

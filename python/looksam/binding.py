@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from looksam import hyper
-from looksam.hyper import Group
+from looksam.hyper import FILTERS, Group
 from looksam.masters import Masters
 from looksam.shards import Whole, shards_of
 from looksam_kernels import TensorTable, ops, snapshot
@@ -188,10 +188,8 @@ class Binding:
         return changes | (PARAMS if others else 0)
 
     def _filters_now(self) -> list[Any]:
-        """The layer filters, which decide on the rows' hyper-parameters: copies, to be compared."""
-        if "layer_filter" not in self._reads:
-            return []
-        filters = [g.get("layer_filter") for g in self.groups]
+        """The filters, which decide on the rows' hyper-parameters: copies, to be compared."""
+        filters = [g.get(name) for name in FILTERS if name in self._reads for g in self.groups]
         return [list(f) if isinstance(f, list) else f for f in filters]
 
     def _only_moved(self) -> bool:

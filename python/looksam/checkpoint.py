@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from looksam.hyper import RANGES
+from looksam.hyper import FILTERS, RANGES
 from looksam.names import inner, outer
 from looksam_kernels.numbers import scalar_dtype
 
@@ -66,7 +66,7 @@ def from_another_variant(
     owner: str,
     in_groups: frozenset[str],
     in_state: frozenset[str],
-    added: frozenset[str],
+    mine: Sequence[frozenset[str]],
     known: Collection[frozenset[str]],
 ) -> StateDict:
     """A checkpoint of another variant, as one that this optimizer loads: the base's hyper-parameters and state are the
@@ -76,13 +76,12 @@ def from_another_variant(
     Args:
         owner: this optimizer's class.
         in_groups, in_state: the names that are the variant's.
-        added: those that older checkpoints of this variant lack; see :func:`added_to`.
-        known: of every variant, those of :data:`HYPER` that its groups have, or had.
+        mine: those of :data:`HYPER` that this variant's groups have, or had; see :func:`generations`.
+        known: the same of every variant.
     """
-    mine = in_groups & HYPER
     base = groups[0].keys() - in_groups
     others = [names - base for names in known]
-    if all("phase" not in g or _is_of(mine, added, _of_variant(g, base), others) for g in given["param_groups"]):
+    if all("phase" not in g or _is_of(mine, _of_variant(g, base), others) for g in given["param_groups"]):
         return given
     if len(given["param_groups"]) != len(groups):
         return given  # torch has the error
@@ -101,16 +100,21 @@ def from_another_variant(
     }
 
 
-def added_to(variant: type) -> frozenset[str]:
-    """The hyper-parameters that a class got after its first release: its older checkpoints lack them."""
-    return frozenset(chain.from_iterable(ADDED.get(cls.__name__, ()) for cls in variant.__mro__))
+def generations(variant: type, names: Set[str]) -> list[frozenset[str]]:
+    """The names by which the groups of a class differ from those of others, as its checkpoints have them: those of now,
+    then those of before :data:`ADDED`, the newest first."""
+    had = [frozenset(names & HYPER)]
+    for added in reversed(ADDED):
+        new = chain.from_iterable(added.get(cls.__name__, ()) for cls in variant.__mro__)
+        had.append(had[-1] - frozenset(new))
+    return list(dict.fromkeys(had))
 
 
-def _is_of(variant: Set[str], added: Set[str], found: Set[str], others: Collection[Set[str]]) -> bool:
+def _is_of(variant: Sequence[Set[str]], found: Set[str], others: Collection[Set[str]]) -> bool:
     """A wrapped class, or the user, may have put names into the groups that other variants have: the variant is the largest
     that has all its names there."""
-    own = variant if variant <= found else variant - added
-    return own <= found and not any(own < other <= found for other in others)
+    own = next((names for names in variant if names <= found), None)
+    return own is not None and not any(own < other <= found for other in others)
 
 
 def _of_variant(group: dict[str, Any], base: Collection[str]) -> set[str]:
@@ -136,9 +140,14 @@ def _state_of_base(state: Any, in_state: Collection[str]) -> Any:
     return {outer(inner(name), in_state): x for name, x in state.items() if name not in theirs | set(in_state)}
 
 
-HYPER = {*RANGES, "layer_filter", "draws", "mu", "var", "t"} - {"max_grad_norm"}
+HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t"} - {"max_grad_norm"}
 """The names by which the groups of variants differ."""
-ADDED = dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta"))
+ADDED: list[dict[str, tuple[str, ...]]] = [
+    dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta")),
+    dict.fromkeys(("SAM", "LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive_filter",))
+    | {"FriendlySAM": ("adaptive", "eta", "adaptive_filter")},
+]
+"""The hyper-parameters that classes got after their first release, one after the other: older checkpoints lack them."""
 STATE = ("q", "q_norm_sq", "m", "y")
 """What variants keep for each parameter."""
 

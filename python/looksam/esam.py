@@ -13,7 +13,7 @@ from torch import Tensor
 from looksam.hyper import COMMON, RANGES, within
 from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, Plan, Variant, sharp_plan
-from looksam.types import BackendName, BaseOptimizer, Closure
+from looksam.types import BackendName, BaseOptimizer, Closure, ParameterFilter
 
 
 class ESAM(SharpnessAware):
@@ -64,11 +64,13 @@ class ESAM(SharpnessAware):
         perturb_eps: float = 1e-12,
         adaptive: bool = False,
         eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed, "draws": 0, "k": k, "perturb_eps": perturb_eps}
-        hyper |= {"adaptive": adaptive, "eta": eta}
+        hyper: dict[str, Any] = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed, "draws": 0}
+        hyper |= {"k": k, "perturb_eps": perturb_eps}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
         variant = Variant(sharp=sharp_plan("esam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 

@@ -129,6 +129,13 @@ COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad
 """What all groups share. A class adds to it."""
 
 
+FILTERS: dict[str, Callable[[Tensor], bool]] = {
+    "layer_filter": lambda p: True,
+    "adaptive_filter": lambda p: p.ndim >= 2,
+}
+"""Functions parameter -> bool of the constructor, and what each says where the user gives none."""
+
+
 def plain(value: Any) -> Any:
     """Numbers of numpy, 0-dim arrays included, as Python's, which a checkpoint can hold."""
     if type(value) in (tuple, list):
@@ -276,16 +283,17 @@ def row_groups(groups: list[Group]) -> list[int]:
     """The index into :func:`for_ops` of each parameter's group."""
     rows = []
     for i, g in enumerate(groups):
-        inside = g.get("layer_filter", [True] * len(g["params"]))
+        inside = g.get("layer_filter") or [True] * len(g["params"])
         rows += [i if ok else i + len(groups) for ok in inside]
     return rows
 
 
 def etas(groups: list[Group]) -> list[float | None] | None:
-    """ASAM's eta of each weight tensor (ndim >= 2) of the adaptive groups."""
+    """ASAM's eta of each tensor of the adaptive groups that the adaptive filter takes; default: those with ndim >= 2."""
     if not any(g.get("adaptive") for g in groups):
         return None
-    return [g["eta"] if g["adaptive"] and p.ndim >= 2 else None for g in groups for p in g["params"]]
+    takes = [g.get("adaptive_filter") or [*map(FILTERS["adaptive_filter"], g["params"])] for g in groups]
+    return [g["eta"] if g["adaptive"] and x else None for g, flags in zip(groups, takes, strict=True) for x in flags]
 
 
 def mask(groups: list[Group]) -> Mask | None:

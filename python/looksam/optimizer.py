@@ -16,8 +16,8 @@ from typing_extensions import Self
 from looksam import bases
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
-from looksam.checkpoint import HYPER, added_to, from_another_variant, load_exactly
-from looksam.filters import LayerFilters
+from looksam.checkpoint import from_another_variant, generations, load_exactly
+from looksam.filters import Filters
 from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
 from looksam.messages import arguments, check_backend, shown
 from looksam.passes import PassRunner
@@ -100,7 +100,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
         self._forget()
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
-        self._layer_filters = LayerFilters(own.get("layer_filter"))
+        self._filters = Filters(own)
         self._rules = self._rules_of(own)
         super().__init__(params, own | self._base.defaults)
         self._base.share(self.param_groups, self.state)
@@ -252,10 +252,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 self.param_groups.pop()
                 raise TypeError(f"{kind(p)} is among the parameters: {UNSUPPORTED}")
         group.update({name: self.param_groups[0][name] for name in self.counted})
-        self._settle_filters()
+        self._filters.settle(self.param_groups)
 
     def settle(self) -> None:
-        """Completes groups that were put together by hand: defaults, the place in the cycle, layer filters."""
+        """Completes groups that were put together by hand: defaults, the place in the cycle, filters."""
         for group in self._incomplete:
             bases.rename_given(self._base, group)
             for name in self.counted:
@@ -263,7 +263,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 group.update({name: counts[0]} if counts and name not in group else {})
             for name in self._names:
                 group.setdefault(name, self.defaults[name])
-        self._settle_filters()
+        self._filters.settle(self.param_groups)
 
     @property
     def _names(self) -> frozenset[str]:
@@ -274,10 +274,6 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _incomplete(self) -> list[Group]:
         names = self._names
         return [group for group in self.param_groups if not group.keys() >= names]
-
-    def _settle_filters(self) -> None:
-        if "layer_filter" in self._base.ours.in_groups:
-            self._layer_filters.settle(self.param_groups)
 
     # The parts of a step --------------------------------------------------------------------------------------------
 
@@ -403,7 +399,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._moved:
             raise RuntimeError("cannot copy or pickle between first_step and second_step: the weights are perturbed")
-        own = {name: getattr(self, name) for name in ("variant", "_requested", "_passes", "_base", "_layer_filters")}
+        own = {name: getattr(self, name) for name in ("variant", "_requested", "_passes", "_base", "_filters")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -427,11 +423,6 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._base.share(self.param_groups, self.state)
         return {**super().state_dict(), **self._base.extras()}
 
-    @classmethod
-    def _hyper_names(cls) -> frozenset[str]:
-        """The names by which the groups of this variant differ from those of others."""
-        return frozenset(HYPER & {*arguments(cls), *cls.counted})
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved with.
 
@@ -442,10 +433,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
         def translate(given: dict[str, Any]) -> dict[str, Any]:
             given = bases.under_our_names(self._base, given)
-            added = added_to(type(self))
+            mine = generations(type(self), ours.in_groups)
             classes = _subclasses(SharpnessAware)
-            known = [names for cls in classes for names in (cls._hyper_names(), cls._hyper_names() - added_to(cls))]
-            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state, added, known)
+            known = [x for cls in classes for x in generations(cls, {*arguments(cls), *cls.counted})]
+            return from_another_variant(given, self.param_groups, owner, ours.in_groups, ours.in_state, mine, known)
 
         loaded = load_exactly(
             self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from looksam_kernels import BackendName as BackendName
@@ -14,4 +15,6 @@ BaseName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "la
 BaseOptimizer = BaseName | type[Optimizer]
 NormScope = Literal["global", "tensor"]
 LayerScale = Literal["trust_normalized", "trust", "trust_global", "unit"]
+ParameterFilter = Callable[[Tensor], bool]
+"""Says of a parameter whether it is among those that are meant."""
 Closure = Callable[..., Any]

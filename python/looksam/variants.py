@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
-
-from torch import Tensor
 
 from looksam.aesam import AESAM, AELookSAM
 from looksam.esam import ESAM
@@ -13,7 +11,7 @@ from looksam.hyper import RANGES, Group, within
 from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, REUSE, Pass, Plan, Variant, sharp_plan
 from looksam.sampa import SAMPa
-from looksam.types import BackendName, BaseOptimizer, LayerScale, NormScope
+from looksam.types import BackendName, BaseOptimizer, LayerScale, NormScope, ParameterFilter
 
 
 class SAM(SharpnessAware):
@@ -29,7 +27,7 @@ class SAM(SharpnessAware):
         adaptive: scale the perturbation with the weights (ASAM); per group.
         k: a sharp step on every k-th step, >= 1.
         perturb_eps: added to the norm.
-        eta: of ASAM, >= 0; per group.
+        eta, adaptive_filter: of ASAM; see there.
 
     ``params``, ``base_optimizer``, ``backend``, ``base_kwargs`` and the errors: :class:`looksam.SharpnessAware`.
     """
@@ -43,10 +41,12 @@ class SAM(SharpnessAware):
         k: int = 1,
         perturb_eps: float = 1e-12,
         eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
+        hyper: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
+        hyper |= {"adaptive_filter": adaptive_filter}
         variant = Variant(sharp=sharp_plan("sam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -64,7 +64,7 @@ class LookSAM(SharpnessAware):
         k: a sharp step on every k-th step, >= 1; k = 1 is SAM.
         alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
-        rho, perturb_eps, adaptive, eta: of the perturbation, as in :class:`looksam.SAM`.
+        rho, perturb_eps, adaptive, eta, adaptive_filter: of the perturbation, as in :class:`looksam.SAM`.
 
     Beside these: those of the base (``lr``, ``weight_decay``, ``momentum`` or ``betas``, ...); ``max_grad_norm``, to clip;
     ``model``, so that the running statistics of batch norms move once a step. Everything else, and the errors:
@@ -95,17 +95,12 @@ class LookSAM(SharpnessAware):
         perturb_eps: float = 1e-12,
         adaptive: bool = False,
         eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper: dict[str, Any] = {
-            "rho": rho,
-            "k": k,
-            "alpha": alpha,
-            "norm_scope": norm_scope,
-            "perturb_eps": perturb_eps,
-        }
-        hyper |= {"adaptive": adaptive, "eta": eta}
+        hyper: dict[str, Any] = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope}
+        hyper |= {"perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
         variant = Variant(sharp=sharp_plan("sam", "looksam_refresh"), between=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -141,7 +136,7 @@ class LayerSAM(SharpnessAware):
         rho: float = 0.05,
         k: int = 1,
         layer_scale: LayerScale = "trust_normalized",
-        layer_filter: Callable[[Tensor], bool] | None = None,
+        layer_filter: ParameterFilter | None = None,
         perturb_eps: float = 1e-12,
         backend: BackendName | None = None,
         **base_kwargs: Any,
@@ -170,7 +165,7 @@ class LookLayerSAM(SharpnessAware):
         alpha: float = 0.7,
         norm_scope: NormScope = "global",
         layer_scale: LayerScale = "trust_normalized",
-        layer_filter: Callable[[Tensor], bool] | None = None,
+        layer_filter: ParameterFilter | None = None,
         perturb_eps: float = 1e-12,
         backend: BackendName | None = None,
         **base_kwargs: Any,
@@ -190,8 +185,8 @@ class LookLayerSAM(SharpnessAware):
 class ASAM(SAM):
     """ASAM: SAM with a perturbation that follows the size of the weights. Kwon et al. 2021.
 
-    e = rho T^2 g / (||T g|| + perturb_eps), T = |w| + eta on tensors with two or more dimensions, 1 on the others; then
-    the base update with the gradient at w + e. The same as ``SAM(adaptive=True)``.
+    e = rho T^2 g / (||T g|| + perturb_eps), T = |w| + eta on the tensors of the filter, 1 on the others; then the base
+    update with the gradient at w + e. The same as ``SAM(adaptive=True)``.
 
     Passes per step: 1 + 1/k. Extra memory: 1 model copy (w).
     When: layers whose weights differ much in scale, as without normalization.
@@ -199,6 +194,7 @@ class ASAM(SAM):
     Args:
         rho: as SAM's, but about ten times as large.
         eta: added to the size of each weight, >= 0; per group.
+        adaptive_filter: a function parameter -> bool; default: tensors with two or more dimensions. See :doc:`migration`.
 
     The others, and the errors: :class:`looksam.SAM`.
     """
@@ -211,10 +207,12 @@ class ASAM(SAM):
         eta: float = 0.01,
         k: int = 1,
         perturb_eps: float = 1e-12,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, rho, True, k, perturb_eps, eta, backend, **base_kwargs)
+        more = {"adaptive_filter": adaptive_filter, "backend": backend, **base_kwargs}
+        super().__init__(params, base_optimizer, rho, True, k, perturb_eps, eta, **more)
 
 
 class SSAM(SharpnessAware):
@@ -238,10 +236,12 @@ class SSAM(SharpnessAware):
         perturb_eps: float = 1e-12,
         adaptive: bool = False,
         eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "k": k, "perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta}
+        hyper: dict[str, Any] = {"rho": rho, "k": k, "perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta}
+        hyper |= {"adaptive_filter": adaptive_filter}
         variant = Variant(sharp=sharp_plan("sam", "ssam"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -275,11 +275,13 @@ class GSAM(SharpnessAware):
         perturb_eps: float = 1e-12,
         adaptive: bool = False,
         eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
-        hyper |= {"k": k, "perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta}
+        hyper: dict[str, Any] = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
+        hyper |= {"k": k, "perturb_eps": perturb_eps}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
         variant = Variant(sharp=sharp_plan("sam", "gsam"), between=PLAIN, radius=_follows_lr)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -318,11 +320,12 @@ class WSAM(SharpnessAware):
         perturb_eps: float = 1e-12,
         adaptive: bool = False,
         eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
-        hyper |= {"adaptive": adaptive, "eta": eta}
+        hyper: dict[str, Any] = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
         variant = Variant(sharp=sharp_plan("sam", "wsam" if decouple else "wsam_coupled"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -394,7 +397,7 @@ class FriendlySAM(SharpnessAware):
     """Friendly SAM: perturbs along the difference of the gradient from its moving average. Li et al. 2024.
 
     c = g - sigma m with m of the step before; m = lambda m + (1 - lambda) g, in the first step c = m = g;
-    e = rho c / (||c|| + perturb_eps); base update with s.
+    e = rho c / (||c|| + perturb_eps), if adaptive ASAM's of c; base update with s.
 
     Passes per step: 2. Extra memory: 2 model copies (w, m).
     When: SAM's perturbation hurts through the part that all batches share.
@@ -414,10 +417,14 @@ class FriendlySAM(SharpnessAware):
         sigma: float = 1.0,
         lambda_: float = 0.9,
         perturb_eps: float = 1e-12,
+        adaptive: bool = False,
+        eta: float = 0.01,
+        adaptive_filter: ParameterFilter | None = None,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        hyper = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "perturb_eps": perturb_eps}
+        hyper: dict[str, Any] = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "perturb_eps": perturb_eps}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
         plan = sharp_plan("friendly", "friendly_direction")
         super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
 

@@ -156,10 +156,14 @@ class SAM:
 
 
 class ASAM(SAM):
-    """e = rho T^2 g / (||T g|| + eps), T = |w| + eta on tensors with two or more dimensions, 1 on the others."""
+    """e = rho T^2 g / (||T g|| + eps), T = |w| + eta where the filter says so (two or more dimensions), 1 elsewhere."""
 
     def perturbation(self, at: Reference, g: Columns) -> Columns:
-        t = {p: p.abs() + at.of(p)["eta"] if p.ndim >= 2 else torch.ones_like(p) for p in g}
+        def takes(p: Tensor) -> bool:
+            accepts = at.of(p).get("adaptive_filter")
+            return p.ndim >= 2 if accepts is None else accepts(p)
+
+        t = {p: p.abs() + at.of(p)["eta"] if takes(p) else torch.ones_like(p) for p in g}
         n = norm({p: t[p] * x for p, x in g.items()})
         return {p: at.of(p)["rho"] * t[p] ** 2 * x * ratio(1.0, n) for p, x in g.items()}
 

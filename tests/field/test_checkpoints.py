@@ -163,20 +163,28 @@ def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> 
         build(model.parameters(), variant, "rmsprop").load_state_dict(optimizer.state_dict())
 
 
-OLDER = {"looksam": looksam.LookSAM, "ssam": looksam.SSAM, "gsam": looksam.GSAM, "wsam": looksam.WSAM}
+OLDER = [
+    *((name, ("adaptive", "eta", "adaptive_filter")) for name in ("looksam", "ssam", "gsam", "wsam", "friendlysam")),
+    *((name, ("adaptive_filter",)) for name in ("sam", "asam", "looksam", "ssam", "gsam", "wsam")),
+]
+"""Variants, and what their checkpoints once lacked."""
+ALIKE = {"sam", "asam", "ssam"}
+"""Their groups have the same names, since SSAM can be adaptive."""
 
 
-@pytest.mark.parametrize("variant", OLDER)
-def test_field_09_a_checkpoint_of_before_the_variant_could_be_adaptive(variant: str) -> None:
+@pytest.mark.parametrize(("variant", "lacks"), OLDER)
+def test_field_09_a_checkpoint_of_before_the_variant_had_an_option(variant: str, lacks: tuple[str, ...]) -> None:
     """It continues exactly where it was, and no other variant takes it for its own."""
     model, other = network(), network()
-    optimizer = OLDER[variant](model.parameters(), "sgd", lr=0.1, momentum=0.9, k=3)
+    options = {"lr": 0.1, "momentum": 0.9, **({"k": 3} if variant in PERIODIC else {})}
+    optimizer = VARIANTS[variant](model.parameters(), "sgd", **options)
     train(model, optimizer, 4)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
-        del group["adaptive"], group["eta"]
+        for name in lacks:
+            del group[name]
     other.load_state_dict(model.state_dict())
-    second = OLDER[variant](other.parameters(), "sgd", lr=0.1, momentum=0.9, k=3)
+    second = VARIANTS[variant](other.parameters(), "sgd", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second.load_state_dict(copy.deepcopy(saved))
@@ -184,10 +192,12 @@ def test_field_09_a_checkpoint_of_before_the_variant_could_be_adaptive(variant: 
     train(other, second, 3)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
-    for name, cls in ({**OLDER, "sam": looksam.SAM}).items():
-        if name != variant:
+    alike = ALIKE if variant in ALIKE and "eta" not in lacks else {variant}
+    for name in dict.fromkeys(name for name, _ in OLDER):
+        if name not in alike:
+            third = VARIANTS[name](network().parameters(), "sgd", lr=0.1, momentum=0.9)
             with pytest.warns(UserWarning, match="another variant"):
-                cls(network().parameters(), "sgd", lr=0.1, momentum=0.9).load_state_dict(copy.deepcopy(saved))
+                third.load_state_dict(copy.deepcopy(saved))
 
 
 class WritesGamma(torch.optim.SGD):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import looksam
+from looksam.hyper import FILTERS
 from tests.field.support import (
     BASES,
     HYPER,
@@ -478,18 +479,21 @@ def test_item_01_a_group_that_comes_late_is_in_step(backend: str, base: str) -> 
     pair.assert_equal()
 
 
+FILTERED = {"layersam": "layer_filter", "looklayersam": "layer_filter", "asam": "adaptive_filter"}
+
+
 @on_backends
-@pytest.mark.parametrize("variant", ["layersam", "looklayersam"])
+@pytest.mark.parametrize("variant", FILTERED)
 @pytest.mark.parametrize(
     "change", ["split", "parameter moved", "parameters reversed", "parameter removed", "parameter replaced", "reversed"]
 )
-def test_item_01_layer_filter_goes_with_its_parameters(backend: str, variant: str, change: str) -> None:
+def test_item_01_a_filter_goes_with_its_parameters(backend: str, variant: str, change: str) -> None:
     """What the filter said of a parameter holds for it wherever it goes, and the filter is asked about new ones."""
 
-    def matrices(p: Tensor) -> bool:
-        return p.ndim >= 2
+    def accepts(p: Tensor) -> bool:
+        return p.ndim == (1 if variant == "asam" else 2)  # not what is said without a filter
 
-    pair = Pair(variant, "sgd", backend, groups=halves, hyper={"layer_filter": matrices})
+    pair = Pair(variant, "sgd", backend, groups=halves, hyper={FILTERED[variant]: accepts})
     pair.steps(3)
     pair.both(REGROUPED[change])
     pair.steps(3)
@@ -497,16 +501,16 @@ def test_item_01_layer_filter_goes_with_its_parameters(backend: str, variant: st
 
 
 @on_backends
-@pytest.mark.parametrize("variant", ["layersam", "looklayersam"])
+@pytest.mark.parametrize("variant", FILTERED)
 @pytest.mark.parametrize("change", ["parameter moved", "split", "all in one", "reversed"])
 def test_item_01_flags_that_were_set_by_hand_go_with_their_parameters(backend: str, variant: str, change: str) -> None:
     """As those of a checkpoint do, whose function may be another."""
     pair = Pair(variant, "sgd", backend, groups=halves)
     pair.steps(1)
-    pair.mine.groups[1]["layer_filter"] = [False, True]
-    left_out = pair.theirs.groups[1]["params"][0]
+    name, (first, second) = FILTERED[variant], pair.theirs.groups[1]["params"]
+    pair.mine.groups[1][name] = [False, True]
     for hyper in pair.theirs.optimizer.hyper:
-        hyper["layer_filter"] = lambda p: p is not left_out
+        hyper[name] = lambda p: p is second or (p is not first and FILTERS[name](p))
     pair.steps(1)
     pair.both(REGROUPED[change])
     pair.steps(3)

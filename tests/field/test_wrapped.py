@@ -23,6 +23,7 @@ NAMES = (
     "theta",
     "norm_scope",
     "layer_filter",
+    "adaptive_filter",
     "draws",
     "mu",
     "var",

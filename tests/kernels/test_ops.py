@@ -39,6 +39,7 @@ UP = Combination(("g",), (0.05,))
 on_every_target = pytest.mark.parametrize("target", TARGETS)
 on_every_case = pytest.mark.parametrize("case", CASES)
 
+STRETCHED = (("Tg", "Tg"), ("Tg", "Tm"), ("Tm", "Tm"), ("Tg", "m"))
 PAIRS = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("w", "w"), ("q", "q"))
 
 
@@ -47,10 +48,13 @@ PAIRS = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("w", "w"), ("q", "q"))
 
 @on_every_target
 @on_every_case
-@pytest.mark.parametrize("pairs", [PAIRS, PAIRS[:1], (("Tg", "Tg"),)], ids=["all pairs", "gg", "asam"])
+@pytest.mark.parametrize(
+    "pairs", [PAIRS, PAIRS[:1], STRETCHED[:1], STRETCHED], ids=["all pairs", "gg", "Tg", "Tg and Tm"]
+)
 def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> None:
     rows = CASES[case]
     cols = cases.columns(rows, target.device)
+    cols["m"] = cols["q"]
     eta = cases.eta(rows) if ("Tg", "Tg") in pairs else None
     found = lk.sums(cases.table(rows, cols, target.backend, device=target.device), pairs, eta)
     again = lk.sums(cases.table(rows, cases.copy(cols), target.backend, device=target.device), pairs, eta)
@@ -65,12 +69,14 @@ def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> 
     for i, (x, y) in enumerate(pairs):
         for row in range(len(rows)):
             value, expected = found.values[i, row].item(), truth.values[i, row].item()
-            a, b = (cols["g" if name == "Tg" else name][row] for name in (x, y))
+            a, b = (cols[name.removeprefix("T")][row] for name in (x, y))
             if a is None or b is None or (x, y) == ("q", "q"):
                 assert value == expected
                 continue
             if eta is not None and eta[row] is not None:
-                a = b = (cols["w"][row].double().abs() + eta[row]) * a
+                t = cols["w"][row].double().abs() + eta[row]
+                a, b = (t * v if name.startswith("T") else v for name, v in ((x, a), (y, b)))
+                assert abs(expected - (a.double() * b.double()).sum().item()) <= cases.sum_tolerance(a, b, F64)
             tolerance = cases.sum_tolerance(a, b, cases.arithmetic(rows[row].dtype))
             assert abs(value - expected) <= tolerance, f"<{x}, {y}> of row {row}: {value}, not {expected}"
 
@@ -280,7 +286,7 @@ def _inner_products(pairs: Sequence[tuple[str, str]], rows: int) -> Tensor:
     return torch.stack([length[x] * length[y] * (1.0 if x == y else 0.5) for x, y in pairs])
 
 
-NAMES = ("w", "g", "s", "q", "m", "y", "r", "Tg")
+NAMES = ("w", "g", "s", "q", "m", "y", "r", "Tg", "Tm")
 
 
 # Promises -----------------------------------------------------------------------------------------------------------

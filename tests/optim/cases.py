@@ -48,6 +48,14 @@ def layer_filter(p: torch.Tensor) -> bool:
     return p.ndim >= 2
 
 
+def is_vector(p: Any) -> bool:
+    return p.ndim == 1
+
+
+def everywhere(p: Any) -> bool:
+    return True
+
+
 ALPHAS = tuple({"rho": rho, "alpha": alpha} for rho, alpha in ((0.3, 0.7), (0.1, 0.3), (0.2, 0.0)))
 ASAM = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "eta": 0.0})
 SCHEDULE = (
@@ -70,6 +78,7 @@ FRIENDLY = (
 )
 LAMBDAS = ({"rho": 0.3, "lambda_": 0.2}, {"rho": 0.1, "lambda_": 0.9}, {"rho": 0.2, "lambda_": 0.0})
 ADAPTIVE = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "adaptive": False})
+ADAPTIVE_FRIENDLY = tuple({**h, **f} for h, f in zip(FRIENDLY, ADAPTIVE, strict=True))
 ADAPTIVE_ALPHAS = tuple({**h, "alpha": a} for h, a in zip(ADAPTIVE, (0.7, 0.3, 1.2), strict=True))
 ADAPTIVE_GAMMAS = tuple({**h, "gamma": a} for h, a in zip(ADAPTIVE, (0.6, 0.3, 0.5), strict=True))
 
@@ -77,6 +86,8 @@ METHODS = {
     "sam": Method(looksam.SAM, ascent_sam, options={"perturb_eps": 0.01}, k=1),
     "sam-3": Method(looksam.SAM, ascent_sam),
     "asam-3": Method(looksam.SAM, ascent_asam, ADAPTIVE, {"adaptive": True, "perturb_eps": 0.01}),
+    "asam-3-vectors": Method(looksam.ASAM, ascent_asam, ASAM, {"adaptive_filter": is_vector}),
+    "asam-3-everywhere": Method(looksam.SAM, ascent_asam, ADAPTIVE, {"adaptive": True, "adaptive_filter": everywhere}),
     "looksam-3": Method(
         looksam.LookSAM, ascent_sam, ALPHAS, {"perturb_eps": 0.01}, "global", independent=independent.LookSAM
     ),
@@ -120,6 +131,14 @@ METHODS = {
     "crsam-3": Method(looksam.CRSAM, hyper=CURVATURE, independent=independent.CRSAM, passes=3),
     "vasso": Method(looksam.VaSSO, hyper=THETAS, options={"perturb_eps": 0.01}, independent=independent.VaSSO, k=None),
     "friendlysam": Method(looksam.FriendlySAM, hyper=FRIENDLY, independent=independent.FriendlySAM, k=None),
+    "friendlysam-adaptive": Method(
+        looksam.FriendlySAM,
+        ascent_asam,
+        ADAPTIVE_FRIENDLY,
+        {"adaptive": True, "perturb_eps": 0.01},
+        independent=independent.FriendlySAM,
+        k=None,
+    ),
     "sampa": Method(looksam.SAMPa, hyper=LAMBDAS, independent=independent.SAMPa, k=None),
 }
 

@@ -51,9 +51,9 @@ def ascent_sam(w: list[Array], g: Arrays, h: list[Hyper]) -> Arrays:
 
 
 def ascent_asam(w: list[Array], g: Arrays, h: list[Hyper]) -> Arrays:
-    """e = rho T^2 g / (||T g|| + eps), T = |w| + eta on weights (two or more dimensions), 1 on the rest."""
+    """e = rho T^2 g / (||T g|| + eps), T = |w| + eta on what the filter takes (two or more dimensions), 1 on the rest."""
     t = [
-        np.abs(wp) + hp["eta"] if hp["adaptive"] and wp.ndim >= 2 else np.ones_like(wp)
+        np.abs(wp) + hp["eta"] if hp["adaptive"] and hp.get("adaptive_filter", is_matrix)(wp) else np.ones_like(wp)
         for wp, hp in zip(w, h, strict=True)
     ]
     n = norm([None if gp is None else tp * gp for tp, gp in zip(t, g, strict=True)])
@@ -61,6 +61,10 @@ def ascent_asam(w: list[Array], g: Arrays, h: list[Hyper]) -> Arrays:
         None if gp is None else (hp["rho"] * tp**2 * gp / (n + hp["perturb_eps"]) if n > 0 else 0 * gp)
         for tp, gp, hp in zip(t, g, h, strict=True)
     ]
+
+
+def is_matrix(w: Array) -> bool:
+    return w.ndim >= 2
 
 
 def ascent_layer(scale: str, scaled: list[bool]) -> Callable[..., Arrays]:
@@ -475,14 +479,14 @@ class VaSSO(Independent):
 
 
 class FriendlySAM(VaSSO):
-    """c = g - sigma m, at first c = m = g; then m <- lambda m + (1 - lambda) g; e = rho c / (||c|| + eps); d = s."""
+    """c = g - sigma m, at first c = m = g; then m <- lambda m + (1 - lambda) g; e = rho c / (||c|| + eps), or ASAM's of c;
+    d = s."""
 
     def sharp(self) -> Arrays:
         g = self.gradient_at()
         columns = list(zip(g, self.kept, self.h, strict=True))
-        s = self.gradient_at(
-            self.along([gp if gp is None or mp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns])
-        )
+        c = [gp if gp is None or mp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns]
+        s = self.gradient_at(self.ascent(self.w, c, self.h))
         m = [
             gp if gp is None or mp is None else hp["lambda_"] * mp + (1 - hp["lambda_"]) * gp for gp, mp, hp in columns
         ]
