@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ class RunningStep:
         self._check_gradients(current)
         if keep_grad or (not last and snapshot.any_shared(table[current.column])):
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
-            table[current.column] = [g if g is None else g.clone() for g in table[current.column]]
+            table[current.column] = _copies(table[current.column])
         if not (keep_grad or last):
             for p in binding.params:
                 p.grad = None
@@ -200,3 +202,13 @@ class RunningStep:
         self.perturbed = False
         self._passes.close()
         self._binding.drop([x.column for x in self.plan.passes])
+
+
+def _copies(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copied together: one at a time, a GPU would wait for the host between them."""
+    given = [g for g in gradients if g is not None]
+    made = [torch.empty_like(g) for g in given]
+    if made:
+        torch._foreach_copy_(made, given)
+    copies = iter(made)
+    return [None if g is None else next(copies) for g in gradients]

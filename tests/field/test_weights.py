@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import looksam
 from tests.field.reference import Reference
@@ -358,6 +360,33 @@ def test_item_10_gradients_that_are_views(
     pair.mine.__class__, pair.mine.which = Bucketed, which  # type: ignore[assignment, attr-defined]
     pair.steps(5)
     pair.assert_equal()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_that_are_views_are_copied_by_one_call() -> None:
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 1, 4)]
+    buffer = torch.arange(9.0)
+    for p, view in zip(params, buffer[:8].split([3, 1, 4]), strict=True):
+        p.grad = view
+    optimizer = looksam.SAM(params, "sgd", rho=0.1, lr=0.1, backend="reference")
+    with Calls() as calls:
+        optimizer.first_step()
+    assert calls.count["aten._foreach_copy_"] == 1
+    assert calls.count["aten.clone"] == 0
+    buffer.zero_()
+    moved = torch.cat([(p - 1).detach() for p in params])
+    torch.testing.assert_close(moved, 0.1 * torch.arange(8.0) / torch.arange(8.0).norm())
 
 
 @on_backends
