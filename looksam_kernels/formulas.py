@@ -200,6 +200,13 @@ def extrapolate(sums: Sums, hyper: Hyper) -> Tensor:
     return -hyper.row("lr")
 
 
+def extrapolate_sgd(sums: Sums, hyper: Hyper) -> tuple[Row, ...]:
+    """w - lr (y + weight_decay w + momentum buf): where SGD would step with y. SAMPa's authors' code, 2024."""
+    lr = hyper.row("lr")
+    decay, momentum = (lr * hyper.row(name, own) * hyper.sign() for name in ("weight_decay", "momentum"))
+    return -lr, -decay, -momentum  # maximize turns y round alone
+
+
 def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, hyper: Hyper) -> Tensor:
     rows = _rows(c, sums)
     return _over_norm(hyper.row("rho") * rows, direction_norm(inputs, rows, sums), hyper)
@@ -380,6 +387,7 @@ ASCENTS = {
     "friendly_adaptive": Ascent(friendly_adaptive, (("Tg", "Tg"), ("Tg", "Tm"), ("Tm", "Tm")), ("g", "m")),
     "along_previous": Ascent(along_previous, _pairs("yy"), ("y",)),
     "extrapolate": Ascent(extrapolate, _pairs("yy"), ("y",)),
+    "extrapolate_sgd": Ascent(extrapolate_sgd, _pairs("yy"), ("y", "w", "momentum_buffer")),
 }
 
 DESCENTS = {
@@ -401,8 +409,10 @@ DESCENTS = {
     "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y", whole=True),
 }
 
-STORED = ("w", "q", "m", "y")
+STORED = ("w", "q", "m", "y", "momentum_buffer")
 """Columns without a loss scale in them; all others are gradients of this step, which contain it."""
+WRITTEN = ("q", "m", "y")
+"""Those that descents write."""
 
 
 def stretched(column: str) -> str | None:
@@ -461,7 +471,7 @@ def rule(
     for column in columns:
         if not any(column in pair for pair in sums):
             raise ValueError(f"inputs: {column} is in none of the pairs {pairs!r}; add {column}{column}")
-    if writes is not None and (kind == "ascent" or writes not in STORED or writes == "w"):
+    if writes is not None and (kind == "ascent" or writes not in WRITTEN):
         raise ValueError(f"writes must be q, m or y, and of a descent, not {writes!r}")
 
     def register(formula: Formula) -> Formula:

@@ -113,6 +113,8 @@ RANGES: dict[str, Range] = {
     "beta": at_least(0),
     "gamma": at_least(0),
     "decouple": flag(),
+    "previous_batch": flag(),
+    "sgd_step": flag(),
     "theta": within(0, 1, without=0),
     "sigma": at_least(0),
     "lambda_": within(0, 1),

@@ -102,6 +102,8 @@ class RunningStep:
         binding, rule = self._binding, current.ascent
         if not self._begun:
             self._follow(binding.follow())
+        if self.perturbed and "w" in ASCENTS[rule].inputs:
+            binding.restore()
         if not self.perturbed:
             binding.make_backups(ASCENTS[rule].inputs[0])
         etas = binding.etas()

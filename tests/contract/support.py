@@ -24,10 +24,12 @@ DECIDING = ["aesam", "aelooksam"]
 IN_TWO_CALLS = [name for name in VARIANTS if name not in ("crsam", "sampa", "esam")]
 OPTIONS: dict[str, dict[str, Any]] = {
     "esam": {"gamma": 1.0},
+    "sampa": {"previous_batch": False},
     "aesam": {"total_steps": 10, "lambda1": -1e3, "lambda2": -1e3},
     "aelooksam": {"total_steps": 10, "lambda1": -1e3, "lambda2": -1e3},
 }
-"""With which every sharp step has as many passes as :func:`passes` says: tests/optim/test_selecting.py is for the others."""
+"""With which every sharp step has as many passes as :func:`passes` says, and SAMPa's closure is that of the others:
+tests/optim/test_selecting.py and test_sampa.py are for the rest."""
 
 
 class WrappedRMSprop(torch.optim.RMSprop):

@@ -137,7 +137,11 @@ def test_contract_41_no_name_collides(backend: str, variant: str) -> None:
     model, plain = network(dtype=torch.float64), network(dtype=torch.float64)
     mine = build(model.parameters(), variant, "sgd", backend=backend, momentum=0, weight_decay=0)
     options = {name: value for name, value in mine.param_groups[0].items() if name in mine.defaults}
-    ours = {name: options[name] for name in ("rho", "k", "total_steps", "lambda1", "lambda2") if name in options}
+    ours = {
+        name: options[name]
+        for name in ("rho", "k", "previous_batch", "total_steps", "lambda1", "lambda2")
+        if name in options
+    }
     ours |= {"gamma": 1.0} if variant == "esam" else {}
     other = looksam.VARIANTS[variant](plain.parameters(), EveryName, lr=0.1, backend=backend, **ours)
     for _ in range(2):

@@ -63,7 +63,8 @@ def train(model: Net, optimizer: Any, amp: Any = None, spoil: int = -1) -> tuple
 
 def build(model: nn.Module, base: str, **kwargs: Any) -> looksam.SAMPa:
     name, hyper = BASES[base]
-    return looksam.SAMPa(model.parameters(), name, rho=0.3, **{**hyper, "max_grad_norm": 0.5, **kwargs})
+    options = {"previous_batch": False, "max_grad_norm": 0.5, **hyper, **kwargs}
+    return looksam.SAMPa(model.parameters(), name, rho=0.3, **options)
 
 
 def kept(model: nn.Module, optimizer: Any) -> list[np.ndarray]:
@@ -96,6 +97,40 @@ def test_two_ranks_take_the_steps_of_one(ranks: Ranks, backend: str, base: str, 
     assert losses0 == losses, "rank 0's is the pass whose loss one process returns"
     assert losses1 != losses
     assert losses1[0] == losses[0], "the first step has no y"
+
+
+def on_batches(rank: int, paired: bool, kwargs: dict[str, Any]) -> Any:
+    """Each step has a batch of its own; the closure keeps the one before."""
+    model, group, last, asked = Net(), distributed.group.WORLD if paired else None, None, []
+    optimizer = looksam.SAMPa(
+        model.parameters(), "sgd", rho=0.3, lr=0.1, momentum=0.9, weight_decay=0.05, process_group=group, **kwargs
+    )
+    for step in range(STEPS):
+        x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+
+        def closure(previous: bool = False, x: Tensor = x, last: Any = last) -> Tensor:
+            asked.append(previous)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(last if previous and last is not None else x), torch.arange(6) % 2)
+            loss.backward()
+            return loss.detach()
+
+        optimizer.step(closure)
+        model.step, last = model.step + 2, x
+    return kept(model, optimizer), asked
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kwargs", [{}, {"sgd_step": True}], ids=str)
+def test_two_ranks_take_their_gradients_on_two_batches(ranks: Ranks, backend: str, kwargs: dict[str, Any]) -> None:
+    kwargs = {**kwargs, "backend": backend}
+    (one, asked), _ = ranks.run(on_batches, False, kwargs)
+    (first, asked0), (second, asked1) = ranks.run(on_batches, True, kwargs)
+    assert (asked, asked0, asked1) == ([True, False] * STEPS, [True] * STEPS, [False] * STEPS)
+    assert_equal(one, first)
+    assert_equal(one, second)
+    same, _ = ranks.run(on_batches, False, {**kwargs, "previous_batch": False})[0]
+    assert any(not np.array_equal(a, b) for a, b in zip(one, same, strict=True))
 
 
 def overflow(rank: int, spoiled: int, step: int) -> Any:
@@ -146,7 +181,7 @@ def misuse(rank: int) -> list[str]:
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
     alone = [distributed.new_group([r]) for r in range(2)][rank]
     attempt(lambda: looksam.SAMPa(params, "sgd", lr=0.1, process_group=alone))
-    optimizer = looksam.SAMPa(params, "sgd", lr=0.1, process_group=distributed.group.WORLD)
+    optimizer = looksam.SAMPa(params, "sgd", lr=0.1, process_group=distributed.group.WORLD, previous_batch=False)
 
     def closure(used: list[Tensor]) -> Tensor:
         optimizer.zero_grad()

@@ -119,7 +119,7 @@ def test_every_variant_builds_and_steps_on_every_base(variant, period, base):
     assert type(optimizer) is VARIANTS[variant]
     assert optimizer.param_groups[0].get("k") == (3 if period else optimizer.defaults.get("k"))
 
-    def closure(kept=None):
+    def closure(kept=None, previous=False):
         optimizer.zero_grad()
         return backward(optimizer, (trained.w**2).sum())
 

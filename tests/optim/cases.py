@@ -139,7 +139,9 @@ METHODS = {
         independent=independent.FriendlySAM,
         k=None,
     ),
-    "sampa": Method(looksam.SAMPa, hyper=LAMBDAS, independent=independent.SAMPa, k=None),
+    "sampa": Method(
+        looksam.SAMPa, hyper=LAMBDAS, options={"previous_batch": False}, independent=independent.SAMPa, k=None
+    ),
 }
 
 

@@ -76,6 +76,7 @@ class Trainer:
         self.measurements: list[dict[str, Any]] = []  # of the run's study
         self.measured = False  # nothing will be added to them
         self.epoch: Epoch | None = None  # the one under way
+        self.last: list[Piece] | None = None  # the batch of the step before, for an optimizer that asks for it
 
     @property
     def finished(self) -> bool:
@@ -103,6 +104,10 @@ class Trainer:
             state["epoch"] = self.epoch.state_dict() | {"loss": self.world.mean(self.epoch.loss)}
         if self.device.type == "cuda":
             state["cuda_generator"] = torch.cuda.get_rng_state()
+        if (
+            self.last is not None and self.world.size == 1
+        ):  # with more processes each has its own, and begins without one
+            state["last"] = [[x.cpu() for x in piece] for piece in self.last]
         return state | {
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
@@ -133,6 +138,8 @@ class Trainer:
         if self.watcher is not None:
             self.watcher.load_state_dict(state["watcher"])
         self.epoch = Epoch.from_state_dict(state["epoch"], self.device) if "epoch" in state else None
+        if "last" in state:
+            self.last = [(x.to(self.device), targets.to(self.device)) for x, targets in state["last"]]
 
     def batch(self, indices: Tensor, images: Tensor | None = None) -> list[Piece]:
         """The training images of a step (``images``, uint8, where they are loaded already), augmented and normalised: this
@@ -165,12 +172,15 @@ class Trainer:
         with self.precision.autocast():
             return self.model((pixels - self.mean) / self.std).float()
 
-    def forward_backward(self, epoch: Epoch, pieces: list[Piece]) -> Tensor:
-        """The closure that the optimizer calls once per pass; returns the loss, a 0-dim tensor.
+    def forward_backward(self, epoch: Epoch, pieces: list[Piece], previous: bool = False) -> Tensor:
+        """The closure that the optimizer calls once per pass; returns the loss, a 0-dim tensor. ``previous``: on the batch of
+        the step before, where there is one.
 
         The gradient is that of the mean over the pieces. Under DDP only the last one's backward averages over the
         processes, if the optimizer lets it.
         """
+        if previous and self.last is not None:
+            pieces = self.last
         with epoch.pass_watch.running():
             self.optimizer.zero_grad()
             total = torch.zeros((), device=self.device)
@@ -221,6 +231,8 @@ class Trainer:
                     per_sample = getattr(self.optimizer, "per_sample", False)
                     closure = partial(self.sample_losses if per_sample else self.forward_backward, epoch, pieces)
                     epoch.loss += self.precision.step(self.optimizer, closure, self.clip)
+                if self.optimizer.param_groups[0].get("previous_batch"):
+                    self.last = pieces
                 if self.watcher is not None:
                     self.watcher.after_step(self)
                 self._advance_schedule()
