@@ -11,8 +11,9 @@ from torch import Tensor
 from looksam_kernels.backends import native
 from looksam_kernels.memory import address, readable
 
-PARAMS, PLACES, STATE = 1, 2, 4
-"""What can change: which parameters there are; where their elements lie; what the state holds of them."""
+PARAMS, PLACES, STATE, CONTENTS = 1, 2, 4, 8
+"""What can change: which parameters there are; where their elements lie; which tensors the state holds of them; what
+stands in those whose contents are followed."""
 
 Groups = Sequence[Mapping[str, Any]]
 States = Mapping[Any, MutableMapping[str, Any]]
@@ -22,42 +23,60 @@ class Snapshot(Protocol):
     """Compares by identity, so that a question costs no more than looking. Keeps alive what it compares."""
 
     def changes(self, groups: Groups, state: States, weights: Sequence[Tensor] | None) -> int:
-        """Which of ``PARAMS``, ``PLACES`` and ``STATE`` have changed, added up.
+        """Which of ``PARAMS``, ``PLACES``, ``STATE`` and ``CONTENTS`` have changed, added up.
 
         Args:
             weights: those of now, where they are not the tensors themselves that the snapshot was given.
         """
 
+    def written(self) -> None:
+        """To be called after our own writes to the contents."""
 
-def take(groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequence[str]) -> Snapshot:
+
+def take(
+    groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequence[str], contents: Sequence[Tensor] = ()
+) -> Snapshot:
     """
     Args:
         groups, state: of a ``torch.optim.Optimizer``.
         weights: whose places are followed: dense tensors.
         entries: the names in a parameter's state that are followed; other entries may change unseen.
+        contents: tensors that are also followed when they are written in place.
     """
     compiled = native.compiled()
     follows = compiled is not None and readable(weights) and isinstance(state, dict)
     if follows and all(isinstance(s, dict) for _, s in _of_params(state)):
-        return compiled.Snapshot(groups, state, weights, entries)
-    return PlainSnapshot(groups, state, weights, entries)
+        return compiled.Snapshot(groups, state, weights, entries, contents)
+    return PlainSnapshot(groups, state, weights, entries, contents)
 
 
 class PlainSnapshot:
     """The one without the extension, and for a state that is not made of dicts."""
 
-    def __init__(self, groups: Groups, state: States, weights: Sequence[Tensor], entries: Sequence[str]) -> None:
-        self._weights, self._entries = weights, entries
+    def __init__(
+        self,
+        groups: Groups,
+        state: States,
+        weights: Sequence[Tensor],
+        entries: Sequence[str],
+        contents: Sequence[Tensor] = (),
+    ) -> None:
+        self._weights, self._entries, self._contents = weights, entries, contents
         self._params = [list(g["params"]) for g in groups]
         self._places = [_place(w) for w in weights]
         self._state = self._read(state)
+        self.written()
 
     def changes(self, groups: Groups, state: States, weights: Sequence[Tensor] | None) -> int:
         params = [g["params"] for g in groups]
         places = [_place(w) for w in (self._weights if weights is None else weights)]
         found = 0 if len(params) == len(self._params) and all(map(_same, params, self._params)) else PARAMS
         found |= 0 if places == self._places else PLACES
-        return found | (0 if _same(self._read(state), self._state) else STATE)
+        found |= 0 if _same(self._read(state), self._state) else STATE
+        return found | (0 if self._versions == [_version(x) for x in self._contents] else CONTENTS)
+
+    def written(self) -> None:
+        self._versions = [_version(x) for x in self._contents]
 
     def _read(self, state: States) -> list[Any]:
         return [x for p, s in _of_params(state) for x in (p, s, *(s.get(name) for name in self._entries))]
@@ -93,6 +112,11 @@ def first_same_place(tensors: Sequence[Tensor | None], others: Sequence[Tensor |
 
 def _is_shared(x: Tensor) -> bool:
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # its tensor's, and that of the question
+
+
+def _version(x: Tensor) -> int:
+    """How often it has been written; an inference tensor does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@
 namespace looksam {
 namespace {
 
-enum Change { kParams = 1, kPlaces = 2, kState = 4 };
+enum Change { kParams = 1, kPlaces = 2, kState = 4, kContents = 8 };
 
 // Where a tensor lives and how its elements lie there. Never reads the memory: some tensors have none.
 struct Place {
@@ -56,9 +56,10 @@ class Items {
 
 class Snapshot {
  public:
-  // entries: the names in a parameter's state that are followed. Everything compared is kept alive, so that no address
-  // can come back as that of another object.
-  Snapshot(py::handle groups, py::handle state, py::handle weights, const std::vector<std::string>& entries) {
+  // entries: the names in a parameter's state that are followed. contents: tensors that nobody else may write unseen.
+  // Everything compared is kept alive, so that no address can come back as that of another object.
+  Snapshot(py::handle groups, py::handle state, py::handle weights, const std::vector<std::string>& entries,
+           py::handle contents) {
     const Items all(groups);
     for (std::size_t i = 0; i < all.size(); ++i) {
       const Items items(item(all[i], "params"));
@@ -71,12 +72,21 @@ class Snapshot {
       places_.emplace_back(unpack(tensors[i]));
     }
     read(state, entries);
+    const Items all_contents(contents);
+    for (std::size_t i = 0; i < all_contents.size(); ++i) contents_.push_back(unpack(all_contents[i]));
+    written();
+  }
+
+  // To be called after our own writes to the contents.
+  void written() {
+    versions_.clear();
+    for (const at::Tensor& x : contents_) versions_.push_back(version(x));
   }
 
   // weights: those of now where they are not the parameters themselves, else None.
   int changes(py::handle groups, py::handle state, py::handle weights) const {
     return (same_params(groups) ? 0 : kParams) | (same_places(weights) ? 0 : kPlaces) |
-           (same_state(state) ? 0 : kState);
+           (same_state(state) ? 0 : kState) | (same_contents() ? 0 : kContents);
   }
 
  private:
@@ -145,6 +155,17 @@ class Snapshot {
     return true;
   }
 
+  bool same_contents() const {
+    for (std::size_t i = 0; i < contents_.size(); ++i)
+      if (version(contents_[i]) != versions_[i]) return false;
+    return true;
+  }
+
+  // How often it has been written; an inference tensor does not count.
+  static std::uint32_t version(const at::Tensor& x) {
+    return x.is_inference() ? 0 : x.unsafeGetTensorImpl()->version_counter().current_version();
+  }
+
   static py::object borrowed(PyObject* x) { return py::reinterpret_borrow<py::object>(x); }
 
   std::vector<std::vector<py::object>> params_;
@@ -152,6 +173,8 @@ class Snapshot {
   std::vector<Place> places_;
   std::vector<StateOfParam> state_;
   std::vector<Entry> entries_;
+  std::vector<at::Tensor> contents_;
+  std::vector<std::uint32_t> versions_;
 };
 
 // Does another tensor share the memory of one of these? A tensor of its own has a storage of its own.
@@ -188,8 +211,9 @@ py::list gradients(py::handle params) {
 
 void bind_snapshot(py::module_& module) {
   py::class_<Snapshot>(module, "Snapshot")
-      .def(py::init<py::handle, py::handle, py::handle, const std::vector<std::string>&>())
-      .def("changes", &Snapshot::changes);
+      .def(py::init<py::handle, py::handle, py::handle, const std::vector<std::string>&, py::handle>())
+      .def("changes", &Snapshot::changes)
+      .def("written", &Snapshot::written);
   module.def("gradients", &gradients);
   module.def("any_shared", &any_shared);
   module.def("first_same_place", &first_same_place);

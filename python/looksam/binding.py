@@ -15,7 +15,7 @@ from looksam.shards import Whole, shards_of
 from looksam_kernels import TensorTable, ops, snapshot
 from looksam_kernels.formulas import KEEP_NORM
 from looksam_kernels.numbers import scalar_dtype
-from looksam_kernels.snapshot import PARAMS, PLACES, Snapshot
+from looksam_kernels.snapshot import CONTENTS, PARAMS, PLACES, STATE, Snapshot
 from looksam_kernels.table import holds_scalars
 
 State = MutableMapping[str, Any]
@@ -122,6 +122,8 @@ class Binding:
         if changes:
             self._prepared = []
             self._set_state()
+        if changes & (CONTENTS | STATE):
+            self._renew_norms()
         if not any(self.table.perturbed):
             self.masters.follow()
         return before
@@ -173,6 +175,11 @@ class Binding:
         if self._table is not None and any(self._table.perturbed):
             self._table["w"] = self.weights()
             ops.restore(self._table)
+
+    def written(self) -> None:
+        """To be called after our own writes to the state."""
+        if self._snapshot is not None:
+            self._snapshot.written()
 
     def drop(self, columns: Iterable[str]) -> None:
         """Forgets gradients."""
@@ -267,7 +274,26 @@ class Binding:
                 continue
             self.table[name] = self.shards.local([self._entry(row, s, name) for row, s in enumerate(states)])
         self._set_saved(states)
-        self._snapshot = snapshot.take(self.groups, self.state, self._followed(), self._entries)
+        with_norm = own_entries(self._with_norm)
+        contents = [x for name in with_norm for x in self.table[name] if x is not None]
+        self._snapshot = snapshot.take(self.groups, self.state, self._followed(), self._entries, contents)
+
+    @property
+    def _with_norm(self) -> list[str]:
+        """The columns of state whose squared norms are kept beside them."""
+        return [name for name in self._written if name in KEEP_NORM]
+
+    def _renew_norms(self) -> None:
+        """Kept norms are those of what the state holds now, which other code may have put there or written in place.
+        A norm that is right but for rounding keeps its bits: a run that goes on from a checkpoint repeats itself."""
+        for name in self._with_norm:
+            for p in self.params:
+                state = self.state.get(p, {})
+                x, kept = state.get(name), state.get(f"{name}_norm_sq")
+                if x is not None and kept is not None:
+                    now = _norm_sq(x).to(kept.dtype)
+                    right = (now - kept).abs() <= (1e-12 if x.dtype == torch.float64 else 1e-5) * kept
+                    kept.copy_(torch.where(right, kept, now))
 
     def _set_saved(self, states: list[State]) -> None:
         """Column b: the master; else, of a row that is perturbed, what holds its weight; else where it will be saved."""
@@ -290,8 +316,7 @@ class Binding:
         if name.endswith("_norm_sq"):  # counts only beside what it is the norm of, and can be made from that
             of = state.get(name.removesuffix("_norm_sq"))
             if x is None and isinstance(of, Tensor) and of.is_floating_point():
-                x = of.square().sum(dtype=scalar_dtype(of.device))
-                state[name] = x = getattr(x, "full_tensor", lambda x=x: x)()
+                state[name] = x = _norm_sq(of)
             x = None if of is None else x
         if x is None:
             return None
@@ -343,6 +368,13 @@ def _distinct(groups: list[Group]) -> list[tuple[Tensor, int, int]]:
 
 def _alike(x: Tensor, p: Tensor) -> bool:
     return x.dtype == p.dtype and x.device == p.device and x.shape == p.shape
+
+
+def _norm_sq(x: Tensor) -> Tensor:
+    """||x||^2 of the whole tensor, of which this rank may hold a shard."""
+    total = x.square().sum(dtype=scalar_dtype(x.device))
+    whole: Tensor = getattr(total, "full_tensor", lambda: total)()
+    return whole
 
 
 def _local(x: Any) -> Any:

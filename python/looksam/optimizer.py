@@ -54,9 +54,9 @@ class SharpnessAware(ScaledGradients, Optimizer):
             take ``max_grad_norm``: the norm of the direction is clipped there (``None``: not; 1.0 for LAMB). And, for
             the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.PassRunner`.
 
-    State per parameter: the base's, and ``q``, ``q_norm_sq`` where the variant reuses a gradient component. Code that
-    changes ``q`` in place must delete ``q_norm_sq``: clipping relies on it, and it is then computed anew. The place in
-    the cycle of k steps is ``phase`` in every group.
+    State per parameter: the base's, and ``q``, ``q_norm_sq`` = ||q||^2 where the variant reuses a gradient component; the
+    norm follows what other code does to ``q`` (but through ``q.data``, which leaves no trace). The place in the cycle of
+    k steps is ``phase`` in every group.
 
     Raises:
         ValueError: a hyper-parameter out of range, or different between groups where it must agree; unknown names.

@@ -137,6 +137,8 @@ class RunningStep:
         clip = groups[0]["max_grad_norm"] if self._base.clips else None
         coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
         self._base.update(binding, coefficients, groups)
+        if plan.writes:
+            binding.written()
         self._weights_changed()
         self._end()
         return coefficients.found_inf

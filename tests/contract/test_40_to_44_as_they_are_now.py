@@ -273,9 +273,14 @@ def test_what_a_snapshot_sees(make: Callable[..., snapshot.Snapshot]) -> None:
     p, q = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     groups: list[dict[str, Any]] = [{"params": [p, q]}]
     state: dict[Any, dict[str, Any]] = {p: {"m": torch.zeros(2, 2), "other": 1}, q: {}}
+    contents = torch.zeros(2)
 
     def after(change: Callable[[], Any]) -> int:
-        taken = make(groups, state, [p, q], ["m"])
+        taken = make(groups, state, [p, q], ["m"], [contents])
+        assert taken.changes(groups, state, None) == 0
+        contents.add_(1)
+        assert taken.changes(groups, state, None) == snapshot.CONTENTS
+        taken.written()
         assert taken.changes(groups, state, None) == 0
         change()
         return taken.changes(groups, state, None)
@@ -291,3 +296,5 @@ def test_what_a_snapshot_sees(make: Callable[..., snapshot.Snapshot]) -> None:
     assert after(lambda: setattr(p, "data", p.data.t())) == snapshot.PLACES
     assert after(lambda: groups[0]["params"].reverse()) == snapshot.PARAMS
     assert after(lambda: groups.append({"params": []})) == snapshot.PARAMS
+    assert after(lambda: contents.zero_()) == snapshot.CONTENTS
+    assert after(lambda: contents.data.zero_()) == 0  # torch's own way to write unseen

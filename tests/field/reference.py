@@ -188,12 +188,12 @@ class LookSAM(SAM):
         c = ratio(dot(g, s), dot(g, g))
         for p, x in s.items():
             q = x - c * g[p] if p in g else x.clone()
-            at.keep(p, q=q, q_norm_sq=dot({p: q}, {p: q}))
+            at.keep(p, q=q)
         return s
 
     def between(self, at: Reference, g: Columns) -> Columns:
         q = {p: at.entry(p, "q") for p in g if at.entry(p, "q") is not None}
-        n = math.sqrt(sum(float(at.entry(p, "q_norm_sq", dot({p: x}, {p: x}))) for p, x in q.items()))
+        n = norm(q)
         scale = ratio(norm(g), n if n > 2.0**-21 * norm(g) else 0.0)
         return {p: x + at.of(p)["alpha"] * scale * q[p] if p in q else x for p, x in g.items()}
 

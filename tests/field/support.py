@@ -207,7 +207,7 @@ def reference(
     own = dict(hyper)
     options = dict(options)
     if base == "lamb":
-        own["max_grad_norm"] = options.pop("max_grad_norm", 1.0)
+        own = {"max_grad_norm": options.pop("max_grad_norm", 1.0), **own}
     elif "max_grad_norm" in options and (isinstance(base, str) or base in NAMED.values()):
         own["max_grad_norm"] = options.pop("max_grad_norm")
     return Reference((NAMED[base] if isinstance(base, str) else base)(groups, **options), variant, **own)

@@ -61,6 +61,12 @@ def double(entries: dict[str, Any]) -> None:
     entries.update({name: 2 * x for name, x in tensors(entries).items() if x.ndim})
 
 
+def double_in_place(entries: dict[str, Any]) -> None:
+    for x in tensors(entries).values():
+        if x.ndim:
+            x.mul_(2)
+
+
 def swap_for_clones(entries: dict[str, Any]) -> None:
     """As an offload to the host and back leaves it."""
     entries.update({name: x.clone() for name, x in tensors(entries).items()})
@@ -135,6 +141,7 @@ CHANGES: dict[str, Change] = {
     "zeroed by new tensors": in_every_dict(zero_by_new_tensors),
     "zeroed for one": in_every_dict(zero_by_new_tensors, only=2),
     "doubled": in_every_dict(double),
+    "doubled in place": in_every_dict(double_in_place),
     "clones": in_every_dict(swap_for_clones),
     "clones of one": in_every_dict(swap_for_clones, only=3),
     "clones, old ones spoilt": in_every_dict(swap_and_spoil),
@@ -213,6 +220,22 @@ def test_item_01_each_single_entry_deleted(backend: str, style: str, base: str) 
 
         pair.both(change)
         pair.steps(3)
+        pair.assert_equal()
+
+
+@on_backends
+@on_styles
+@pytest.mark.parametrize("base", MAIN)
+@pytest.mark.parametrize("within", [False, True])
+def test_item_01_clipping_follows_what_is_done_to_q(backend: str, style: str, base: str, within: bool) -> None:
+    """The norm of q is kept beside it, and clipping relies on that. Here every step is clipped."""
+    for change in ("zeroed in place", "zeroed for one", "doubled", "doubled in place", "clones, old ones spoilt"):
+        pair = Pair("looksam", base, backend, style, hyper={"max_grad_norm": 0.02})
+        pair.steps(1)  # a sharp step, which writes q; a reuse step follows
+        if not within:
+            pair.both(CHANGES[change])
+        pair.steps(1, {0: CHANGES[change]} if within else {})
+        pair.steps(2)
         pair.assert_equal()
 
 
