@@ -110,6 +110,12 @@ def first_same_place(tensors: Sequence[Tensor | None], others: Sequence[Tensor |
     return next((i for i, (x, y) in pairs if x is not None and y is not None and x.data_ptr() == y.data_ptr() != 0), -1)
 
 
+def observed() -> bool:
+    """Does a profiler, or whoever else, listen to torch's operations? Also where that cannot be told."""
+    compiled = native.compiled()
+    return compiled is None or bool(compiled.has_observers())
+
+
 def _is_shared(x: Tensor) -> bool:
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # its tensor's, and that of the question
 

@@ -4,6 +4,7 @@
 
 #include "snapshot.h"
 
+#include <ATen/record_function.h>
 #include <c10/util/DimVector.h>
 
 #include <algorithm>
@@ -215,6 +216,7 @@ void bind_snapshot(py::module_& module) {
       .def("changes", &Snapshot::changes)
       .def("written", &Snapshot::written);
   module.def("gradients", &gradients);
+  module.def("has_observers", &at::hasCallbacks);  // profilers, and whoever else listens to torch's operations
   module.def("any_shared", &any_shared);
   module.def("first_same_place", &first_same_place);
 }

@@ -189,7 +189,7 @@ class Binding:
 
     def _changes(self) -> int:
         if self._snapshot is None:
-            return PARAMS
+            return PARAMS | STATE
         changes = self._snapshot.changes(self.groups, self.state, None if self._whole else self.weights())
         others = self._filters != self._filters_now() or any(trains(p) for _, p in self._others)
         return changes | (PARAMS if others else 0)

@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from looksam import bases
+from looksam import bases, hooks
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import from_another_variant, generations, load_exactly
@@ -125,6 +125,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     @overload
     def step(self, closure: Callable[..., Loss]) -> Loss: ...
 
+    @hooks.around
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One optimization step; see the class for the two call styles.
@@ -336,11 +337,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
         """The columns of state that the variant's plans write."""
         return [x for x in dict.fromkeys(plan.writes for plan in self.variant[:2]) if x is not None]
 
+    @hooks.around
     def _complete(self) -> None:
         """What ``step()`` does, its hooks and its range in the profiler included, but not by its name: a trainer may have
         put something else in its place, which makes new gradients."""
         self._opt_called = True  # what a scheduler puts in the place of step notes, for its warning
-        _hooked(type(self)._step_on_gradients)(self)
+        self._step_on_gradients()
 
     def _step_on_gradients(self) -> None:
         """step() without a closure: ends a two-call step, does a reuse or plain step, or only creates the state."""
@@ -456,10 +458,6 @@ def _subclasses(cls: type[SharpnessAware]) -> Iterator[type[SharpnessAware]]:
 
 
 PASSES = ("model", "same_rng", "m_sharpness")
-
-
-_hooked: Callable[[Callable[..., None]], Callable[..., None]] = Optimizer.profile_hook_step
-"""A function with the hooks of ``step`` around it."""
 
 
 def _listed(params: Any) -> Any:

@@ -240,6 +240,18 @@ def test_item_01_clipping_follows_what_is_done_to_q(backend: str, style: str, ba
 
 
 @on_backends
+def test_item_01_a_copy_follows_what_was_done_to_q(backend: str) -> None:
+    """The original has not seen it: it was copied before the next step."""
+    pair = Pair("looksam", "sgd", backend)
+    pair.steps(1)
+    pair.both(CHANGES["doubled in place"])
+    mine = pair.mine
+    mine.model, mine.optimizer = copy.deepcopy((mine.model, mine.optimizer))
+    pair.steps(2)
+    pair.assert_equal()
+
+
+@on_backends
 @on_pairs
 def test_item_01_state_dict_has_what_the_steps_wrote(backend: str, variant: str, base: str) -> None:
     """Also after the state was cleared, or exchanged for clones: a checkpoint is never empty and never old."""
