@@ -118,7 +118,7 @@ class Hyper:
         return self.groups[0].get(name, default) if self.groups else default
 
 
-def ratio(a: Tensor, b: Tensor) -> Tensor:
+def ratio(a: Row, b: Tensor) -> Tensor:
     """a / b where b > 0, else 0: a zero denominator never makes NaN."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
 
@@ -174,18 +174,18 @@ def opposite(sums: Sums, hyper: Hyper) -> Tensor:
     return -sam(sums, hyper)
 
 
-def vasso(sums: Sums, hyper: Hyper) -> Tensor:
+def vasso(sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
     """e = rho m' / (||m'|| + perturb_eps), m' = (1 - theta) m + theta g as :func:`vasso_direction` will write it. VaSSO,
     Li & Giannakis 2023."""
     return _over_combination((theta := _weight_of_new(hyper.row("theta"), sums), 1 - theta), ("g", "m"), sums, hyper)
 
 
-def friendly(sums: Sums, hyper: Hyper) -> Tensor:
+def friendly(sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
     """e = rho c / (||c|| + perturb_eps), c = g - sigma m. Friendly SAM, Li et al. 2024."""
     return _over_combination((1.0, -hyper.row("sigma")), ("g", "m"), sums, hyper)
 
 
-def friendly_adaptive(sums: Sums, hyper: Hyper) -> Tensor:
+def friendly_adaptive(sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
     """e = rho T^2 c / (||T c|| + perturb_eps), c = g - sigma m."""
     return _over_combination((1.0, -hyper.row("sigma")), ("Tg", "Tm"), sums, hyper)
 
@@ -207,9 +207,9 @@ def extrapolate_sgd(sums: Sums, hyper: Hyper) -> tuple[Row, ...]:
     return -lr, -decay, -momentum  # maximize turns y round alone
 
 
-def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, hyper: Hyper) -> Tensor:
-    rows = _rows(c, sums)
-    return _over_norm(hyper.row("rho") * rows, direction_norm(inputs, rows, sums), hyper)
+def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
+    rho, norm = hyper.row("rho"), direction_norm(inputs, c, sums)
+    return tuple(_over_norm(rho * x, norm, hyper) for x in c)
 
 
 def _weight_of_new(weight: Tensor, sums: Sums) -> Tensor:
@@ -506,69 +506,91 @@ Presence = Mapping[str, Sequence[bool]]
 """Which rows have a gradient, for each one that a rule reads; asked for where a row lacks some of them."""
 
 
-def ascent(name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, present: Presence | None = None) -> Coefficients:
-    """The coefficients of e, for gradients as they are, loss scale and all; 0 after a non-finite sum.
+def evaluate(
+    name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, scaling: Scaling, present: Presence | None = None
+) -> Coefficients:
+    """The coefficients of a rule, for gradients as they are, loss scale and all."""
+    combined, trust = coefficients_of(name, sums, hyper, found_inf, scaling, present)
+    d, q, post = (None if x is None else _stacked(x, sums) for x in combined)
+    assert d is not None
+    writes = DESCENTS[name].writes if name in DESCENTS else None
+    return Coefficients(inputs_of(name), d, q, found_inf, post, writes or "q", trust)
 
-    Rows without the first input are in no norm.
+
+def inputs_of(name: str) -> tuple[str, ...]:
+    return ASCENTS[name].inputs if name in ASCENTS else DESCENTS[name].inputs
+
+
+def coefficients_of(
+    name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, scaling: Scaling, present: Presence | None = None
+) -> tuple[Direction, Tensor | None]:
+    """:func:`evaluate`, each coefficient by itself; and LARS's trust ratio.
+
+    This, and the formulas that it calls, does nothing but arithmetic, comparisons, ``where``, square roots and totals over the
+    rows. The Triton backend relies on that: it runs them once, on symbols, and the kernel then does what they did.
     """
-    rule = ASCENTS[name]
+    unscaled = _unscaled(sums, hyper)
+    if name in ASCENTS:
+        return _ascent(ASCENTS[name], unscaled, hyper, found_inf, present), None
+    return _descent(DESCENTS[name], unscaled, hyper, scaling, present)
+
+
+def _ascent(rule: Ascent, sums: Sums, hyper: Hyper, found_inf: Tensor, present: Presence | None) -> Direction:
+    """The coefficients of e; 0 after a non-finite sum. Rows without the first input are in no norm."""
     if present is not None:
         takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
         sums = Sums(sums.pairs, torch.where(takes_part, sums.values, 0.0))
-    c = rule.formula(_unscaled(sums, hyper), hyper)
-    c = _rows(c if isinstance(c, tuple) else tuple(c.reshape(len(rule.inputs), -1)), sums) * hyper.sign()
-    c = _for_scaled(rule.inputs, c, hyper)
-    return Coefficients(rule.inputs, torch.where(found_inf > 0, 0.0, c), None, found_inf)
+    c = rule.formula(sums, hyper)
+    if isinstance(c, Tensor):
+        c = c.reshape(len(rule.inputs), -1).unbind()
+    each = c if isinstance(c, tuple) else (c,)
+    stopped = [torch.where(found_inf > 0, 0.0, x * hyper.sign()) for x in each]
+    return Direction(_for_scaled(rule.inputs, stopped, hyper))
 
 
-def descent(
-    name: str,
-    sums: Sums,
-    hyper: Hyper,
-    found_inf: Tensor,
-    scaling: Scaling,
-    present: Presence | None = None,
-) -> Coefficients:
-    """The coefficients of d, of what is written and of what is added after the update, for gradients as they are.
+def _descent(
+    rule: Descent, sums: Sums, hyper: Hyper, scaling: Scaling, present: Presence | None
+) -> tuple[Direction, Tensor | None]:
+    """The coefficients of d, of what is written and of what is added after the update.
 
     d is scaled by min(1, max_grad_norm / ||d||), then for LARS by its trust ratio. ``maximize`` turns d and the addition
     round, not what is written.
     Rows that lack a gradient of a rule which needs all have the first input for d, and keep what it makes a mean of.
     """
-    rule = DESCENTS[name]
-    sums = _unscaled(sums, hyper)
     direction = rule.formula(sums, hyper)
     if direction.post is not None and rule.writes in rule.inputs:
-        raise ValueError(f"rule {name!r} adds with inputs after the update, but {rule.writes} is written before that")
-    d = _rows(direction.d, sums)
-    q, post = (None if x is None else _rows(x, sums) for x in direction[1:])
+        raise ValueError(
+            f"{rule.formula.__name__!r} adds with inputs after the update, but {rule.writes} is written before that"
+        )
     if present is not None:
-        d, q, post = _with_gaps(rule, d, q, post, present, hyper)
+        direction = _with_gaps(rule, direction, sums, hyper, present)
+    d, q, post = direction
     if scaling.max_grad_norm is not None:
-        norm = direction_norm(rule.inputs, d, sums)
-        d = d * ratio(torch.full_like(norm, scaling.max_grad_norm), norm).clamp(max=1)
+        shrink = ratio(scaling.max_grad_norm, direction_norm(rule.inputs, d, sums)).clamp(max=1)
+        d = tuple(x * shrink for x in d)
     trust = lars_ratio(row_norms(rule.inputs, d, sums), sums, hyper) if scaling.trust_ratio else None
     if trust is not None:
-        d = d * trust
-    d = _for_scaled(rule.inputs, d * hyper.sign(), hyper)
+        d = tuple(x * trust for x in d)
+    d = _for_scaled(rule.inputs, [x * hyper.sign() for x in d], hyper)
     q = None if q is None else _for_scaled(rule.inputs, q, hyper)
-    post = None if post is None else _for_scaled(rule.inputs, post * hyper.sign(), hyper)
-    return Coefficients(rule.inputs, d, q, found_inf, post, rule.writes or "q", trust)
+    post = None if post is None else _for_scaled(rule.inputs, [x * hyper.sign() for x in post], hyper)
+    return Direction(d, q, post), trust
 
 
-def _with_gaps(
-    rule: Descent, d: Tensor, q: Tensor | None, post: Tensor | None, present: Presence, hyper: Hyper
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _with_gaps(rule: Descent, direction: Direction, sums: Sums, hyper: Hyper, present: Presence) -> Direction:
     takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
     alone = ~torch.stack([hyper.upload(there, torch.bool) for there in present.values()]).all(0)
 
-    def only(column: str) -> Tensor:
-        return hyper.upload([x == column for x in rule.inputs]).reshape(-1, 1)
+    def only(column: str | None, rows: Sequence[Row]) -> tuple[Tensor, ...]:
+        """In rows that are alone this column as it is, elsewhere the coefficients."""
+        each = zip(rule.inputs, _stacked(rows, sums), strict=True)
+        return tuple(torch.where(alone, 1.0 if x == column else 0.0, c) for x, c in each)
 
-    d = torch.where(takes_part, torch.where(alone, only(rule.inputs[0]), d), 0.0)
+    d, q, post = direction
+    d = tuple(torch.where(takes_part, x, 0.0) for x in only(rule.inputs[0], d))
     if q is not None and rule.writes in rule.inputs:
-        q = torch.where(alone, only(rule.writes), q)
-    return d, q, None if post is None else torch.where(alone, 0.0, post)
+        q = only(rule.writes, q)
+    return Direction(d, q, None if post is None else only(None, post))
 
 
 def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:
@@ -587,32 +609,29 @@ def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:
 
 def _unscaled(sums: Sums, hyper: Hyper) -> Sums:
     """The sums of gradients without their loss scale."""
-    powers = hyper.upload([sum(map(carries_scale, pair)) for pair in sums.pairs])
-    return Sums(sums.pairs, sums.values * (hyper.inv_scale**powers).reshape(-1, 1))
+    powers = (sum(map(carries_scale, pair)) for pair in sums.pairs)
+    return Sums(sums.pairs, torch.stack([x * hyper.inv_scale**n for n, x in zip(powers, sums.values, strict=True)]))
 
 
-def _for_scaled(inputs: tuple[str, ...], rows: Tensor, hyper: Hyper) -> Tensor:
+def _for_scaled(inputs: tuple[str, ...], rows: Sequence[Row], hyper: Hyper) -> tuple[Row, ...]:
     """Coefficients of unscaled inputs -> coefficients of the inputs as they are."""
-    scaled = hyper.upload([*map(carries_scale, inputs)], torch.bool)
-    return rows * torch.where(scaled, hyper.inv_scale, 1.0).reshape(-1, 1)
+    return tuple(c * hyper.inv_scale if carries_scale(x) else c for x, c in zip(inputs, rows, strict=True))
 
 
-def direction_norm(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
+def direction_norm(inputs: tuple[str, ...], d: Sequence[Row], sums: Sums) -> Tensor:
     """||d|| of d = sum_i d_i x_i, over all tensors, from the inner products alone."""
     return _squares(inputs, d, sums).sum().clamp(min=0).sqrt()
 
 
-def row_norms(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
+def row_norms(inputs: tuple[str, ...], d: Sequence[Row], sums: Sums) -> Tensor:
     """||d_p|| of each tensor, likewise."""
     return _squares(inputs, d, sums).clamp(min=0).sqrt()
 
 
-def _squares(inputs: tuple[str, ...], d: Tensor, sums: Sums) -> Tensor:
-    return sum(
-        (d[i] * d[j] * sums.of(x, y) for i, x in enumerate(inputs) for j, y in enumerate(inputs)),
-        start=torch.zeros_like(d[0]),
-    )
+def _squares(inputs: tuple[str, ...], d: Sequence[Row], sums: Sums) -> Tensor:
+    products: list[Tensor] = [d[i] * d[j] * sums.of(x, y) for i, x in enumerate(inputs) for j, y in enumerate(inputs)]
+    return sum(products[1:], start=products[0])
 
 
-def _rows(coefficients: Sequence[Row], sums: Sums) -> Tensor:
+def _stacked(coefficients: Sequence[Row], sums: Sums) -> Tensor:
     return torch.stack([torch.zeros_like(sums.values[0]) + c for c in coefficients])

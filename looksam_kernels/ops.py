@@ -234,9 +234,7 @@ def _with_gaps(
     if present is None:
         return found
     hyper = formulas.Hyper(groups, table.group, table.device, scaling.grad_scale)
-    if rule in ASCENTS:
-        return formulas.ascent(rule, sums, hyper, found.found_inf, present)
-    return formulas.descent(rule, sums, hyper, found.found_inf, scaling, present)
+    return formulas.evaluate(rule, sums, hyper, found.found_inf, scaling, present)
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:

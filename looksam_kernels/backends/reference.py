@@ -8,19 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looksam_kernels.formulas import (
-    ASCENTS,
-    Coefficients,
-    Groups,
-    Hyper,
-    Pair,
-    Scaling,
-    Sums,
-    ascent,
-    descent,
-    kept_norm,
-    stretched,
-)
+from looksam_kernels import formulas
+from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Scaling, Sums, kept_norm, stretched
 from looksam_kernels.masks import Mask
 from looksam_kernels.numbers import dot, scalar_dtype
 from looksam_kernels.table import TensorTable
@@ -73,9 +62,7 @@ def evaluate(rule: str, sums: Sums, hyper: Hyper, scaling: Scaling) -> Coefficie
     bad = (~sums.values.isfinite().all()).to(torch.float32)
     if scaling.found_inf is not None:
         bad = torch.maximum(bad, scaling.found_inf.to(bad.device).reshape(()))
-    if rule in ASCENTS:
-        return ascent(rule, sums, hyper, bad)
-    return descent(rule, sums, hyper, bad, scaling)
+    return formulas.evaluate(rule, sums, hyper, bad, scaling)
 
 
 def perturb(
