@@ -1,18 +1,14 @@
 """What must hold exactly, whatever the numbers: two ways to the same result give the same bits."""
 
 import copy
-import importlib
 import importlib.util
 import io
-import sys
-import types
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +24,7 @@ from tests.bases import SGD_HYPER, base_of
 from tests.nightly import NIGHTLY
 from tests.optim.cases import BASES, METHODS, QUICK, Base, Method, build, names_for
 from tests.optim.independent import LAMB, Independent
+from tests.optim.parity import from_timm
 from tests.optim.problem import GROUPS, SHAPES, Closure, Problem
 from tests.optim.test_against_formulas import EPS, deviation, exact_and_tolerance
 
@@ -372,14 +369,9 @@ def test_lamb_alone_equals_its_formula(options, backend):
 
 
 def timms(name: str) -> type:
-    """From its file: the package around it imports torchvision, which these tests do without."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
+    if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
-    package = types.ModuleType("timm_optim_alone")
-    package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "optim")]
-    sys.modules.setdefault(package.__name__, package)
-    return getattr(importlib.import_module(f"timm_optim_alone.{name.lower()}"), name)
+    return from_timm(name)
 
 
 @backends
