@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 import looksam_kernels
-from looksam_kernels import extension
-from looksam_kernels.build import BuildError, build, cache, recipe
+from looksam_kernels import backends, extension
+from looksam_kernels.build import BuildError, build, builder, cache, recipe
 
 DESCRIPTION = """\
 Compiles the native backend for the torch that is installed, from the sources in the package: for CPU tensors, and for
@@ -25,25 +25,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser.add_subparsers(dest="command").add_parser(
         "build", help="compile the native backend", description=DESCRIPTION
     )
-    command.add_argument("--check", action="store_true", help="only say what is built; exit with 1 where it is not")
-    command.add_argument("--clean", action="store_true", help="remove every build from the cache")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="only say what is built; exit with 1 where it is not")
+    instead.add_argument("--clean", action="store_true", help="remove every build from the cache")
     command.add_argument("--verbose", action="store_true", help="show the compilers' output")
-    command.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for another process's build")
+    command.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait for another process's build")
     options = parser.parse_args(arguments)
     if options.command is None:
         return show()
-    if options.clean:
-        print(f"removed {cache.clean()} builds from {cache.folder()}")
-        return 0
+    try:
+        recipe.setting("LOOKSAM_CUDA")
+        if options.clean:
+            print(f"removed {cache.clean()} builds from {cache.folder()}")
+            return 0
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     return check() if options.check else build_all(options.verbose, options.timeout)
 
 
+def _seconds(text: str) -> float:
+    try:
+        return builder.seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def show() -> int:
+    """1 where a backend was asked for that cannot run."""
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
+    asked_for = backends.forced()
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for name, info in looksam_kernels.backend_info(device).items():
             state = "runs" if info.selected else "can run" if info.available else "no"
             print(f"{device:>5} {name:<10} {state:<8} {info.reason}".rstrip())
+    if asked_for is not None and not any(info.selected for info in looksam_kernels.backend_info().values()):
+        print(f"LOOKSAM_BACKEND={asked_for}: no such backend can run here", file=sys.stderr)
+        return 1
     return 0
 
 

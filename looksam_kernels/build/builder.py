@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,19 +54,34 @@ def build(
     stamp = recipe.wanted_stamp(source, module, recipe.cuda_arch_list() if module == recipe.CUDA else "")
     key = f"{module}-torch{stamp.torch}-{stamp.python}-{_short(json.dumps(stamp))}"
     began = time.time()
+    made = _made(key, stamp)
+    if made is not None:  # asked before anything is written: others may have filled a cache that is only read here
+        report(f"{made} is up to date")
+        return made
     _make_folder()
     with cache.locked(key, _timeout(timeout), _once(lambda holder: report(f"waiting for {holder}"))):
-        made = cache.folder() / key / f"{module}.{stamp.python}.so"
-        if made.exists() and recipe.read_stamp(made) == stamp:
-            os.utime(made)  # the newest that fits is the one that is loaded
+        made = _made(key, stamp)
+        if made is not None:
             report(f"{made} is up to date")
             return made
         _same_failure(key, began)
         with cache.workspace(key) as work:
             _compile(source, stamp, work, key, report, output)
             cache.publish(work / "into", key)
+        made = cache.folder() / key / f"{module}.{stamp.python}.so"
         report(f"built in {time.time() - began:.0f} s: {made}")
         return made
+
+
+def _made(key: str, stamp: recipe.Stamp) -> Path | None:
+    """The file of an earlier build. The newest that fits is the one that is loaded, and so this one from now on."""
+    made = cache.folder() / key / f"{stamp.module}.{stamp.python}.so"
+    with contextlib.suppress(OSError):
+        if recipe.read_stamp(made) == stamp:
+            with contextlib.suppress(OSError):
+                os.utime(made)
+            return made
+    return None
 
 
 def _compile(
@@ -113,9 +130,11 @@ def _same_failure(key: str, began: float) -> None:
 def _make_folder() -> None:
     try:
         cache.folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache.folder()):
+            pass
     except OSError as error:
         raise BuildError(
-            f"{cache.folder()} cannot be made ({error.strerror}); LOOKSAM_CACHE_DIR names another folder"
+            f"{cache.folder()} cannot be written ({error.strerror}); LOOKSAM_CACHE_DIR names another folder"
         ) from None
 
 
@@ -124,9 +143,20 @@ def _timeout(given: float | None) -> float:
         return given
     text = os.environ.get("LOOKSAM_BUILD_TIMEOUT") or str(TIMEOUT)
     try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"LOOKSAM_BUILD_TIMEOUT={text!r} is not a number of seconds") from None
+        return seconds(text)
+    except ValueError as error:
+        raise ValueError(f"LOOKSAM_BUILD_TIMEOUT={error}") from None
+
+
+def seconds(text: str) -> float:
+    """
+    Raises:
+        ValueError: it is not a number of at least 0.
+    """
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) >= 0:
+            return number
+    raise ValueError(f"{text!r} is not a number of seconds")
 
 
 def _once(say: recipe.Report) -> recipe.Report:

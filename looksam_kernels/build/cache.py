@@ -13,9 +13,16 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """``$LOOKSAM_CACHE_DIR/builds``; by default under ``$XDG_CACHE_HOME/looksam`` or ``~/.cache/looksam``."""
+    """``$LOOKSAM_CACHE_DIR/builds``; by default under ``$XDG_CACHE_HOME/looksam`` or ``~/.cache/looksam``.
+
+    Raises:
+        FileNotFoundError: there is no home folder, as for a user whom the machine does not know (in many containers).
+    """
     given = os.environ.get("LOOKSAM_CACHE_DIR")
-    root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looksam"
+    try:
+        root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looksam"
+    except RuntimeError:
+        raise FileNotFoundError("there is no home folder; LOOKSAM_CACHE_DIR names the cache") from None
     return root.absolute() / "builds"
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from looksam.binding import Binding, State
-from looksam.hyper import Group, check_number, plain
+from looksam.hyper import Group, Range, check, finite, flag, plain, tuple_of
 from looksam.masters import needs_master
 from looksam.messages import arguments, did_you_mean, shown, takes_any
 from looksam.names import BaseEntries, BaseStates, inner, outer
 from looksam_kernels import ops
 from looksam_kernels.formulas import Coefficients
-from looksam_kernels.updates import BASES, INITIAL
+from looksam_kernels.updates import BASES, FLAGS, INITIAL
 
 NOT_FUSED = ("amsgrad",)
 """Options of torch's classes that the fused updates leave to the class itself."""
@@ -57,9 +57,9 @@ class Fused(NamedTuple):
         return ("step", *BASES[self.name].states)
 
     @property
-    def numbers(self) -> tuple[str, ...]:
-        """Our names of the arguments that are numbers, or tuples of them."""
-        return tuple(outer(name, self.ours.in_groups) for name in _numbers(self.name))
+    def ranges(self) -> dict[str, Range]:
+        """What the arguments must be, by our names."""
+        return {outer(name, self.ours.in_groups): allowed for name, allowed in _ranges(self.name).items()}
 
     @property
     def takes_trust_ratio(self) -> bool:
@@ -139,8 +139,6 @@ class Wrapped:
     """
 
     columns: tuple[str, ...] = ()
-    numbers: tuple[str, ...] = ()
-    """The class has its own checks."""
     takes_trust_ratio = False
 
     def __init__(
@@ -161,6 +159,11 @@ class Wrapped:
     @property
     def reads(self) -> frozenset[str]:
         return self.ours.in_groups | {"lr", "maximize"}
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """The class has its own checks."""
+        return {}
 
     def check(self, group: Group) -> None:
         """The class has its own checks."""
@@ -427,9 +430,7 @@ def _fused(name: str, kwargs: Group, ours: Ours, owner: str) -> Fused:
     max_grad_norm = kwargs.pop("max_grad_norm", BASES[name].max_grad_norm)
     ours = Ours(ours.in_groups | {"max_grad_norm"}, ours.in_state)
     kwargs = _own_arguments(_NAMED[name], kwargs, ours)
-    for number in _numbers(name):
-        if not isinstance(kwargs.get(number, 0), Tensor):  # torch has an error for those of more than one element
-            check_number(owner, number, kwargs.get(number, 0))
+    check_arguments(name, kwargs, owner)
     defaults = _NAMED[name](**kwargs)
     if name == "adam" and defaults.get("decoupled_weight_decay"):
         name = "adamw"
@@ -501,13 +502,30 @@ _NAMED: dict[str, Callable[..., Group]] = {
 }
 
 
+def check_arguments(base: str, given: Mapping[str, Any], owner: str) -> None:
+    """
+    Raises:
+        TypeError, ValueError: an argument of a fused base is of the wrong type, or not finite.
+    """
+    for name, allowed in _ranges(base).items():
+        if name in given and not isinstance(
+            given[name], Tensor
+        ):  # torch has an error for those of more than one element
+            check(owner, name, given[name], {}, allowed)
+
+
 @functools.cache
-def _numbers(base: str) -> tuple[str, ...]:
-    """The arguments of a fused base that are numbers, or tuples of them."""
-    parameters = inspect.signature(_NAMED[base]).parameters.values()
-    return tuple(
-        p.name for p in parameters if isinstance(p.default, int | float | tuple) and not isinstance(p.default, bool)
-    )
+def _ranges(base: str) -> dict[str, Range]:
+    """What the arguments of a fused base must be, as their defaults are: numbers, tuples of them, flags."""
+    found = {}
+    for p in inspect.signature(_NAMED[base]).parameters.values():
+        if p.name in (*FLAGS, "maximize"):  # the others that are True or False say how torch's own class computes
+            found[p.name] = flag()
+        elif isinstance(p.default, tuple):
+            found[p.name] = tuple_of(len(p.default))
+        elif isinstance(p.default, int | float) and not isinstance(p.default, bool):
+            found[p.name] = finite()
+    return found
 
 
 FUSED = tuple(_NAMED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -59,6 +59,18 @@ def within(low: float, high: float, *, without: float | None = None) -> Range:
 
 def finite() -> Range:
     return Range(is_number, "a number", lambda x, _: True, "finite")
+
+
+def tuple_of(count: int) -> Range:
+    """A tuple of so many finite numbers, as ``betas``."""
+
+    def takes(x: Any) -> bool:
+        return isinstance(x, tuple | list) and len(x) == count and all(map(is_number, x))
+
+    def accepts(x: Any, group: Group) -> bool:
+        return all(known is None or isfinite(known) for known in map(on_host, x))
+
+    return Range(takes, f"a tuple of {count} numbers", accepts, "finite")
 
 
 def whole_at_least(low: int) -> Range:
@@ -171,16 +183,6 @@ def check(owner: str, name: str, value: Any, group: Group, allowed: Range) -> No
         raise ValueError(f"{name} must be {allowed.text}, not {known!r}{hint}")
 
 
-def check_number(owner: str, name: str, value: Any) -> None:
-    """Of an argument of the base: a finite number, or a tuple of them.
-
-    Raises:
-        TypeError, ValueError: as :func:`check`.
-    """
-    for x in value if isinstance(value, tuple | list) else (value,):
-        check(owner, name, x, {}, finite())
-
-
 class Rules:
     """What the values of the groups must be. Looks at a value again only when it has changed.
 
@@ -189,7 +191,7 @@ class Rules:
         names: the variant's hyper-parameters.
         ranges: theirs; one without a range is not looked at.
         shared: those of which all groups have the same value.
-        numbers: the base's, finite numbers or tuples of them.
+        base: the base's hyper-parameters and theirs, none of which is bounded by another.
     """
 
     def __init__(
@@ -198,26 +200,24 @@ class Rules:
         names: Iterable[str],
         ranges: Mapping[str, Range],
         shared: Iterable[str],
-        numbers: Sequence[str],
+        base: Mapping[str, Range],
     ) -> None:
-        self._owner, self._numbers = owner, tuple(numbers)
+        self._owner, self._base = owner, dict(base)
         names = list(names)
         self._shared = [name for name in shared if name in names]
         self._ranges = {name: ranges[name] for name in names if name in ranges}
-        self._watched = (*self._ranges, *self._numbers)
+        self._watched = (*self._ranges, *self._base)
         self._seen: list[Any] = []
 
     def settle(self, group: Group, first: Group) -> None:
-        """Makes the numbers of a group Python's, and checks them; those that all groups share against the ``first`` group's.
+        """Makes the values of a group Python's, and checks them; those that all groups share against the ``first`` group's.
 
         Raises:
             TypeError, ValueError: which name the argument, what it may be, and the value.
         """
         for name in self._watched:
             group[name] = plain(group.get(name))
-        for name in self._numbers:
-            check_number(self._owner, name, group[name])
-        for name, allowed in self._ranges.items():
+        for name, allowed in (*self._base.items(), *self._ranges.items()):
             check(self._owner, name, group[name], group, allowed)
         for name in self._shared:
             if not _same(group[name], first[name]):
@@ -246,7 +246,7 @@ class Rules:
         else:
             for name in changed:
                 group[name] = plain(group.get(name))
-                check_number(self._owner, name, group[name])
+                check(self._owner, name, group[name], group, self._base[name])
 
 
 def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:

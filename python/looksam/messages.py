@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -76,11 +77,15 @@ def refuse(unknown: Mapping[str, Any], cls: type) -> None:
 
 
 def check_backend(name: Any) -> None:
-    """
+    """Of a backend that is asked for by argument, or else by the environment.
+
     Raises:
         ValueError: there is no such backend. (Whether it runs is known when the tensors are.)
     """
+    given = ""
+    if name is None and (name := os.environ.get("LOOKSAM_BACKEND") or None):
+        given = "LOOKSAM_BACKEND: "
     if name is not None and name not in BACKENDS:
         raise ValueError(
-            f"unknown backend {shown(name)}; choose one of {', '.join(map(repr, BACKENDS))}{did_you_mean(name, BACKENDS)}"
+            f"{given}unknown backend {shown(name)}; choose one of {', '.join(map(repr, BACKENDS))}{did_you_mean(name, BACKENDS)}"
         )

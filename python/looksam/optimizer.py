@@ -108,7 +108,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def _rules_of(self, own: Iterable[str]) -> Rules:
         """For the groups' values; ``own`` are the variant's names, beside those of the base."""
-        return Rules(type(self).__name__, own, self.ranges, self.shared, self._base.numbers)
+        return Rules(type(self).__name__, own, self.ranges, self.shared, self._base.ranges)
 
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""

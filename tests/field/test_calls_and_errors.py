@@ -244,6 +244,31 @@ def test_field_09_numbers_of_the_base(base: str, name: str, value: Any) -> None:
         optimizer.step(lambda: pytest.fail("called"))
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "value"),
+    [
+        ("sgd", "nesterov", "yes"),
+        ("sgd", "maximize", 1),
+        ("rmsprop", "centered", None),
+        ("lamb", "trust_clip", 0),
+        ("sgd", "lr", (0.1,)),
+        ("sgd", "momentum", [0.9]),
+        ("adamw", "betas", 0.9),
+        ("adamw", "betas", (0.9,)),
+        ("adan", "betas", (0.9, 0.9)),
+    ],
+)
+def test_field_09_flags_and_tuples_of_the_base(base: str, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"SAM: {name} must be a "):
+        looksam.SAM([parameter()], base, **{"lr": 0.1, name: value})
+    optimizer = looksam.SAM([parameter()], base, lr=0.1)
+    with pytest.raises(TypeError, match=f"SAM: {name} must be a "):
+        optimizer.add_param_group({"params": [parameter()], name: value})
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(TypeError, match=f"SAM: {name} must be a "):
+        optimizer.step(lambda: pytest.fail("called"))
+
+
 @pytest.mark.parametrize("make", [np.int64, np.array])
 def test_field_09_numbers_of_numpy_are_numbers(make: Any) -> None:
     """And are Python's in the groups: a checkpoint read with ``weights_only`` can hold no others."""

@@ -7,12 +7,14 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -20,8 +22,9 @@ from PIL import Image
 from rich.console import Console
 
 import looksam_kernels
-from looksam.lab.cli import main
+from looksam.lab.cli import COMMANDS, TOOLS, main
 from looksam.lab.config import DataConfig, TrainConfig
+from looksam.lab.options import Count, Finite
 from looksam.lab.parallel import run_jobs
 from looksam.lab.records import read_experiment, summarize
 from looksam.lab.report import console_table
@@ -181,6 +184,15 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
     assert ends[1] is None
 
 
+def test_a_process_that_dies_before_it_is_sent_its_run_says_so():
+    multiprocessing.set_executable(shutil.which("false"))
+    try:
+        (event,) = run_jobs([TrainConfig("sgd", epochs=1)], jobs=1)
+    finally:
+        multiprocessing.set_executable(sys.executable)
+    assert event.error == "its process died with exit status 1"
+
+
 def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
     import looksam.lab.experiment as experiment
 
@@ -231,6 +243,18 @@ def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
           for option in ("--rho", "--alpha", "--lr", "--momentum", "--weight-decay", "--label-noise", "--warmup",
                          "--rho-warmup", "--clip", "--mixup", "--width")),
         (["train", "sam", "--randaugment", "2", "nan"], "nan is not a finite number"),
+        (["train", "sam", "--randaugment", "2", "31"], "31.0 is not in the range 0<=x<=30"),
+        *((["train", "sam", option, "9" * 20], f"Invalid value for '{option}': {'9' * 20} is more than ")
+          for option in ("--seeds", "--epochs", "--threads", "--checkpoint-every")),
+        (["train", "sam", "--out", ""], "--out: the folder's name is empty"),
+        (["train", "sam", "--set", "rho=0.1", "--set", "rho=0.2"], "--set rho=0.2: rho is given twice"),
+        (["train", "sam", "--rho", "0.1", "--set", "rho=0.2"], "--rho and --set rho: give one of them"),
+        (["train", "sam", "--set", ".rho=0.1"], "--set .rho=0.1: write OPTION=VALUE or NAME.OPTION=VALUE"),
+        (["train", "sam-5", "--set", "k=2"], "no method given takes the option 'k'"),
+        (["train", "sam:batch_size=true"], "batch_size=True is not possible"),
+        (["train", "sam+adam", "--set", "betas=[0.9]"], "betas must be a tuple of 2 numbers"),
+        (["train", "adam:betas=[0.9]"], "betas must be a tuple of 2 numbers"),
+        (["train", "sgd", "--set", "nesterov=maybe"], "nesterov must be a flag, True or False, not 'maybe'"),
         (["train", "sam", "--set", "rho=NaN"], "--set rho=NaN: NaN is not a finite number"),
         (["train", "sam", "--set", "rho=wide"], "sam with rho=wide: "),
         (["train", "sam+adam", "--set", "betas=3"], "sam+adam with betas=3: "),
@@ -241,17 +265,37 @@ def test_an_interrupt_reports_what_was_measured(tmp_path, monkeypatch):
         (["train", "sam", "--stream"], "--stream: digits fits in memory"),
         (["train", "sam", "--patch", "2"], "--patch 2: cnn has no patches"),
         (["train", "sam", "--model", "resnet18", "--batch-size", "1"], "--model resnet18 cannot take 1 images of 8x8"),
-        (["train", "sam", "--width", "1e30"], "--model cnn cannot take 50 images of 8x8 pixels: "),
+        (["train", "sam", "--width", "1e30"], "--model cnn --width 1e+30 cannot take 50 images of 8x8 pixels: "),
         (["compare", "sgd", "--tune", "26"], "--tune 26: sgd has a grid of 25 settings only"),
         (["compare", "sgd", "--tune", "2", "--validation", "0.0001"], "--validation 0.0001: nothing is left"),
     ],
 )  # fmt: skip
 def test_usage_errors_come_before_any_work(arguments, message, tmp_path):
-    result = run(*arguments, "--out", tmp_path / "out")
+    result = run(*(arguments if "--out" in arguments else [*arguments, "--out", tmp_path / "out"]))
     assert result.exit_code in (1, 2)
     assert "Traceback" not in result.output
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in TOOLS])
+def test_every_number_of_every_command_is_finite_and_bounded(name):
+    for option in main.get_command(None, name).params:
+        for kind in getattr(option.type, "types", [option.type]):
+            assert isinstance(kind, Finite) or not isinstance(kind, click.types.FloatParamType), option.name
+            bounded = isinstance(kind, Count) or getattr(kind, "max", None) is not None
+            assert bounded or not isinstance(kind, click.types.IntParamType), option.name
+
+
+def test_an_unknown_backend_of_the_environment_is_found_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOKSAM_BACKEND", "fast")
+    result = run("train", "sam", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "LOOKSAM_BACKEND=fast: unknown; choose one of native, triton, reference" in result.output
+    assert not (tmp_path / "out").exists()
+    result = run("info")
+    assert result.exit_code == 1
+    assert "LOOKSAM_BACKEND=fast: no such backend can run here" in result.output
 
 
 def test_info_lists_versions_and_backends():

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from looksam.lab import data
-from looksam.lab.cache import cache_folder, cached_files
+from looksam.lab.cache import cache_folder, cached_arrays, cached_files
 from looksam.lab.cli import main
 from looksam.lab.config import DataConfig
 from looksam.lab.data import DataError, load_dataset, noisy_labels, read_idx
@@ -289,6 +290,36 @@ def test_a_damaged_cache_is_made_again(folder):
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(load_dataset(DataConfig(str(folder)), 0).train_x, first.train_x)
     assert len(cached_files()) == 1
+
+
+def test_without_a_home_folder_nothing_is_cached(monkeypatch):
+    """A user whom the machine does not know, as in many containers."""
+    for name in ("LOOKSAM_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert list(cached_arrays("key", lambda: {"x": np.zeros(2)})) == ["x"]
+    shown = CliRunner().invoke(main, ["cache"])
+    assert shown.exit_code == 1
+    assert "LOOKSAM_CACHE_DIR names the cache" in shown.output
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_cache_that_is_only_read_is_used(folder, monkeypatch):
+    load_dataset(DataConfig(str(folder)), 0)
+    (file,) = cached_files()
+    for writes in ("utime", "unlink"):
+        monkeypatch.setattr(os, writes, refused)
+    monkeypatch.setattr(data, "decode_images", lambda *_: pytest.fail("decoded again"))
+    load_dataset(DataConfig(str(folder)), 0)
+    monkeypatch.undo()
+    assert file.exists()
+
+
+def refused(*arguments, **named):
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_the_cache_command_shows_and_clears(folder):

@@ -5,10 +5,12 @@ The compiler here compiles a stub in place of the sources; `make release-check` 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -174,7 +176,11 @@ def test_waiting_for_another_process_ends(cache: Path, tmp_path: Path, monkeypat
     [
         ("CXX", "/no/compiler", "there is no C++ compiler"),
         ("LOOKSAM_CACHE_DIR", "/proc/nowhere", "LOOKSAM_CACHE_DIR names another folder"),
-        ("LOOKSAM_BUILD_TIMEOUT", "soon", "LOOKSAM_BUILD_TIMEOUT='soon' is not a number of seconds"),
+        *(
+            ("LOOKSAM_BUILD_TIMEOUT", value, f"LOOKSAM_BUILD_TIMEOUT='{value}' is not a number of seconds")
+            for value in ("soon", "nan", "-1")
+        ),
+        ("LOOKSAM_CUDA", "yes", "LOOKSAM_CUDA='yes' means nothing; set it to 0 (leave out), 1 (required) or auto"),
     ],
 )
 def test_what_stands_in_the_way_is_named(
@@ -188,3 +194,46 @@ def test_what_stands_in_the_way_is_named(
     monkeypatch.setenv(variable, value)
     assert main(["build"]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--check", "--clean"], *(["--timeout", text] for text in ("nan", "-1", "soon"))])
+def test_options_that_mean_nothing_are_usage_errors(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["build", *options])
+    assert ended.value.code == 2
+    assert "error: argument --" in capsys.readouterr().err
+
+
+def test_without_a_home_folder_modules_are_found_and_none_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user whom the machine does not know, as in many containers."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    before = extension.load(recipe.CPU)
+    for name in ("LOOKSAM_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert extension.load(recipe.CPU).stamp == before.stamp
+    for options in ([], ["--clean"]):
+        assert main(["build", *options]) == 1
+        assert "there is no home folder; LOOKSAM_CACHE_DIR names the cache" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_only_read_serves_what_is_there(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = QuickCompiler(tmp_path / "compiler")
+    compile_with(compiler, monkeypatch)
+
+    def refused(*arguments: object, **named: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(os, "utime", refused)
+    assert compile_with(compiler, monkeypatch)[0].endswith("is up to date")
+    monkeypatch.setattr(recipe, "python_abi", lambda: "another")
+    with pytest.raises(builder.BuildError, match=r"cannot be written \(Permission denied\); LOOKSAM_CACHE_DIR names"):
+        compile_with(compiler, monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import zipfile
@@ -17,18 +18,27 @@ LIMIT_GB = 10.0
 
 
 def cache_folder() -> Path:
-    """``$LOOKSAM_CACHE_DIR/data``; without the variable ``$XDG_CACHE_HOME/looksam/data`` or ``~/.cache/looksam/data``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LOOKSAM_CACHE_DIR") or Path(home) / "looksam") / "data"
+    """``$LOOKSAM_CACHE_DIR/data``; without the variable ``$XDG_CACHE_HOME/looksam/data`` or ``~/.cache/looksam/data``.
+
+    OSError if there is no home folder.
+    """
+    given = os.environ.get("LOOKSAM_CACHE_DIR")
+    if given:
+        return Path(given) / "data"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "looksam" / "data"
+    except RuntimeError:  # a user whom the machine does not know, as in many containers
+        raise FileNotFoundError(errno.ENOENT, "no home folder; LOOKSAM_CACHE_DIR names the cache", "~") from None
 
 
 def cache_limit() -> float:
-    """The bytes that the folder may hold: ``$LOOKSAM_CACHE_GB`` x 10^9, by default 10 GB. ValueError if it is no number."""
+    """The bytes that the folder may hold: ``$LOOKSAM_CACHE_GB`` x 10^9, by default 10 GB. ValueError if it is no number of
+    at least 0."""
     text = os.environ.get("LOOKSAM_CACHE_GB") or str(LIMIT_GB)
-    try:
-        return 1e9 * float(text)
-    except ValueError:
-        raise ValueError(f"LOOKSAM_CACHE_GB={text}: must be a number of gigabytes, such as {LIMIT_GB:g}") from None
+    with contextlib.suppress(ValueError):
+        if (limit := float(text)) >= 0:
+            return 1e9 * limit
+    raise ValueError(f"LOOKSAM_CACHE_GB={text}: must be a number of gigabytes, such as {LIMIT_GB:g}")
 
 
 def cached_files() -> list[Path]:
@@ -58,17 +68,23 @@ def tree_fingerprint(path: Path) -> str:
 
 def cached_arrays(key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays stored under ``key``, or else those that ``compute`` returns, stored for the next time."""
-    file = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    try:
+        file = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    except OSError:
+        return compute()
     if file.exists():
         try:
             with file.open("rb") as stream, np.load(stream) as stored:
                 arrays = dict(stored)
-            os.utime(file)
-            return arrays
         except (ValueError, EOFError, OSError, zipfile.BadZipFile):
-            file.unlink(missing_ok=True)  # damaged: made again
+            pass  # damaged: made again
+        else:
+            with contextlib.suppress(OSError):  # of another user, or on a medium that is only read
+                os.utime(file)
+            return arrays
     arrays = compute()
-    if make_room(sum(array.nbytes for array in arrays.values())):
-        with contextlib.suppress(OSError), replacing(file) as part:  # no room, no right to write: without a cache then
-            np.savez(part, **arrays)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError):  # no room, no right to write: without a cache then
+        if make_room(sum(array.nbytes for array in arrays.values())):
+            with replacing(file) as part:
+                np.savez(part, **arrays)  # type: ignore[arg-type]
     return arrays

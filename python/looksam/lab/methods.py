@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import looksam
+from looksam.bases import check_arguments
 from looksam.plans import PLAIN, Variant
 from looksam_kernels import updates
 
@@ -56,7 +57,7 @@ BASES: dict[str, Base] = {
 VARIANTS: dict[str, type[torch.optim.Optimizer]] = {**looksam.VARIANTS, "looksam_random": RandomReuse}
 
 RUN_OPTIONS: dict[str, Callable[[Any], bool]] = {
-    "batch_size": lambda value: isinstance(value, int) and value >= 1,
+    "batch_size": lambda value: _is_number(value) and isinstance(value, int) and value >= 1,
     "warmup": lambda value: _is_number(value) and value >= 0,
     "rho_warmup": lambda value: _is_number(value) and value >= 0,
     "augment": lambda value: value in AUGMENTATIONS,
@@ -141,7 +142,9 @@ class Method:
 
     def takes(self, option: str, by_name: bool) -> bool:
         """``by_name``: the user gives the option to this method by name. Else a variant's option never means the base's
-        of that name: Adadelta has a ``rho``, RMSprop an ``alpha``."""
+        of that name: Adadelta has a ``rho``, RMSprop an ``alpha``. A period in the method's name leaves no option ``k``."""
+        if option == "k" and self.k is not None:
+            return False
         return option in self.parameters() or (
             option in self.base_parameters() and (by_name or option not in VARIANT_OPTIONS)
         )
@@ -206,7 +209,7 @@ def parse_method(text: str, default_base: str = "sgd") -> Method:
         if option in RUN_OPTIONS:
             if not RUN_OPTIONS[option](value):
                 raise ValueError(f"method {text!r}: {option}={value} is not possible")
-        elif not method.takes(option, by_name=True) or (option == "k" and k is not None):
+        elif not method.takes(option, by_name=True):
             raise ValueError(
                 f"method {text!r}: {name} takes no option {option!r}; it takes {', '.join(_options(method))}"
             )
@@ -283,7 +286,9 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, steps: int) -> 
     if config.clip is not None and method.clips:
         arguments["max_grad_norm"] = config.clip
     if method.variant is None:
-        return base.optimizer(model.parameters(), **arguments | dict(config.options))
+        arguments |= dict(config.options)
+        check_arguments(method.base, arguments, method.base)  # torch's own classes take a nesterov="no"
+        return base.optimizer(model.parameters(), **arguments)
     of_the_run = {"total_steps": steps, "seed": config.seed}
     arguments |= {name: value for name, value in of_the_run.items() if name in method.parameters()}
     arguments |= {"backend": config.backend, "model": model, "m_sharpness": config.m_sharpness} | dict(config.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -43,11 +44,26 @@ class Finite(click.FloatRange):
         return number
 
 
+class Count(click.IntRange):
+    """A whole number from 1 to ``most``. One that is larger would exhaust the memory or overflow when the run is under way."""
+
+    def __init__(self, most: int = 2**31 - 1) -> None:
+        super().__init__(1)
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if number > self.most:
+            self.fail(f"{value} is more than {self.most}.", param, ctx)
+        return number
+
+
 FRACTION = Finite(0, 1, max_open=True)
 SHARE = Finite(0, 1, min_open=True, max_open=True)
 POSITIVE = Finite(0, min_open=True)
 NOT_NEGATIVE = Finite(0)
-COUNT = click.IntRange(1)
+COUNT = Count()
+SEEDS = Count(10_000)
 SEED = click.IntRange(0, 2**63 - 1)
 
 METHOD_HELP = f"""
@@ -69,7 +85,7 @@ OPTIONS = (
     click.option(
         "--recipe", type=click.Choice(list(RECIPES)), help="Methods and usual values for a task of the literature."
     ),
-    click.option("--seeds", type=COUNT, default=4, help="Number of seeds, counted from --seed."),
+    click.option("--seeds", type=SEEDS, default=4, help="Number of seeds, counted from --seed."),
     click.option("--base", type=click.Choice(list(BASES)), default="sgd", help="Base of methods that name none."),
     click.option(
         "--data",
@@ -108,7 +124,7 @@ OPTIONS = (
     click.option("--augment", type=click.Choice(AUGMENTATIONS), help="Default: none for digits, else basic."),
     click.option(
         "--randaugment",
-        type=(COUNT, NOT_NEGATIVE),
+        type=(COUNT, Finite(0, 30)),
         default=(2, 9.0),
         metavar="N M",
         help="Operations, strength of 30.",
@@ -124,7 +140,7 @@ OPTIONS = (
     click.option("--backend", help="Force a backend of looksam_kernels; see looksam info."),
     click.option("--seed", type=SEED, default=0, help="First seed."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
-    click.option("--threads", type=COUNT, help="Threads of torch per run; default: cores / jobs."),
+    click.option("--threads", type=Count(4096), help="Threads of torch per run; default: cores / jobs."),
     click.option("--jobs", type=COUNT, help="Runs at a time; default: one per core, or 1 on CUDA."),
     click.option("--out", type=click.Path(file_okay=False), help="Results; default: runs/<command>-<time>."),
     click.option("--overwrite", is_flag=True, help="Replace the results in --out."),
@@ -142,16 +158,18 @@ def training_options(function: F) -> F:
 
 def parse_options(rho: float | None, alpha: float | None, settings: Sequence[str]) -> dict[str, Any]:
     """``--rho``, ``--alpha`` and ``--set`` as one dict."""
-    options: dict[str, Any] = {k: v for k, v in {"rho": rho, "alpha": alpha}.items() if v is not None}
+    chosen: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key:
+        if not equals or not re.fullmatch(r"(\w+\.)?\w+", key):
             raise click.UsageError(f"--set {setting}: write OPTION=VALUE or NAME.OPTION=VALUE")
+        if key in chosen:
+            raise click.UsageError(f"--set {setting}: {key} is given twice")
         try:
-            options[key] = parse_value(text)
+            chosen[key] = parse_value(text)
         except ValueError as error:
             raise click.UsageError(f"--set {setting}: {error}") from error
-    return options
+    return {k: v for k, v in {"rho": rho, "alpha": alpha}.items() if v is not None} | chosen
 
 
 def common_config(values: dict[str, Any]) -> TrainConfig:
@@ -199,6 +217,9 @@ def with_presets(ctx: click.Context, design: Design, values: dict[str, Any]) -> 
         name for name in values
         if ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
     }  # fmt: skip
+    for name in given & {"rho", "alpha", "lr", "momentum", "weight_decay"}:
+        if any(setting.startswith(f"{name}=") for setting in values["settings"]):
+            raise click.UsageError(f"--{name.replace('_', '-')} and --set {name}: give one of them")
     values = values | {name: value for name, value in preset.items() if name not in given}
     if values["data"] is None:
         raise click.UsageError(

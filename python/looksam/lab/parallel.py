@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -58,13 +59,14 @@ class Worker:
 
     def start(self, config: TrainConfig) -> None:
         self.config = config
-        self.connection.send(config)
+        with contextlib.suppress(ConnectionError):  # a process that has died already: receive() says so
+            self.connection.send(config)
 
     def receive(self) -> Event:
         assert self.config is not None
         try:
             event: Event = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             return Event(self.config, error=f"its process died with exit status {self.process.exitcode}")
         return event

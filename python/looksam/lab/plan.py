@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tempfile
 import time
@@ -112,12 +113,15 @@ def resume_command(header: dict[str, Any]) -> str:
 
 
 def check_backend(name: str | None) -> None:
-    """Raise ValueError if the backend is unknown or cannot be used here."""
+    """Raise ValueError if the backend, or else that of LOOKSAM_BACKEND, is unknown or cannot be used here."""
     backends = backend_info()
+    given = f"--backend {name}"
+    if name is None and (name := os.environ.get("LOOKSAM_BACKEND") or None):
+        given = f"LOOKSAM_BACKEND={name}"
     if name is not None and name not in backends:
-        raise ValueError(f"--backend {name}: unknown; choose one of {', '.join(backends)}")
+        raise ValueError(f"{given}: unknown; choose one of {', '.join(backends)}")
     if name is not None and not backends[name].available:
-        raise ValueError(f"--backend {name}: not available here, {backends[name].reason}; see looksam info")
+        raise ValueError(f"{given}: not available here, {backends[name].reason}; see looksam info")
 
 
 def try_optimizer(config: TrainConfig) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def try_optimizer(config: TrainConfig) -> dict[str, Any]:
         alone = replace(config, m_sharpness=False)  # which asks for a model that several processes share
         used = values_used(build_optimizer(alone, torch.nn.Linear(2, 2), 100))
         return used | parse_method(config.method).of_the_run
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # of wrong values torch's classes raise whatever their arithmetic raises
         given = ", ".join(f"{name}={value}" for name, value in config.options) or "its defaults"
         raise ValueError(f"{config.method} with {given}: {error}") from error
 
@@ -151,8 +155,9 @@ def try_model(config: TrainConfig, data: Dataset, world: World) -> dict[str, Any
             net(torch.empty(batch_size // (world.size * config.accumulate), channels, size, size))
     except (RuntimeError, OverflowError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        width = "" if config.width == 1 else f" --width {config.width:g}"
         raise ValueError(
-            f"--model {model} cannot take {batch_size} images of {size}x{size} pixels: {reason}"
+            f"--model {model}{width} cannot take {batch_size} images of {size}x{size} pixels: {reason}"
         ) from error
     device = resolve_device(config.device)
     return {
@@ -175,6 +180,8 @@ def make_writable(folder: Path) -> None:
 
 
 def output_folder(out: str | None, command: str, overwrite: bool, resume: bool) -> Path:
+    if out == "":
+        raise click.UsageError("--out: the folder's name is empty")
     folder = Path(out or f"runs/{command}-{time.strftime('%Y%m%d-%H%M%S')}")
     if resume:
         if out is None or overwrite:

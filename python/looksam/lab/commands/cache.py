@@ -16,11 +16,13 @@ def command(clear: bool) -> None:
     """
     try:
         limit = cache_limit()
+        files = cached_files()
+        size = sum(file.stat().st_size for file in files)
+        for file in files if clear else ():
+            file.unlink(missing_ok=True)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    files = cached_files()
-    size = sum(file.stat().st_size for file in files)
-    for file in files if clear else ():
-        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"{error.strerror}: {error.filename}") from error
     done = "removed from" if clear else "in"
     click.echo(f"{len(files)} data set(s), {size / 1e6:.1f} MB, {done} {cache_folder()} (limit {limit / 1e9:g} GB)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 from rich.table import Table
 
@@ -21,3 +23,6 @@ def command() -> None:
     for name, backend in looksam_kernels.backend_info().items():
         table.add_row(name, "yes" if backend.available else "no", "*" if backend.selected else "", backend.reason)
     console.print(table)
+    asked_for = os.environ.get("LOOKSAM_BACKEND")
+    if asked_for and not any(backend.selected for backend in looksam_kernels.backend_info().values()):
+        raise click.ClickException(f"LOOKSAM_BACKEND={asked_for}: no such backend can run here")

@@ -17,6 +17,7 @@ from ..design import Design, Figures, Values
 from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
 from ..figures import dress, row_of_axes, style
+from ..options import COUNT
 from ..records import Experiment
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ DESIGN = Design(
     figures=figures,
     sections=sections,
     options=(
-        click.option("--lag", type=click.IntRange(1), default=5, help="Steps between the vectors that are compared."),
-        click.option("--every", type=click.IntRange(1), default=20, help="Steps from one measurement to the next."),
+        click.option("--lag", type=COUNT, default=5, help="Steps between the vectors that are compared."),
+        click.option("--every", type=COUNT, default=20, help="Steps from one measurement to the next."),
     ),
     settings=("lag", "every"),
     watch=Drift,

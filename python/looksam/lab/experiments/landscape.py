@@ -17,6 +17,7 @@ from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
 from ..figures import COLOURS, new_figure, style
+from ..options import COUNT, POSITIVE
 from ..records import Experiment, mean_and_error
 from ..streaming import in_memory
 
@@ -225,12 +226,12 @@ DESIGN = Design(
     figures=figures,
     sections=sections,
     options=(
-        click.option("--points", type=click.IntRange(3), default=13, help="Of the surfaces, along each direction."),
-        click.option("--extent", type=click.FloatRange(0, min_open=True), default=1.0, help="How far they go."),
-        click.option("--images", type=click.IntRange(1), default=1000, help="Training images that the loss is of."),
+        click.option("--points", type=click.IntRange(3, 1000), default=13, help="Of the surfaces, along each direction."),
+        click.option("--extent", type=POSITIVE, default=1.0, help="How far they go."),
+        click.option("--images", type=COUNT, default=1000, help="Training images that the loss is of."),
         click.option("--radii", type=Numbers(), default="0.05,0.1,0.2,0.5", help="Of the balls."),
-        click.option("--eigenvalues", type=click.IntRange(1), default=10, help="How many of the Hessian."),
-        click.option("--iterations", type=click.IntRange(1), default=40, help="Of Lanczos."),
+        click.option("--eigenvalues", type=COUNT, default=10, help="How many of the Hessian."),
+        click.option("--iterations", type=COUNT, default=40, help="Of Lanczos."),
     ),
     settings=("points", "extent", "images", "radii", "eigenvalues", "iterations"),
     measure=measure,

@@ -16,6 +16,7 @@ from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
 from ..figures import dress, new_figure, row_of_axes, style
+from ..options import COUNT
 from ..records import Experiment, mean_and_error
 from ..streaming import in_memory
 
@@ -195,8 +196,8 @@ DESIGN = Design(
     figures=figures,
     sections=sections,
     options=(
-        click.option("--images", type=click.IntRange(1), default=500, help="Test images that are altered."),
-        click.option("--attack-steps", type=click.IntRange(1), default=10, help="Of PGD."),
+        click.option("--images", type=COUNT, default=500, help="Test images that are altered."),
+        click.option("--attack-steps", type=COUNT, default=10, help="Of PGD."),
         click.option("--epsilons", type=Numbers(), default="0.0078,0.0157,0.0314", help="Radii of the l-inf attacks."),
         click.option("--epsilons-l2", type=Numbers(), default="0.125,0.25,0.5", help="Radii of the l2 attack."),
     ),
