@@ -351,6 +351,8 @@ class Ascent(NamedTuple):
     inputs: tuple[str, ...] = ("g",)
     adaptive: str | None = None
     """The rule that takes its place where a group is adaptive: with T = |w| + eta."""
+    everywhere: bool = False
+    """Does it move all tensors, also those outside a perturb filter?"""
 
 
 class Descent(NamedTuple):
@@ -365,6 +367,9 @@ class Descent(NamedTuple):
     """The column that takes the second combination; its ||.||^2 goes to ``<column>_norm_sq`` where there is one."""
     whole: bool = False
     """Does it take all gradients to make sense? A row that lacks one then has the first input alone for d."""
+    everywhere: bool = False
+    """Is it the same for tensors outside a perturb filter? The others are about those inside, as if there were no others;
+    those outside have the first input for d."""
 
 
 def _pairs(names: str) -> tuple[Pair, ...]:
@@ -386,13 +391,13 @@ ASCENTS = {
     "friendly": Ascent(friendly, _pairs("gg gm mm"), ("g", "m"), adaptive="friendly_adaptive"),
     "friendly_adaptive": Ascent(friendly_adaptive, (("Tg", "Tg"), ("Tg", "Tm"), ("Tm", "Tm")), ("g", "m")),
     "along_previous": Ascent(along_previous, _pairs("yy"), ("y",)),
-    "extrapolate": Ascent(extrapolate, _pairs("yy"), ("y",)),
-    "extrapolate_sgd": Ascent(extrapolate_sgd, _pairs("yy"), ("y", "w", "momentum_buffer")),
+    "extrapolate": Ascent(extrapolate, _pairs("yy"), ("y",), everywhere=True),
+    "extrapolate_sgd": Ascent(extrapolate_sgd, _pairs("yy"), ("y", "w", "momentum_buffer"), everywhere=True),
 }
 
 DESCENTS = {
-    "at_w": Descent(as_is, ("g",), _pairs("gg")),
-    "at_perturbed": Descent(as_is, ("s",), _pairs("ss")),
+    "at_w": Descent(as_is, ("g",), _pairs("gg"), everywhere=True),
+    "at_perturbed": Descent(as_is, ("s",), _pairs("ss"), everywhere=True),
     "looksam_refresh": Descent(looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q"),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), _pairs("gg qq"), _pairs("gq")),
     "ssam": Descent(ssam, ("s",), _pairs("gg ss")),
@@ -406,7 +411,7 @@ DESCENTS = {
     "friendly_direction": Descent(
         friendly_direction, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
     ),
-    "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y", whole=True),
+    "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y", whole=True, everywhere=True),
 }
 
 STORED = ("w", "q", "m", "y", "momentum_buffer")
@@ -506,11 +511,21 @@ Presence = Mapping[str, Sequence[bool]]
 """Which rows have a gradient, for each one that a rule reads; asked for where a row lacks some of them."""
 
 
+def is_everywhere(name: str) -> bool:
+    return ASCENTS[name].everywhere if name in ASCENTS else DESCENTS[name].everywhere
+
+
 def evaluate(
-    name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, scaling: Scaling, present: Presence | None = None
+    name: str,
+    sums: Sums,
+    hyper: Hyper,
+    found_inf: Tensor,
+    scaling: Scaling,
+    present: Presence | None = None,
+    inside: Sequence[bool] | None = None,
 ) -> Coefficients:
     """The coefficients of a rule, for gradients as they are, loss scale and all."""
-    combined, trust = coefficients_of(name, sums, hyper, found_inf, scaling, present)
+    combined, trust = coefficients_of(name, sums, hyper, found_inf, scaling, present, inside)
     d, q, post = (None if x is None else _stacked(x, sums) for x in combined)
     assert d is not None
     writes = DESCENTS[name].writes if name in DESCENTS else None
@@ -522,7 +537,13 @@ def inputs_of(name: str) -> tuple[str, ...]:
 
 
 def coefficients_of(
-    name: str, sums: Sums, hyper: Hyper, found_inf: Tensor, scaling: Scaling, present: Presence | None = None
+    name: str,
+    sums: Sums,
+    hyper: Hyper,
+    found_inf: Tensor,
+    scaling: Scaling,
+    present: Presence | None = None,
+    inside: Sequence[bool] | None = None,
 ) -> tuple[Direction, Tensor | None]:
     """:func:`evaluate`, each coefficient by itself; and LARS's trust ratio.
 
@@ -531,39 +552,62 @@ def coefficients_of(
     """
     unscaled = _unscaled(sums, hyper)
     if name in ASCENTS:
-        return _ascent(ASCENTS[name], unscaled, hyper, found_inf, present), None
-    return _descent(DESCENTS[name], unscaled, hyper, scaling, present)
+        return _ascent(ASCENTS[name], unscaled, hyper, found_inf, present, inside), None
+    return _descent(DESCENTS[name], unscaled, hyper, scaling, present, inside)
 
 
-def _ascent(rule: Ascent, sums: Sums, hyper: Hyper, found_inf: Tensor, present: Presence | None) -> Direction:
-    """The coefficients of e; 0 after a non-finite sum. Rows without the first input are in no norm."""
+def _ascent(
+    rule: Ascent,
+    sums: Sums,
+    hyper: Hyper,
+    found_inf: Tensor,
+    present: Presence | None,
+    inside: Sequence[bool] | None,
+) -> Direction:
+    """The coefficients of e; 0 after a non-finite sum. Rows without the first input, and those outside, are in no norm."""
     if present is not None:
-        takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
-        sums = Sums(sums.pairs, torch.where(takes_part, sums.values, 0.0))
+        sums = _of_rows(sums, hyper.upload(present[rule.inputs[0]], torch.bool))
+    if inside is not None:
+        sums = _of_rows(sums, hyper.upload(inside, torch.bool))
     c = rule.formula(sums, hyper)
     if isinstance(c, Tensor):
         c = c.reshape(len(rule.inputs), -1).unbind()
     each = c if isinstance(c, tuple) else (c,)
     stopped = [torch.where(found_inf > 0, 0.0, x * hyper.sign()) for x in each]
+    if inside is not None:
+        stopped = [torch.where(hyper.upload(inside, torch.bool), x, 0.0) for x in stopped]
     return Direction(_for_scaled(rule.inputs, stopped, hyper))
 
 
+def _of_rows(sums: Sums, rows: Tensor) -> Sums:
+    """0 in the others."""
+    return Sums(sums.pairs, torch.where(rows, sums.values, 0.0))
+
+
 def _descent(
-    rule: Descent, sums: Sums, hyper: Hyper, scaling: Scaling, present: Presence | None
+    rule: Descent,
+    sums: Sums,
+    hyper: Hyper,
+    scaling: Scaling,
+    present: Presence | None,
+    inside: Sequence[bool] | None,
 ) -> tuple[Direction, Tensor | None]:
     """The coefficients of d, of what is written and of what is added after the update.
 
     d is scaled by min(1, max_grad_norm / ||d||), then for LARS by its trust ratio. ``maximize`` turns d and the addition
     round, not what is written.
-    Rows that lack a gradient of a rule which needs all have the first input for d, and keep what it makes a mean of.
+    Rows that lack a gradient of a rule which needs all, and those outside, have the first input for d, and keep what it
+    makes a mean of. ||d|| is over all rows.
     """
-    direction = rule.formula(sums, hyper)
+    direction = rule.formula(sums if inside is None else _of_rows(sums, hyper.upload(inside, torch.bool)), hyper)
     if direction.post is not None and rule.writes in rule.inputs:
         raise ValueError(
             f"{rule.formula.__name__!r} adds with inputs after the update, but {rule.writes} is written before that"
         )
     if present is not None:
         direction = _with_gaps(rule, direction, sums, hyper, present)
+    if inside is not None:
+        direction = _alone(rule, direction, sums, ~hyper.upload(inside, torch.bool), keeps=False)
     d, q, post = direction
     if scaling.max_grad_norm is not None:
         shrink = ratio(scaling.max_grad_norm, direction_norm(rule.inputs, d, sums)).clamp(max=1)
@@ -580,6 +624,13 @@ def _descent(
 def _with_gaps(rule: Descent, direction: Direction, sums: Sums, hyper: Hyper, present: Presence) -> Direction:
     takes_part = hyper.upload(present[rule.inputs[0]], torch.bool)
     alone = ~torch.stack([hyper.upload(there, torch.bool) for there in present.values()]).all(0)
+    direction = _alone(rule, direction, sums, alone, keeps=True)
+    return direction._replace(d=tuple(torch.where(takes_part, x, 0.0) for x in direction.d))
+
+
+def _alone(rule: Descent, direction: Direction, sums: Sums, alone: Tensor, keeps: bool) -> Direction:
+    """d of the rows that are alone is the first input. What is written stays where the rule reads it too; elsewhere it is
+    what the formula says (``keeps``), or 0."""
 
     def only(column: str | None, rows: Sequence[Row]) -> tuple[Tensor, ...]:
         """In rows that are alone this column as it is, elsewhere the coefficients."""
@@ -587,10 +638,9 @@ def _with_gaps(rule: Descent, direction: Direction, sums: Sums, hyper: Hyper, pr
         return tuple(torch.where(alone, 1.0 if x == column else 0.0, c) for x, c in each)
 
     d, q, post = direction
-    d = tuple(torch.where(takes_part, x, 0.0) for x in only(rule.inputs[0], d))
-    if q is not None and rule.writes in rule.inputs:
+    if q is not None and (rule.writes in rule.inputs or not keeps):
         q = only(rule.writes, q)
-    return Direction(d, q, None if post is None else only(None, post))
+    return Direction(only(rule.inputs[0], d), q, None if post is None else only(None, post))
 
 
 def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:

@@ -44,6 +44,7 @@ def coefficients(
     found_inf: Tensor | None = None,
     max_grad_norm: float | None = None,
     trust_ratio: bool = False,
+    inside: Sequence[bool] | None = None,
 ) -> Coefficients:
     """The scalars of a rule of :mod:`looksam_kernels.formulas`, from sums that hold at least the rule's pairs.
 
@@ -57,6 +58,8 @@ def coefficients(
         max_grad_norm: scale d by min(1, max_grad_norm / ||d||); the sums must hold the rule's ``clip_pairs`` too.
         trust_ratio: then scale each row of a descent by LARS's (:func:`looksam_kernels.formulas.lars_ratio`), for the
             base ``"lars"``. The sums must hold the rule's ``clip_pairs`` and ||w_p||^2, taken before w was perturbed.
+        inside: the rows that the rule is about, default: all. The others are in none of its norms; an ascent leaves them
+            alone, a descent gives them the first input for d. Not for rules that are ``everywhere``.
 
     A row that lacks one of the gradients which a descent combines has the first input alone for d.
 
@@ -64,9 +67,8 @@ def coefficients(
         :class:`looksam_kernels.formulas.Coefficients`.
     """
     scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio and rule in DESCENTS)
-    return _with_gaps(
-        table, rule, sums, table.backend.coefficients(table, rule, sums, groups, scaling), groups, scaling
-    )
+    found = table.backend.coefficients(table, rule, sums, groups, scaling)
+    return _with_gaps(table, rule, sums, found, groups, scaling, inside)
 
 
 def measure(
@@ -81,6 +83,7 @@ def measure(
     found_inf: Tensor | None = None,
     max_grad_norm: float | None = None,
     trust_ratio: bool = False,
+    inside: Sequence[bool] | None = None,
 ) -> tuple[Sums, Coefficients]:
     """:func:`sums` of what the rule needs and ``known`` does not hold yet, then :func:`coefficients`: one launch where
     the backend can.
@@ -89,6 +92,7 @@ def measure(
         known: sums of an earlier pass of this step (||g||^2 of the ascent serves the descent).
         all_reduce: adds the sums up over ranks before they become scalars.
         trust_ratio: as in :func:`coefficients`. To be given to the ascents of the step too: they measure ||w_p||^2.
+        inside: as in :func:`coefficients`.
 
     Returns:
         All sums, the known ones included, and the coefficients.
@@ -104,13 +108,13 @@ def measure(
     fused = getattr(table.backend, "measure", None)
     if fused is not None and all_reduce is None:
         found, scalars = fused(table, rule, pairs, known, groups, adaptive, scaling)
-        return found, _with_gaps(table, rule, found, scalars, groups, scaling)
+        return found, _with_gaps(table, rule, found, scalars, groups, scaling, inside)
     found = sums(table, pairs, adaptive)
     if all_reduce is not None:
         found = all_reduce(found)
     if known is not None:
         found = known + found
-    return found, coefficients(table, rule, found, groups, **scaling._asdict())
+    return found, coefficients(table, rule, found, groups, **scaling._asdict(), inside=inside)
 
 
 def perturb(
@@ -136,8 +140,9 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
 
     For each row p that has the first input: w is read from b where p is perturbed or has a master copy, ``step`` goes
     up by one, the base update (formulas below) runs with d and writes w, its states, and the master copy. In the same
-    pass ``coefficients.q`` writes its column, q <- sum_i q_i x_i, and ||q_p||^2 to ``q_norm_sq`` where there is such a
-    column, and ``coefficients.post`` adds to the new w: w += sum_i post_i x_i. Inputs that are ``None`` count as 0.
+    pass ``coefficients.q`` writes its column in the rows that have one, q <- sum_i q_i x_i, and ||q_p||^2 to ``q_norm_sq``
+    where there is such a column, and ``coefficients.post`` adds to the new w: w += sum_i post_i x_i. Inputs that are
+    ``None`` count as 0.
     Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is restored and
     nothing else changes, device-side counters included.
 
@@ -150,7 +155,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
             one of the same name.
 
     Raises:
-        ValueError: unknown base, a row that takes part lacks one of the states or q, or ``coefficients.trust`` is there
+        ValueError: unknown base, a row that takes part lacks one of the states, or ``coefficients.trust`` is there
             without LARS or LARS without it.
     """
     if base not in BASES:
@@ -168,8 +173,6 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
         _need(table, name, rows)
     if base != "grad":
         _need(table, "step", takes_part)
-    if coefficients.q is not None:
-        _need(table, coefficients.writes, takes_part)
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
 
@@ -227,14 +230,16 @@ def _with_gaps(
     found: Coefficients,
     groups: Groups,
     scaling: Scaling,
+    inside: Sequence[bool] | None,
 ) -> Coefficients:
-    """The coefficients where a tensor lacks some of the gradients, which the backends do not ask: rare, and plain
-    PyTorch on a few numbers a row."""
+    """The coefficients where a tensor lacks some of the gradients, or the rule is not about all tensors, which the backends
+    do not ask: plain PyTorch on a few numbers a row."""
     present = formulas.gaps(rule, table.present)
-    if present is None:
+    inside = None if formulas.is_everywhere(rule) else inside
+    if present is None and inside is None:
         return found
     hyper = formulas.Hyper(groups, table.group, table.device, scaling.grad_scale)
-    return formulas.evaluate(rule, sums, hyper, found.found_inf, scaling, present)
+    return formulas.evaluate(rule, sums, hyper, found.found_inf, scaling, present, inside)
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:

@@ -270,7 +270,7 @@ class Table {
       borrow(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i],
              /*optional=*/true);
     for (std::size_t k = 0; k < states.size(); ++k) borrow(states[k].name, Access::update, &with_state[k], state[k]);
-    if (writes_q) borrow(writes, Access::overwrite, &updated, q_out);
+    if (writes_q) borrow(writes, Access::overwrite, &updated, q_out, /*optional=*/true);
     const std::size_t terms = inputs.size() * rows();
     const at::Tensor d_coefficient = to_numbers(d, "coefficients.d", terms, kHost);
     const at::Tensor q_coefficient = writes_q ? to_numbers(q, "coefficients.q", terms, kHost) : at::Tensor();

@@ -232,7 +232,7 @@ class Table : public DeviceTable {
                        /*optional=*/true);
       for (std::size_t k = 0; k < states.size(); ++k)
         columns.borrow(states[k].name, Access::write, with_state[k], /*optional=*/false, /*wide_only=*/true);
-      if (writes_q) columns.borrow(writes, Access::write, updated);
+      if (writes_q) columns.borrow(writes, Access::write, updated, /*optional=*/true);
       const Arrangement& arrangement = columns.arrange();
       const at::Tensor d_exact = numbers(session, d, "coefficients.d", inputs.size());
       const at::Tensor q_exact = numbers(session, q, "coefficients.q", inputs.size());

@@ -398,7 +398,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
     const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
     const T* d = direction.of(x.at, size, d_tile);
     // Before anything is written: what is written may be one of the inputs.
-    const T* q = a.q != nullptr ? second.of(x.at, size, q_tile) : nullptr;
+    const T* q = a.q != nullptr && a.written.has(chunk.row) ? second.of(x.at, size, q_tile) : nullptr;
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
     const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);

@@ -75,6 +75,8 @@ class Binding:
         """Those that cannot: integers, float8, meta, sparse, complex. They are not looked at, unless they get a gradient."""
         self._group: list[int] = []
         """The index of each row's group."""
+        self.inside: list[bool] | None = None
+        """The rows that the perturb filter takes; ``None``: all."""
         self.number: list[int] = []
         """The number of each row's parameter among all, as in a checkpoint."""
         self._filters: list[Any] = []
@@ -139,14 +141,20 @@ class Binding:
                 raise TypeError(f"parameter {number} has a gradient, but is {kind(p)}: {UNSUPPORTED}")
         return self.shards.local(snapshot.gradients(self.params))
 
-    def take(self, column: str, writes: str | None = None) -> list[int | None] | None:
+    def take(self, column: str, writes: str | None = None, everywhere: bool = True) -> list[int | None] | None:
         """Puts the gradients of now into ``column``, and creates all the state, ``writes`` included, that the
-        parameters which have one still lack. Returns as :meth:`follow`."""
+        parameters which have one still lack. ``writes`` is for those inside the perturb filter, or for those outside too.
+        Returns as :meth:`follow`."""
         before = self.follow()
         self.table[column] = self.gradients()
         asked = (writes, [self._base.states(g) for g in self.groups], self.table.present(column))
         if asked not in self._prepared:
-            created = [self._prepare(row, writes) for row, p in enumerate(self.params) if p.grad is not None]
+            inside = self.inside if not everywhere and self.inside else [True] * len(self.params)
+            created = [
+                self._prepare(row, writes if inside[row] else None)
+                for row, p in enumerate(self.params)
+                if p.grad is not None
+            ]
             if any(created):
                 self._set_state()
             self._prepared = [*self._prepared[-7:], asked]
@@ -229,6 +237,8 @@ class Binding:
         rows = [row for row in rows if trains(row[0])]
         self.params, self._group = [p for p, _, _ in rows], [i for _, i, _ in rows]
         self.number = [n for _, _, n in rows]
+        inside = hyper.inside(groups) if "perturb_filter" in self._reads else None
+        self.inside = inside and [inside[n] for n in self.number]
         self.shards = shards_of(self.params)
         device = next(
             (p.device for p in (*self.params, *(p for p, _, _ in _distinct(groups))) if p.device.type != "meta"), None

@@ -146,6 +146,7 @@ COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad
 FILTERS: dict[str, Callable[[Tensor], bool]] = {
     "layer_filter": lambda p: True,
     "adaptive_filter": lambda p: p.ndim >= 2,
+    "perturb_filter": lambda p: True,
 }
 """Functions parameter -> bool of the constructor, and what each says where the user gives none."""
 
@@ -288,6 +289,13 @@ def row_groups(groups: list[Group]) -> list[int]:
         inside = g.get("layer_filter") or [True] * len(g["params"])
         rows += [i if ok else i + len(groups) for ok in inside]
     return rows
+
+
+def inside(groups: list[Group]) -> list[bool] | None:
+    """Which parameters the perturb filter takes; ``None``: all."""
+    if all(g.get("perturb_filter") is None for g in groups):
+        return None
+    return [bool(x) for g in groups for x in g.get("perturb_filter") or [True] * len(g["params"])]
 
 
 def etas(groups: list[Group]) -> list[float | None] | None:

@@ -52,7 +52,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
         base_kwargs: the base's arguments; ``base_<name>`` where the variant has an argument of that name. All bases
             take ``max_grad_norm``: the norm of the direction is clipped there (``None``: not; 1.0 for LAMB). And, for
-            the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.PassRunner`.
+            the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.PassRunner`. And
+            ``perturb_filter``, a function parameter -> bool: the method is about these parameters, as if there were no others
+            (default: all). The others are not perturbed and enter no norm of the method; in every step their direction is
+            the last gradient.
 
     State per parameter: the base's, and ``q``, ``q_norm_sq`` = ||q||^2 where the variant reuses a gradient component; the
     norm follows what other code does to ``q`` (but through ``q.data``, which leaves no trace). The place in the cycle of
@@ -93,10 +96,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
         refuse_shard_of_optimizer()
         owner, base_kwargs = type(self).__name__, dict(base_kwargs)
         self._passes = PassRunner(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
+        filters = {"perturb_filter": base_kwargs.pop("perturb_filter", None)} if _perturbs(variant) else {}
+        hyper = {**hyper, **filters}
         params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
         ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(own_entries(self._written)))
-        mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *PASSES]
+        mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *filters, *PASSES]
         self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
         self._forget()
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
@@ -458,6 +463,10 @@ def _subclasses(cls: type[SharpnessAware]) -> Iterator[type[SharpnessAware]]:
 
 
 PASSES = ("model", "same_rng", "m_sharpness")
+
+
+def _perturbs(variant: Variant) -> bool:
+    return any(x.ascent is not None for plan in variant[:2] for x in plan.passes)
 
 
 def _listed(params: Any) -> Any:

@@ -30,6 +30,15 @@ class Plan(NamedTuple):
         """Is it one pass at w and one at w + e, so that the user can run both backward passes by hand?"""
         return len(self.passes) == 2 and self.passes[0].ascent is None
 
+    def measures(self, column: str) -> bool:
+        """Does an ascent read it?"""
+        return any(column in ASCENTS[x.ascent].inputs for x in self.passes if x.ascent is not None)
+
+    @property
+    def writes_everywhere(self) -> bool:
+        """Also for the parameters outside a perturb filter?"""
+        return DESCENTS[self.descent].everywhere
+
     @property
     def writes(self) -> str | None:
         """The column of the state that the update writes."""

@@ -43,10 +43,13 @@ class RunningStep:
         """Takes the gradients of now into the table: the tensors themselves, or copies where they must also stay."""
         plan, binding = self.plan, self._binding
         last = current is plan.passes[-1]
-        self._follow(binding.take(current.column, plan.writes if last else None))
+        self._follow(binding.take(current.column, plan.writes if last else None, plan.writes_everywhere))
         table = binding.table
         self._check_kept(current)
         self._check_gradients(current)
+        if binding.inside is not None and not last and plan.measures(current.column):
+            kept = zip(table[current.column], binding.inside, strict=True)
+            table[current.column] = [g if inside else None for g, inside in kept]
         if keep_grad or (not last and snapshot.any_shared(table[current.column])):
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
             table[current.column] = _copies(table[current.column])
@@ -119,7 +122,9 @@ class RunningStep:
         """||g||^2 of the first pass, over all tensors, without the loss scale."""
         self._measure("at_w", self._groups(), grad_scale, None)
         assert self._sums is not None
-        total = self._sums.total("g", "g")
+        gg = self._sums.of("g", "g")
+        inside = self._binding.inside
+        total = (gg if inside is None else gg * torch.tensor(inside, dtype=gg.dtype, device=gg.device)).sum()
         return total if grad_scale is None else total / grad_scale.to(total) ** 2
 
     def update(self, grad_scale: Tensor | None) -> Tensor:
@@ -148,7 +153,8 @@ class RunningStep:
 
         torch.distributed.checkpoint asks for this, by a step with zero gradients on a fresh optimizer.
         """
-        self._follow(self._binding.take(self.plan.passes[-1].column, writes=self.plan.writes))
+        plan = self.plan
+        self._follow(self._binding.take(plan.passes[-1].column, plan.writes, plan.writes_everywhere))
         self._base.create_state(self._binding)
         self._end()
 
@@ -192,6 +198,7 @@ class RunningStep:
             found_inf=self._found_inf,
             max_grad_norm=max_grad_norm,
             trust_ratio=self._base.takes_trust_ratio,
+            inside=self._binding.inside,
         )
         self._found_inf = coefficients.found_inf
         return coefficients

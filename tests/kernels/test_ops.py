@@ -162,7 +162,7 @@ def test_step(target: Target, case: str, base: str, combination: str) -> None:
     rows = CASES[case]
     name, groups = BASE_CASES[base]
     c = cases.for_base(COMBINATIONS[combination].coefficients(rows, target.device), name)
-    start = _complete(cases.columns(rows, target.device), c)
+    start = cases.columns(rows, target.device)
     away = [not COMBINATIONS[combination].at_w and i % 3 != 2 for i in range(len(rows))]
 
     def run(backend: str, cols: Columns) -> Columns:
@@ -201,16 +201,6 @@ def test_step(target: Target, case: str, base: str, combination: str) -> None:
                     cases.assert_close(f"master of row {row}", x, baseline["b"][row], truth["w"][row])
             else:
                 cases.assert_close(f"{column} of row {row}", x, baseline[column][row], truth[column][row])
-
-
-def _complete(cols: Columns, c: Coefficients) -> Columns:
-    """Rows that take part and write q have one."""
-    if c.q is not None:
-        for row, x in enumerate(cols[c.inputs[0]]):
-            if x is not None and cols["q"][row] is None:
-                cols["q"][row] = torch.zeros_like(cols["exp_avg"][row])
-                cols["q_norm_sq"][row] = torch.zeros((), dtype=F64, device=x.device)
-    return cols
 
 
 RULE_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """The tables of this folder's tests: methods, bases, and how a user would build each pair."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Method:
     independent: type = independent.SAM
     passes: int = 2
     """Of a sharp step."""
+    bases: tuple[str, ...] | None = None
+    """Those over which it is compared with the formulas; default: all."""
 
     @property
     def period(self) -> int:
@@ -50,6 +52,11 @@ def layer_filter(p: torch.Tensor) -> bool:
 
 def is_vector(p: Any) -> bool:
     return p.ndim == 1
+
+
+def some(p: Any) -> bool:
+    """Vectors, and some of the matrices."""
+    return p.ndim == 1 or (p.ndim == 2 and p.shape[0] < p.shape[1])
 
 
 def everywhere(p: Any) -> bool:
@@ -143,6 +150,19 @@ METHODS = {
         looksam.SAMPa, hyper=LAMBDAS, options={"previous_batch": False}, independent=independent.SAMPa, k=None
     ),
 }
+
+METHODS |= {
+    f"{name}-only": replace(
+        METHODS[name],
+        options={**METHODS[name].options, "perturb_filter": some},
+        bases=("sgd-clip", "adamw", "lars", "Adafactor"),
+    )
+    for name in (
+        *("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "layersam-3-trust-filter"),
+        *("ssam-3", "gsam-3", "wsam-3", "crsam-3", "vasso", "friendlysam", "friendlysam-adaptive", "sampa"),
+    )
+}
+"""With a perturb filter."""
 
 
 @dataclass(frozen=True)

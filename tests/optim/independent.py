@@ -317,11 +317,14 @@ class Independent:
         self.t = 0
         self.passes = 0
         self._jitter = jitter
+        self.inside: list[bool] = [True] * len(w)
+        """The tensors that the method is about, as if there were no others. The others follow the last gradient."""
 
     def step(self, gradients: Gradients) -> None:
         self.gradients, self.number = gradients, 0
         self.added: Arrays = [None] * len(self.w)
-        self.update_with(self.jitter(self.sharp() if self.t % self.k == 0 else self.between(self.gradient_at())))
+        d = self.sharp() if self.t % self.k == 0 else self.between(self.gradient_at())
+        self.update_with(self.jitter([x if i else last for x, last, i in zip(d, self.last, self.inside, strict=True)]))
         self.t += 1
 
     def gradient_at(self, e: Arrays | None = None) -> Arrays:
@@ -330,7 +333,11 @@ class Independent:
         self.passes += 1
         self.number += 1
         up = [wp if ep is None else wp + ep for wp, ep in zip(self.w, e, strict=True)]
-        return self.jitter(self.gradients(up, self.t, self.number))
+        self.last = self.jitter(self.gradients(up, self.t, self.number))
+        return self.of_inside(self.last)
+
+    def of_inside(self, xs: Arrays) -> Arrays:
+        return [x if inside else None for x, inside in zip(xs, self.inside, strict=True)]
 
     def sharp(self) -> Arrays:
         return self.gradient_at()
@@ -498,8 +505,13 @@ class SAMPa(Independent):
     """a at w + rho y / ||y||, b at w - lr y; d = (1 - lambda) a + lambda b; y <- b. Both at w where there is no y yet."""
 
     def sharp(self) -> Arrays:
-        y = self.kept
-        a = self.gradient_at(self.along(y))
+        """Only e is for some tensors alone."""
+        y, inside = self.kept, self.inside
+        e = self.along(self.of_inside(y))
+        self.inside = [True] * len(inside)
+        a = self.gradient_at(e)
         b = self.gradient_at([None if yp is None else -hp["lr"] * yp for yp, hp in zip(y, self.h, strict=True)])
         self.kept = [yp if bp is None else bp for yp, bp in zip(y, b, strict=True)]
-        return self.each(lambda b, a, hp: (1 - hp["lambda_"]) * a + hp["lambda_"] * b, b, a)
+        self.last = self.each(lambda b, a, hp: (1 - hp["lambda_"]) * a + hp["lambda_"] * b, b, a)
+        self.inside = inside
+        return self.last

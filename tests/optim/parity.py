@@ -99,6 +99,12 @@ def sam(at: Theirs, rho: float = 0.3, l2: float = 0.0) -> None:
     at.descend(at.gradient([rho * x / norm(g) for x in g], l2=l2))
 
 
+def sam_on(at: Theirs, rho: float = 0.3) -> None:
+    """The perturbation of the norm layer alone."""
+    g = [x if name.startswith("1.") else 0 * x for name, x in zip(at.names, at.gradient(), strict=True)]
+    at.descend(at.gradient([rho * x / norm(g) for x in g]))
+
+
 def asam(at: Theirs, t: Callable[[str, Tensor], Tensor | float], rho: float = 0.5) -> None:
     """t(name, w) is T."""
     scales = [t(name, p.detach()) for name, p in zip(at.names, at.w, strict=True)]
@@ -288,12 +294,14 @@ def restated(step: Step, rates: tuple[float, ...] = (0.1, 0.1), cls: Any = torch
 
 
 def over_sgd(cls: Any, rates: tuple[float, ...] = (0.1, 0.1), per_group: Any = ({}, {}), **options: Any) -> Any:
-    def make(model: nn.Module) -> Any:
+    def make(model: nn.Sequential) -> Any:
         parts = [{**group, **own} for group, own in zip(groups(model, rates), per_group, strict=True)]
         names = {p for name, p in model.named_parameters() if "weight" in name}
         given = {"rho": 0.3, **{k: v for k, v in SGD.items() if k != "lr"}, **options}
         if given.get("adaptive_filter") == "names":
             given["adaptive_filter"] = names.__contains__
+        if given.get("perturb_filter") == "norms":
+            given["perturb_filter"] = {*model[1].parameters()}.__contains__
         return cls(parts, "sgd", **given)
 
     return make
@@ -376,6 +384,10 @@ ROWS = (
         "ESAM", "dydjw9/Efficient_SAM", 2022, "`beta=1, gamma=0.5`",
         restated(partial(esam, gamma=0.5)), over_sgd(looksam.ESAM, beta=1.0, gamma=0.5),
         "one sample fewer is kept there. With β < 1 whole tensors are left out there, elements here",
+    ),
+    Row(
+        "SAM-ON", "mueller-mp/SAM-ON", 2023, "`perturb_filter=norms.__contains__, perturb_eps=1e-16`",
+        restated(sam_on), over_sgd(looksam.SAM, perturb_filter="norms", perturb_eps=1e-16),
     ),
     Row("SAMPa", "LIONS-EPFL/SAMPa", 2024, "`sgd_step=True`", restated(sampa), over_sgd(looksam.SAMPa, sgd_step=True)),
     Row(

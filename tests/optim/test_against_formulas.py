@@ -36,6 +36,9 @@ def independent_run(problem: Problem, method: Method, base: Base, jitter: Any = 
         scale = method.options.get("layer_scale", "trust_normalized")
         ascent = ascent_layer(scale, [inside(x) for x in problem.w])
     it = method.independent(problem.w, h, base.independent(n), ascent, method.period, method.norm_scope, jitter)
+    if "perturb_filter" in method.options:
+        it.inside = [method.options["perturb_filter"](x) for x in problem.w]
+        assert len({*it.inside}) == 2
     trajectory = []
     for _ in range(STEPS):
         it.step(lambda w, t, number: problem.gradients(w, t, number, jitter))
@@ -91,6 +94,11 @@ def measured(method_name: str, base_name: str, dtype: torch.dtype, backend: str)
 PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-3")
 
 
+def bases_of(method: str) -> list[str]:
+    """What differs only in an option is not repeated."""
+    return METHODS[method].bases or [b for b in BASES if not b.endswith(("clip", "noclip", "centered"))]
+
+
 def combinations() -> list:
     """Everything in double precision; what differs only in an option is not repeated in each precision and base."""
     # Triton's interpreter takes seconds a step.
@@ -101,7 +109,7 @@ def combinations() -> list:
         for dtype in (torch.float64, torch.float32)
         for m in METHODS
         for b in BASES
-        if (m in PRINCIPAL or (dtype == torch.float64 and not b.endswith(("clip", "noclip", "centered"))))
+        if (m in PRINCIPAL or (dtype == torch.float64 and b in bases_of(m)))
         and (backend != "triton" or (dtype, m, b) in few)
     ]
 

@@ -29,6 +29,9 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "SSAM over adamw": lambda p, **o: looksam.SSAM(p, "adamw", rho=0.1, k=K, lr=0.02, **o),
     "CRSAM over sgd": lambda p, **o: looksam.CRSAM(p, "sgd", rho=0.1, k=K, lr=0.05, momentum=0.9, **o),
     "FriendlySAM over adamw": lambda p, **o: looksam.FriendlySAM(p, "adamw", rho=0.1, lr=0.02, **o),
+    "LookSAM over adamw, vectors perturbed": lambda p, **o: looksam.LookSAM(
+        p, "adamw", rho=0.1, k=K, lr=0.02, perturb_filter=lambda x: x.ndim == 1, **o
+    ),
     "SAMPa over sgd": lambda p, **o: looksam.SAMPa(
         p, "sgd", rho=0.1, lr=0.05, momentum=0.9, weight_decay=0.01, previous_batch=False, sgd_step=True, **o
     ),
