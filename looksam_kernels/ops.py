@@ -167,7 +167,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     takes_part = table.present(coefficients.inputs[0])
     for name in BASES[base].states:
         rows = takes_part
-        if name in STATE_NEEDS and not all(table.present(name)):
+        if name in STATE_NEEDS and not table.is_full(name):
             has = [bool(own(g, STATE_NEEDS[name])) for g in groups]
             rows = [part and has[i] for part, i in zip(takes_part, table.group, strict=True)]
         _need(table, name, rows)
@@ -243,9 +243,8 @@ def _with_gaps(
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:
-    present = table.present(name)
-    if all(present):
+    if table.is_full(name):
         return
-    for row, (there, takes_part) in enumerate(zip(present, rows, strict=True)):
+    for row, (there, takes_part) in enumerate(zip(table.present(name), rows, strict=True)):
         if takes_part and not there:
             raise ValueError(f"row {row} takes part, but column {name!r} has no tensor for it")

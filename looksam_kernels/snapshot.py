@@ -93,6 +93,16 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     return [p.grad for p in params] if compiled is None else compiled.gradients(params)
 
 
+def clear_gradients(params: Sequence[Tensor]) -> None:
+    """Sets ``p.grad`` of each to ``None``."""
+    compiled = native.compiled()
+    if compiled is not None:
+        compiled.clear_gradients(params)
+    else:
+        for p in params:
+            p.grad = None
+
+
 def any_shared(tensors: Sequence[Tensor | None]) -> bool:
     """Does another tensor share the memory of one of these tensors, as a buffer does whose parts are gradients?"""
     compiled = native.compiled()

@@ -60,8 +60,11 @@ class TensorTable:
         **columns: Sequence[Tensor | None],
     ) -> None:
         weights = list(w)
-        self._columns: dict[str, Column] = {}
+        self._columns: dict[str, Column | None] = {}
+        """``None``: the backend alone holds it."""
         self._present: dict[str, list[bool]] = {}
+        self._everywhere = [True] * len(weights)
+        """What :meth:`present` returns for every column without gaps."""
         self.group = list(group) if group is not None else [0] * len(weights)
         if len(self.group) != len(weights):
             raise ValueError(f"group has {len(self.group)} entries for {len(weights)} parameters")
@@ -75,7 +78,6 @@ class TensorTable:
         """Columns set since the backend last looked at them."""
         self.handle: Any = None
         """Whatever the backend keeps for this table between calls."""
-        self._columns["w"] = [None] * len(weights)
         self["w"] = weights
         for name, tensors in columns.items():
             self[name] = tensors
@@ -91,20 +93,40 @@ class TensorTable:
 
     def __getitem__(self, name: str) -> Column:
         """A column; one that was never set has ``None`` in every row."""
-        return self._columns.get(name) or [None] * len(self)
+        column = self._columns.get(name)
+        if column is None and name in self._columns:
+            self._columns[name] = column = self.handle.get(name)
+        return column or [None] * len(self)
 
     def __setitem__(self, name: str, tensors: Sequence[Tensor | None]) -> None:
         if len(tensors) != len(self):
             raise ValueError(f"column {name!r} has {len(tensors)} tensors for {len(self)} parameters")
         tensors = list(tensors)
-        weights = tensors if name == "w" else self._columns["w"]
+        weights = tensors if name == "w" else self["w"]
         for row in self._suspects(name, tensors, weights):
             x, w = tensors[row], weights[row]
             if x is not None and w is not None:
                 _check(name, row, x, w)
         self._columns[name] = tensors
-        self._present[name] = [x is not None for x in tensors]
+        present = [x is not None for x in tensors]
+        self._present[name] = present if False in present else self._everywhere
         self.dirty.add(name)
+
+    def take_gradients(self, name: str, params: Sequence[Tensor]) -> bool:
+        """Sets a column to ``p.grad`` of each of ``params`` in one call of the backend, which keeps the tensors until they
+        are asked for.
+
+        Returns:
+            False where the backend does not, or one does not fit: ``self[name] = ...`` then says what is wrong.
+        """
+        take = getattr(self.backend, "take_gradients", None)
+        present = take(self, name, params) if take is not None else None
+        if present is None:
+            return False
+        self._columns[name] = None
+        self._present[name] = self._everywhere if present is True else present
+        self.dirty.discard(name)
+        return True
 
     def _suspects(self, name: str, tensors: Column, weights: Column) -> Iterable[int]:
         """The rows to check: none where a compiled backend has found nothing, because gradients come anew every step."""
@@ -120,8 +142,8 @@ class TensorTable:
 
     def drop(self, name: str) -> None:
         """Forgets a column, so that its tensors are freed at once if nothing else holds them."""
-        if self._columns.pop(name, None) is not None:
-            del self._present[name]
+        if name in self._columns:
+            del self._columns[name], self._present[name]
             self.dirty.add(name)
             forget = getattr(self.backend, "forget", None)
             if forget is not None:
@@ -130,6 +152,10 @@ class TensorTable:
     def present(self, name: str) -> list[bool]:
         """Which rows have a tensor in this column."""
         return self._present.get(name) or [False] * len(self)
+
+    def is_full(self, name: str) -> bool:
+        """Has every row a tensor in this column?"""
+        return self._present.get(name) is self._everywhere
 
     def has_master(self, row: int) -> bool:
         """Is b the master copy of w, rather than a place to save it in?"""

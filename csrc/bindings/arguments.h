@@ -78,7 +78,13 @@ inline void* plain_elements_to_write(const c10::TensorImpl& x) {
 
 // Have two tensors with plain storage the same shape, and their elements in the same order?
 inline bool alike(const c10::TensorImpl& x, const c10::TensorImpl& w) {
-  return x.sizes() == w.sizes() && (x.strides() == w.strides() || (x.is_contiguous() && w.is_contiguous()));
+  const auto equal = [](c10::IntArrayRef a, c10::IntArrayRef b) {  // a loop: memcmp costs more for one to four numbers
+    bool same = a.size() == b.size();
+    for (std::size_t i = 0; same && i < a.size(); ++i) same = a[i] == b[i];
+    return same;
+  };
+  return &x == &w ||
+         (equal(x.sizes(), w.sizes()) && ((x.is_contiguous() && w.is_contiguous()) || equal(x.strides(), w.strides())));
 }
 
 // Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other
@@ -130,6 +136,15 @@ inline bool is_true(py::handle object) {
   const int truth = PyObject_IsTrue(object.ptr());
   if (truth < 0) throw py::error_already_set();
   return truth == 1;
+}
+
+// The flags of a list, one a row.
+inline RowFlags flags_of(const py::list& list, std::size_t rows) {
+  if (list.size() != rows) throw py::value_error("a list of flags that does not fit the table");
+  RowFlags flags(rows);
+  for (std::size_t row = 0; row < rows; ++row)
+    flags[row] = is_true(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(row)));
+  return flags;
 }
 
 inline py::object item(py::handle group, const char* name) {
@@ -306,6 +321,12 @@ inline Tensors column_of(const std::string& name, const py::list& tensors, std::
   for (std::size_t row = 0; name == "w" && row < rows; ++row)
     if (!column[row].defined()) throw py::type_error(Where(name, row) + ": a parameter is a tensor, not None");
   return column;
+}
+
+// Does x, a gradient or a state, plainly fit its parameter? table.py finds the words for what is wrong.
+inline bool fits(const at::Tensor& x, const at::Tensor& w, bool scalar) {
+  return x.layout() == at::kStrided && dtype_of(x) && x.device() == w.device() &&
+         (scalar ? x.dim() == 0 : x.sizes() == w.sizes());
 }
 
 // Numbers that an op is given, float64 on the table's device, [count]. Of a table on the CPU they are read at once, so

@@ -144,6 +144,34 @@ class Table {
     if (tensors) columns_[name] = column_of(name, *tensors, rows());
   }
 
+  // Sets a column to p.grad of each. -> which rows have one: True where all do; None, and nothing is set, where one
+  // does not plainly fit its parameter.
+  py::object take_gradients(const std::string& name, const py::list& params) {
+    const Tensors& w = column("w");
+    Tensors taken(rows());
+    std::size_t count = 0;
+    if (params.size() != rows()) throw py::value_error("parameters that do not fit the table");
+    for (std::size_t row = 0; row < rows(); ++row) {
+      const at::Tensor& x = unpack(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(row))).grad();
+      if (!x.defined()) continue;
+      if (!fits(x, w[row], /*scalar=*/false)) return py::none();
+      taken[row] = x;
+      ++count;
+    }
+    columns_[name] = std::move(taken);
+    if (count == rows()) return py::bool_(true);
+    py::list there;
+    for (const at::Tensor& x : column(name)) there.append(x.defined());
+    return there;
+  }
+
+  // The tensors of a column, None in rows without one.
+  py::list get(const std::string& name) const {
+    py::list tensors;
+    for (const at::Tensor& x : column(name)) tensors.append(wrap(x));
+    return tensors;
+  }
+
   py::object sums(const std::vector<Pair>& pairs, py::handle adaptive) {
     const at::NoGradGuard no_grad;
     const at::Tensor values = new_doubles(pairs.size());
@@ -187,9 +215,10 @@ class Table {
     check_inputs(inputs);
     const Tensors &weights = column("w"), &backups = column("b");
     const RowFlags moves = present(inputs[0]);
+    const RowFlags were_moved = flags_of(moved, rows());
     std::vector<unsigned char> from_b(rows());
     for (std::size_t row = 0; row < rows(); ++row)
-      from_b[row] = is_true(moved[row]) || is_master(backups[row], weights[row]);
+      from_b[row] = were_moved[row] || is_master(backups[row], weights[row]);
     BorrowedColumn w, b, input[kMaxInputs];
     borrow("w", Access::update, &moves, w);
     borrow("b", Access::update, &moves, b);
@@ -244,11 +273,12 @@ class Table {
     std::vector<cpu::StepRow> plan(rows());
     std::vector<double> count(rows());
     RowFlags updated(rows()), written(rows());
+    const RowFlags were_moved = flags_of(moved, rows());
     std::vector<RowFlags> with_state(states.size(), RowFlags(rows()));
     for (std::size_t row = 0; row < rows(); ++row) {
       const BaseHyper& h = hyper.at(group_[row]);
       hyper_of_row.push_back(&h);
-      const bool is_moved = is_true(moved[row]);
+      const bool is_moved = were_moved[row];
       updated[row] = !keep && firsts[row].defined();
       written[row] = updated[row] || is_moved;
       for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
@@ -306,9 +336,8 @@ class Table {
   void restore(py::list moved) {
     const at::NoGradGuard no_grad;
     std::vector<cpu::StepRow> plan(rows());
-    RowFlags written(rows());
+    const RowFlags written = flags_of(moved, rows());
     for (std::size_t row = 0; row < rows(); ++row) {
-      written[row] = is_true(moved[row]);
       plan[row].action = written[row] ? cpu::Action::restore : cpu::Action::skip;
     }
     BorrowedColumn w, b;
@@ -468,15 +497,12 @@ class Table {
   ChunkList chunks_;
 };
 
-// The first row whose tensor is not plainly one for its parameter, or -1. table.py finds the words for what is wrong.
+// The first row whose tensor is not plainly one for its parameter, or -1.
 int first_misfit(const py::list& tensors, const py::list& weights, bool scalar) {
   for (std::size_t row = 0; row < tensors.size(); ++row) {
     const py::handle x_object = tensors[row], w_object = weights[row];
     if (x_object.is_none() || w_object.is_none()) continue;
-    const at::Tensor &x = unpack(x_object), &w = unpack(w_object);
-    if (x.layout() != at::kStrided || !dtype_of(x) || x.device() != w.device() ||
-        (scalar ? x.dim() != 0 : x.sizes() != w.sizes()))
-      return static_cast<int>(row);
+    if (!fits(unpack(x_object), unpack(w_object), scalar)) return static_cast<int>(row);
   }
   return -1;
 }
@@ -489,6 +515,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Table>(module, "Table")
       .def(py::init<std::vector<int>, const std::string&>())
       .def("set", &Table::set)
+      .def("get", &Table::get)
+      .def("take_gradients", &Table::take_gradients)
       .def("sums", &Table::sums)
       .def("coefficients", &Table::coefficients)
       .def("measure", &Table::measure)

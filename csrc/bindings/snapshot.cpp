@@ -208,6 +208,14 @@ py::list gradients(py::handle params) {
   return found;
 }
 
+void clear_gradients(py::handle params) {
+  const Items items(params);
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const at::Tensor& p = unpack(items[i]);
+    if (p.grad().defined()) p.mutable_grad().reset();
+  }
+}
+
 }  // namespace
 
 void bind_snapshot(py::module_& module) {
@@ -216,6 +224,7 @@ void bind_snapshot(py::module_& module) {
       .def("changes", &Snapshot::changes)
       .def("written", &Snapshot::written);
   module.def("gradients", &gradients);
+  module.def("clear_gradients", &clear_gradients);
   module.def("has_observers", &at::hasCallbacks);  // profilers, and whoever else listens to torch's operations
   module.def("any_shared", &any_shared);
   module.def("first_same_place", &first_same_place);

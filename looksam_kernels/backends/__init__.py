@@ -67,6 +67,10 @@ class Extras(Protocol):
     def forget(self, table: TensorTable, column: str) -> None:
         """Lets go of a column's tensors, where the backend holds them too."""
 
+    def take_gradients(self, table: TensorTable, column: str, params: Sequence[Tensor]) -> bool | list[bool] | None:
+        """Sets a column to ``p.grad`` of each, and keeps the tensors in ``table.handle``, where ``get(column)`` makes the
+        list. True where all have one, else a flag for each; ``None``, and nothing is set, where that does not go."""
+
     def first_misfit(self, tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:
         """The first row whose tensor may not fit its parameter (``scalar``: may not be 0-dim), or -1."""
 

@@ -66,6 +66,13 @@ def first_misfit(tensors: list[Tensor | None], weights: list[Tensor | None], sca
     return _C.first_misfit(tensors, weights, scalar)
 
 
+def take_gradients(table: TensorTable, column: str, params: Sequence[Tensor]) -> Any:
+    """Sets a column to ``p.grad`` of each, at once: True where all have one, else a flag for each; ``None`` where a list is
+    to be made instead."""
+    native = _synced(table)
+    return native.take_gradients(column, params) if hasattr(native, "take_gradients") else None
+
+
 def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
     return Sums(tuple(pairs), _synced(table).sums(pairs, adaptive))
 

@@ -136,17 +136,26 @@ class Binding:
         Raises:
             TypeError: a gradient of a parameter of a kind that is not supported.
         """
+        self._check_others()
+        return self.shards.local(snapshot.gradients(self.params))
+
+    def _check_others(self) -> None:
+        """
+        Raises:
+            TypeError: as :meth:`gradients`.
+        """
         for number, p in self._others:
             if p.grad is not None:
                 raise TypeError(f"parameter {number} has a gradient, but is {kind(p)}: {UNSUPPORTED}")
-        return self.shards.local(snapshot.gradients(self.params))
 
     def take(self, column: str, writes: str | None = None, everywhere: bool = True) -> list[int | None] | None:
         """Puts the gradients of now into ``column``, and creates all the state, ``writes`` included, that the
         parameters which have one still lack. ``writes`` is for those inside the perturb filter, or for those outside too.
         Returns as :meth:`follow`."""
         before = self.follow()
-        self.table[column] = self.gradients()
+        self._check_others()
+        if not (self._whole and self.table.take_gradients(column, self.params)):
+            self.table[column] = self.gradients()
         asked = (writes, [self._base.states(g) for g in self.groups], self.table.present(column))
         if asked not in self._prepared:
             inside = self.inside if not everywhere and self.inside else [True] * len(self.params)
@@ -170,7 +179,7 @@ class Binding:
     def make_backups(self, column: str) -> None:
         """Somewhere to save the weights that a perturbation along ``column`` moves."""
         table = self.table
-        if all(table.present("b")):
+        if table.is_full("b"):
             return
         rows = zip(self.params, table.present(column), table.present("b"), strict=True)
         new = {p: torch.empty_like(p) for p, moves, has_room in rows if moves and not has_room}
@@ -302,7 +311,7 @@ class Binding:
                 x, kept = state.get(name), state.get(f"{name}_norm_sq")
                 if x is not None and kept is not None:
                     now = _norm_sq(x).to(kept.dtype)
-                    right = (now - kept).abs() <= (1e-12 if x.dtype == torch.float64 else 1e-5) * kept
+                    right = (now - kept).abs() <= (1e-12 if p.dtype == torch.float64 else 1e-6) * kept
                     kept.copy_(torch.where(right, kept, now))
 
     def _set_saved(self, states: list[State]) -> None:

@@ -184,33 +184,56 @@ def check(owner: str, name: str, value: Any, group: Group, allowed: Range) -> No
         raise ValueError(f"{name} must be {allowed.text}, not {known!r}{hint}")
 
 
-class Rules:
-    """What the values of the groups must be. Looks at a value again only when it has changed.
+class GroupChecks:
+    """What stands in the groups: every group has all ``names``, with values that they may have. Looks at a value again only
+    when it has changed.
 
     Args:
         owner: the optimizer's class, as errors name it.
         names: the variant's hyper-parameters.
-        ranges: theirs; one without a range is not looked at.
+        of_base: the base's.
+        counted: further entries of every group, which the optimizer itself moves.
+        ranges: of the variant's hyper-parameters; one without a range may have any value.
         shared: those of which all groups have the same value.
-        base: the base's hyper-parameters and theirs, none of which is bounded by another.
+        base_ranges: of the base's hyper-parameters, none of which is bounded by another.
     """
 
     def __init__(
         self,
         owner: str,
         names: Iterable[str],
+        of_base: Iterable[str],
+        counted: Iterable[str],
         ranges: Mapping[str, Range],
         shared: Iterable[str],
-        base: Mapping[str, Range],
+        base_ranges: Mapping[str, Range],
     ) -> None:
-        self._owner, self._base = owner, dict(base)
-        names = list(names)
-        self._shared = [name for name in shared if name in names]
+        names, counted = [*names], [*counted]
+        self._owner, self._base = owner, dict(base_ranges)
         self._ranges = {name: ranges[name] for name in names if name in ranges}
+        self._shared = [name for name in shared if name in names]
         self._watched = (*self._ranges, *self._base)
-        self._seen: list[Any] = []
+        self.names = frozenset([*names, *of_base, *counted])
+        self._keys = ("params", *(self.names - {*counted}))
+        self._values, self._counts = operator.itemgetter(*self._keys), operator.itemgetter("params", *counted)
+        self._seen: list[tuple[Any, ...]] = []
 
-    def settle(self, group: Group, first: Group) -> None:
+    def hold(self, groups: list[Group]) -> bool:
+        """Is everything there, and as it was when :meth:`follow` saw it? Costs next to nothing: asked in every step."""
+        try:
+            now = [self._values(group) for group in groups]
+            for group in groups:
+                self._counts(group)
+        except KeyError:
+            return False
+        seen = self._seen
+        return len(now) == len(seen) and all(all(map(operator.is_, a, b)) for a, b in zip(now, seen, strict=True))
+
+    def incomplete(self, groups: list[Group]) -> list[Group]:
+        """Those that lack one of the names."""
+        return [group for group in groups if not group.keys() >= self.names]
+
+    def check(self, group: Group, first: Group) -> None:
         """Makes the values of a group Python's, and checks them; those that all groups share against the ``first`` group's.
 
         Raises:
@@ -225,25 +248,21 @@ class Rules:
                 raise ValueError(f"{name} must be the same in all groups: {first[name]!r} and {group[name]!r}")
 
     def follow(self, groups: list[Group]) -> None:
-        """What has been changed since the last call.
+        """Checks what has been changed since the last call in groups that are complete.
 
         Raises:
-            TypeError, ValueError: as :meth:`settle`.
+            TypeError, ValueError: as :meth:`check`.
         """
-        now = [group.get(name) for group in groups for name in self._watched]
-        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
-            return
-        seen = self._seen if len(now) == len(self._seen) else [_NEVER] * len(now)
-        width = len(self._watched)
-        for i, group in enumerate(groups):
-            begin = i * width
-            pairs = zip(self._watched, now[begin : begin + width], seen[begin : begin + width], strict=True)
-            self._check_again(group, groups[0], [name for name, new, old in pairs if new is not old])
-        self._seen = [group[name] for group in groups for name in self._watched]
+        never = (_NEVER,) * len(self._keys)
+        seen = self._seen if len(self._seen) == len(groups) else [never] * len(groups)
+        for group, old in zip(groups, seen, strict=True):
+            values = zip(self._keys, self._values(group), old, strict=True)
+            self._check_again(group, groups[0], [x for x, a, b in values if a is not b and x in self._watched])
+        self._seen = [self._values(group) for group in groups]
 
     def _check_again(self, group: Group, first: Group, changed: list[str]) -> None:
         if any(name in self._ranges for name in changed):
-            self.settle(group, first)  # one may bound another
+            self.check(group, first)  # one may bound another
         else:
             for name in changed:
                 group[name] = plain(group.get(name))

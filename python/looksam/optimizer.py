@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from typing_extensions import Self
+from typing_extensions import ParamSpec, Self
 
 from looksam import bases, hooks
 from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import from_another_variant, generations, load_exactly
 from looksam.filters import Filters
-from looksam.hyper import COMMON, RANGES, Group, Range, Rules, check_keys
+from looksam.hyper import COMMON, RANGES, Group, GroupChecks, Range, check_keys
 from looksam.messages import arguments, check_backend, shown
 from looksam.passes import PassRunner
 from looksam.plans import Plan, Variant
@@ -30,6 +30,24 @@ from looksam.types import BackendName, BaseOptimizer, Closure
 from looksam_kernels import notice
 
 Loss = TypeVar("Loss")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def all_or_nothing(part: Callable[P, R]) -> Callable[P, R]:
+    """A part of a step: whatever is raised inside leaves every weight as before the step."""
+
+    @functools.wraps(part)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return part(*args, **kwargs)
+        except BaseException:
+            self: Any = args[0]
+            self._abandon()
+            self._hand_back()
+            raise
+
+    return wrapper
 
 
 class SharpnessAware(ScaledGradients, Optimizer):
@@ -106,14 +124,17 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._forget()
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
         self._filters = Filters(own)
-        self._rules = self._rules_of(own)
+        self._checks = self._checks_of(own)
         super().__init__(params, own | self._base.defaults)
         self._base.share(self.param_groups, self.state)
         notice.first_optimizer((p.device for g in self.param_groups for p in g["params"]), backend)
 
-    def _rules_of(self, own: Iterable[str]) -> Rules:
-        """For the groups' values; ``own`` are the variant's names, beside those of the base."""
-        return Rules(type(self).__name__, own, self.ranges, self.shared, self._base.ranges)
+    def _checks_of(self, own: Iterable[str]) -> GroupChecks:
+        """For the groups; ``own`` are the variant's names, beside those of the base."""
+        base = self._base
+        return GroupChecks(
+            type(self).__name__, own, base.defaults, self.counted, self.ranges, self.shared, base.ranges
+        )
 
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""
@@ -152,11 +173,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
             )
         if self._moved:
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
-        with self._all_or_nothing() as step:
-            scale = self._grad_scale(new_gradients=True)
-            first_loss = self._run_passes(closure, step, scale)
-            self._finish(step, scale)
-        return first_loss
+        return self._step_with(closure)
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> bool:
@@ -177,14 +194,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 f"{type(own).__name__} cannot be split into first_step and second_step: its {len(plan.passes)} passes are not "
                 "one at the weights and one at perturbed weights; call step(closure)"
             )
-        with own._all_or_nothing() as step:
-            own._decide(step, scale := own._probable_scale())
-            sharp = len(step.plan.passes) > 1
-            if sharp:
-                first, second = step.plan.passes
-                step.take_gradients(first, keep_grad=not zero_grad)
-                step.perturb(second, scale)
-                own._passes.open()
+        sharp = own._first_of_two(keep_grad=not zero_grad)
         if not sharp:
             own._complete()
             own._done_in_first = True
@@ -247,7 +257,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
             bases.rename_given(self._base, param_group)
             given = {**self.defaults, **param_group}
             check_keys(type(self).__name__, given, self.defaults)
-            self._rules.settle(given, self.param_groups[0] if self.param_groups else given)
+            self._checks.check(given, self.param_groups[0] if self.param_groups else given)
             self._base.check(given)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -262,24 +272,14 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def settle(self) -> None:
         """Completes groups that were put together by hand: defaults, the place in the cycle, filters."""
-        for group in self._incomplete:
+        for group in self._checks.incomplete(self.param_groups):
             bases.rename_given(self._base, group)
             for name in self.counted:
                 counts = [g[name] for g in self.param_groups if name in g]
                 group.update({name: counts[0]} if counts and name not in group else {})
-            for name in self._names:
+            for name in self._checks.names:
                 group.setdefault(name, self.defaults[name])
         self._filters.settle(self.param_groups)
-
-    @property
-    def _names(self) -> frozenset[str]:
-        """What every group has. torch adds more to ``defaults``, and so do we to groups, as steps need it."""
-        return self._base.ours.in_groups & self.defaults.keys() | self._base.defaults.keys()
-
-    @property
-    def _incomplete(self) -> list[Group]:
-        names = self._names
-        return [group for group in self.param_groups if not group.keys() >= names]
 
     # The parts of a step --------------------------------------------------------------------------------------------
 
@@ -303,6 +303,26 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _moved(self) -> bool:
         """Are the weights away from where the step began?"""
         return self._step is not None and self._step.perturbed
+
+    @all_or_nothing
+    def _step_with(self, closure: Closure) -> Any:
+        step, scale = self._begun(), self._grad_scale(new_gradients=True)
+        first_loss = self._run_passes(closure, step, scale)
+        self._finish(step, scale)
+        return first_loss
+
+    @all_or_nothing
+    def _first_of_two(self, keep_grad: bool) -> bool:
+        """What :meth:`first_step` does where two passes follow each other. Do they?"""
+        step = self._begun()
+        self._decide(step, scale := self._probable_scale())
+        if len(step.plan.passes) == 1:
+            return False
+        first, second = step.plan.passes
+        step.take_gradients(first, keep_grad)
+        step.perturb(second, scale)
+        self._passes.open()
+        return True
 
     def _run_passes(self, closure: Closure, step: RunningStep, grad_scale: Tensor | None) -> Any:
         """All passes of a step, one after the other; returns the first loss."""
@@ -349,24 +369,25 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._opt_called = True  # what a scheduler puts in the place of step notes, for its warning
         self._step_on_gradients()
 
+    @all_or_nothing
     def _step_on_gradients(self) -> None:
         """step() without a closure: ends a two-call step, does a reuse or plain step, or only creates the state."""
-        with self._all_or_nothing() as step:
-            passes = step.plan.passes
-            if step.perturbed or len(passes) == 1:
-                self._passes.close()
-                step.take_gradients(passes[-1])
-                self._finish(step, self._grad_scale(new_gradients=False))
-            elif self._no_gradient():
-                step.create_state()
-                self._step = None
-            else:
-                by_hand = "; or call first_step(), then backward again, then second_step()"
-                raise RuntimeError(
-                    f"this step needs the gradient {'twice' if len(passes) == 2 else f'{len(passes)} times'}: call "
-                    "step(closure) with a closure that zeroes the gradients, computes the loss, calls backward and "
-                    f"returns the loss{by_hand if step.plan.in_two_calls else ''}"
-                )
+        step = self._begun()
+        passes = step.plan.passes
+        if step.perturbed or len(passes) == 1:
+            self._passes.close()
+            step.take_gradients(passes[-1])
+            self._finish(step, self._grad_scale(new_gradients=False))
+        elif self._no_gradient():
+            step.create_state()
+            self._step = None
+        else:
+            by_hand = "; or call first_step(), then backward again, then second_step()"
+            raise RuntimeError(
+                f"this step needs the gradient {'twice' if len(passes) == 2 else f'{len(passes)} times'}: call "
+                "step(closure) with a closure that zeroes the gradients, computes the loss, calls backward and "
+                f"returns the loss{by_hand if step.plan.in_two_calls else ''}"
+            )
 
     def _no_gradient(self) -> bool:
         """Are all gradients zero, or not there?"""
@@ -381,20 +402,14 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._skipped.note(found_inf)
         self._advance(step.plan)
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[RunningStep]:
-        """The step under way, or a new one. Whatever is raised inside leaves every weight as before the step."""
-        try:
-            if self._step is None:
-                if self._incomplete:
-                    self.settle()
-                self._rules.follow(self.param_groups)
-                self._step = RunningStep(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
-            yield self._step
-        except BaseException:
-            self._abandon()
-            self._hand_back()
-            raise
+    def _begun(self) -> RunningStep:
+        """The step under way, or a new one."""
+        if self._step is None:
+            if not self._checks.hold(self.param_groups):
+                self.settle()
+                self._checks.follow(self.param_groups)
+            self._step = RunningStep(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
+        return self._step
 
     def _abandon(self) -> None:
         if self._step is not None:
@@ -414,7 +429,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         super().__setstate__(state)
         if "differentiable" not in self._base.defaults:
             self.defaults.pop("differentiable", None)  # torch's default for classes of before it had the option
-        self._rules = self._rules_of(name for name in self.defaults if name in self._base.ours.in_groups)
+        self._checks = self._checks_of(name for name in self.defaults if name in self._base.ours.in_groups)
         self.settle()
         self._base.share(self.param_groups, self.state)
 

@@ -54,8 +54,7 @@ class RunningStep:
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
             table[current.column] = _copies(table[current.column])
         if not (keep_grad or last):
-            for p in binding.params:
-                p.grad = None
+            snapshot.clear_gradients(binding.params)
 
     def _check_kept(self, current: Pass) -> None:
         """
@@ -77,7 +76,7 @@ class RunningStep:
             RuntimeError: this pass has no gradient at all though the first had.
         """
         passes = self.plan.passes
-        has_any = any(x is not None for x in self._binding.table[current.column])
+        has_any = any(self._binding.table.present(current.column))
         if current is passes[0]:
             self._has_gradients = has_any
         elif self._has_gradients and not has_any:
