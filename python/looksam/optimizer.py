@@ -132,9 +132,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def _checks_of(self, own: Iterable[str]) -> GroupChecks:
         """For the groups; ``own`` are the variant's names, beside those of the base."""
         base = self._base
-        return GroupChecks(
-            type(self).__name__, own, base.defaults, self.counted, self.ranges, self.shared, base.ranges
-        )
+        return GroupChecks(type(self).__name__, own, base.defaults, self.counted, self.ranges, self.shared, base.ranges)
 
     def _forget(self) -> None:
         """Everything that is not configuration, groups or state, and can be made anew."""

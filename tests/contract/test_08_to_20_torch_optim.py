@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import looksam
+from looksam_kernels import backend_info
 from looksam_kernels.updates import BASES
 from tests import bases
 from tests.contract.support import (
@@ -422,6 +423,37 @@ def test_contract_16_one_profiler_range(backend: str, base: str) -> None:
         optimizer.step(closure)
     ranges = [event.name for event in profile.events() if event.name.startswith("Optimizer.step#")]
     assert ranges == ["Optimizer.step#LookSAM.step"] * 2
+
+
+def test_contract_16_hooks_fire_once_around_a_step_of_a_subclass() -> None:
+    """torch puts them around the subclass's ``step``, so that the one which it calls has none."""
+
+    class Own(looksam.SAM):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    model = network()
+    optimizer = Own(model.parameters(), "sgd", lr=0.1)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step(Closure(model, optimizer))
+    assert calls == ["pre", "post"]
+
+
+@pytest.mark.skipif(not backend_info("cpu")["native"].available, reason="without the extension torch's wrapper stays")
+def test_contract_16_nothing_around_a_step_that_nobody_listens_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's range for the profiler costs as much as a step on small tensors."""
+    entered: list[str] = []
+    record = torch.autograd.profiler.record_function
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", lambda name: entered.append(name) or record(name))
+    model = network()
+    optimizer = build(model.parameters(), "looksam", "sgd")
+    optimizer.step(Closure(model, optimizer))
+    assert not any("step" in name for name in entered)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    optimizer.step(Closure(model, optimizer))
+    assert [name for name in entered if "step" in name] == ["Optimizer.step#LookSAM.step"]
 
 
 @on_backends
