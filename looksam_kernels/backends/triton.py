@@ -3,20 +3,23 @@
 On a machine without a GPU the kernels run on CPU tensors in Triton's interpreter, for tests, and only when asked for.
 
 Rows of the same element types, with the same columns present, form a *bucket*; each op is one to four launches a
-bucket. Rows that no kernel can walk through (not dense, or laid out differently from column to column) take the
-reference. The coefficients are formulas.py on device tensors: nothing waits for the device, and every rule has its
-formula in one place.
+bucket, after one copy of what has changed for the device: addresses and hyper-parameters. Rows that no kernel can walk
+through (not dense, or laid out differently from column to column) take the reference. The coefficients are formulas.py,
+made into a function of the kernel ``evaluate`` (:mod:`looksam_kernels.backends.triton_rules`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import itertools
+import operator
 import os
 import re
 import sys
 import warnings
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +29,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from looksam_kernels.backends import Adaptive, reference
-from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Scaling, Sums, kept_norm, stretched
+from looksam_kernels.backends import Adaptive, native, reference, triton_rules
+from looksam_kernels.backends.triton_rules import Program, Read
+from looksam_kernels.formulas import (
+    ASCENTS,
+    DESCENTS,
+    Coefficients,
+    Groups,
+    Hyper,
+    Pair,
+    Scaling,
+    Sums,
+    inputs_of,
+    kept_norm,
+    stretched,
+)
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable, holds_scalars
 from looksam_kernels.updates import BASES, hyper_of
@@ -37,6 +53,10 @@ CHUNK = 2048
 THREADS = 256
 ROWS_BLOCK = 128
 """Rows of a program of ``advance``."""
+RULE_BLOCK = 512
+"""Rows that ``evaluate`` takes at a time."""
+GPUS = ("cuda", "xpu")
+"""torch's names of the devices with a Triton backend: NVIDIA's and AMD's have one, Intel's another."""
 OLDEST = (3, 6)
 """The first Triton that has what the kernels use."""
 
@@ -47,13 +67,13 @@ OLDEST = (3, 6)
 def unavailable(device: torch.device) -> str | None:
     if (why := _not_usable()) is not None:
         return why
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
+    if device.type in GPUS:
+        if not torch.get_device_module(device).is_available():
             return "torch finds no GPU with a driver here"
         return "TRITON_INTERPRET is set, and the interpreter runs on CPU tensors only" if _interpreting() else None
     if device.type != "cpu":
         return f"Triton has no code for {device.type} tensors"
-    if torch.cuda.is_available() and not _interpreting():
+    if _any_gpu() and not _interpreting():
         return "its kernels are compiled for the GPU here; with TRITON_INTERPRET=1 they run on CPU tensors"
     if "triton" in sys.modules and not _interpreting():
         return "triton was imported before TRITON_INTERPRET=1 was set: there is no GPU, so only its interpreter can run"
@@ -80,6 +100,15 @@ def only_on_request(device: torch.device) -> str | None:
     return None
 
 
+def _any_gpu() -> bool:
+    return any(torch.get_device_module(name).is_available() for name in GPUS)
+
+
+def first_misfit(tensors: list[Tensor | None], weights: list[Tensor | None], scalar: bool) -> int:
+    compiled = native.compiled()
+    return 0 if compiled is None else int(compiled.first_misfit(tensors, weights, scalar))
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -87,7 +116,7 @@ def _interpreting() -> bool:
 @functools.cache
 def _kernels() -> ModuleType:
     """Imported late: whether kernels are compiled or interpreted is settled when triton is first imported."""
-    if not torch.cuda.is_available():
+    if not _any_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
     if _interpreting():
         warnings.warn(
@@ -109,13 +138,30 @@ class _Trait(NamedTuple):
     order: tuple[int, ...] | None
 
 
+class _Form(NamedTuple):
+    """What the traits of a column follow from, but for the shapes, which are the parameters'."""
+
+    present: list[bool]
+    dtypes: list[torch.dtype]
+    strides: list[tuple[int, ...]]
+    misaligned: list[int]
+
+
 class _Column(NamedTuple):
-    seen: list[Any]
-    """Address, dtype and strides of each row when it was last looked at."""
+    seen: list[int]
+    """The address of each row when it was last looked at; 0 where there is no tensor."""
+    form: _Form
     traits: tuple[_Trait | None, ...]
     kind: int
     """A number for the traits: columns with the same traits have the same."""
     addresses: Tensor
+
+
+class _Numbers(NamedTuple):
+    """Hyper-parameters, float64 [names, groups] on the device."""
+
+    seen: list[float]
+    on_device: Tensor
 
 
 class _Bucket(NamedTuple):
@@ -128,6 +174,8 @@ class _Bucket(NamedTuple):
     dtypes: dict[str, torch.dtype | None]
     aligned: bool
     from_b: bool
+    launches: dict[Any, Any]
+    """Prepared for this bucket, by what has made them."""
 
     def types(self, *columns: str) -> tuple[Any, ...]:
         """Triton's names of the columns' element types, ``None`` where the column is not there."""
@@ -141,6 +189,13 @@ class _Bucket(NamedTuple):
             None: None,
         }
         return tuple(names[self.dtypes[column]] for column in columns)
+
+    def prepared(self, make: Callable[..., Any], *how: Any) -> Any:
+        """``make(bucket, *how)``, made once."""
+        key = (make, *how)
+        if key not in self.launches:
+            self.launches[key] = make(self, *how)
+        return self.launches[key]
 
     @property
     def programs(self) -> int:
@@ -179,7 +234,7 @@ class _Graphs:
     def reserve(self, size: int, device: torch.device) -> None:
         """At least half as many bytes of page-locked memory, which torch before 2.8 does not allocate in a capture."""
         if len(self._room) < size // 2:
-            self._room = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            self._room = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
 
     def send(self, x: Tensor, device: torch.device) -> Tensor:
         """A copy on the device that is made anew in every replay."""
@@ -212,8 +267,12 @@ class _Layout:
         """On which ops ran: memory belongs to one, and may be given up while another still reads it."""
         self.w = [w.data_ptr() for w in table["w"]]
         self.columns: dict[str, _Column] = {}
-        self.seen_in_capture: dict[str, _Column] = {}
-        """By the op under way."""
+        self.numbers: dict[tuple[Read, ...], _Numbers] = {}
+        """Of all that have been read so far, by what they are: they are sent together, with the first op that a change meets."""
+        self.seen_in_capture: dict[Any, Any] = {}
+        """Columns and numbers, by the op under way."""
+        self._masters: tuple[tuple[int, int], list[bool]] | None = None
+        self.rules: OrderedDict[Any, tuple[Program, _Launch] | None] = OrderedDict()
         self.kinds: OrderedDict[Any, int] = OrderedDict()
         self.new_kind = itertools.count()
         self.buckets: OrderedDict[Any, tuple[list[_Bucket], list[int]]] = OrderedDict()
@@ -257,27 +316,85 @@ class _Layout:
         """A copy on the device, without waiting for it."""
         if self.capturing:
             return self.graphs.send(x, self.device)
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
-    def column(self, name: str) -> _Column:
+    def update(
+        self,
+        names: Sequence[str],
+        groups: Groups = (),
+        reads: tuple[Read, ...] = (),
+        scaling: Scaling | None = None,
+    ) -> Tensor:
+        """Sends, in one copy, what the op under way reads and the device does not have as it is now: the addresses of these
+        columns, and hyper-parameters. The first op of a step also sends those that the later ones are known to read.
+
+        Returns:
+            The hyper-parameters ``reads``, float64 [names, groups].
+        """
+        mail = _Mail()
+        for name in ("w", "b", *names):
+            self._look_at(name, mail)
+        values = _values(reads, groups, scaling)
+        self._compare(reads, values, mail)
+        if scaling is not None and not self.capturing:
+            for others in self.numbers:
+                if others != reads and triton_rules.LIMIT not in others:
+                    with contextlib.suppress(KeyError):  # of other groups than these
+                        self._compare(others, _values(others, groups, None), mail)
+        if mail.stores:
+            sent = self.send(mail.pack()) if mail.data else self.sizes.new_empty(0)
+            for store, part in zip(mail.stores, sent.split(mail.sizes), strict=True):
+                store(part)
+        if _on_device(values):
+            return torch.stack([_scalar(x, self.device) for x in values])
+        found: _Numbers = self.seen_in_capture.get(reads) or self.numbers[reads]
+        self.read(found.on_device)
+        return found.on_device
+
+    def _look_at(self, name: str, mail: _Mail) -> None:
         if name in self.seen_in_capture:
-            return self.seen_in_capture[name]
+            return
         known = self.columns.get(name)
         if known is None or name in self.table.dirty:
-            rows = self.table[name]
-            seen = [None if x is None else (x.data_ptr(), x.dtype, x.stride()) for x in rows]
-            if known is None or seen != known.seen:
+            rows, present = self.table[name], self.table.present(name)
+            there = rows if all(present) else [x for x in rows if x is not None]
+            places = [x.data_ptr() for x in there]
+            misaligned = [place & 15 for place in places] if functools.reduce(operator.or_, places, 0) & 15 else []
+            form = _Form(present, [x.dtype for x in there], [x.stride() for x in there], misaligned)
+            if len(there) < len(rows):
+                each = iter(places)
+                places = [next(each) if x else 0 for x in present]
+            if known is None or form != known.form:
                 traits = tuple(None if x is None else _trait(x, holds_scalars(name)) for x in rows)
-                addresses = self.on_device([0 if x is None else x[0] for x in seen], torch.int64)
-                found = _Column(seen, traits, self.kind(traits), addresses)
-                if self.capturing:
-                    self.seen_in_capture[name] = found
-                    return found
-                known = self.columns[name] = found
+                kind = self.kind(traits)
+            else:
+                traits, kind = known.traits, known.kind
+            if known is None or kind != known.kind or places != known.seen:
+                kept = self.seen_in_capture if self.capturing else self.columns
+
+                def store(part: Tensor) -> None:
+                    kept[name] = _Column(places, form, traits, kind, part)
+
+                mail.put(array("q", places), store)
             if not self.capturing:
                 self.table.dirty.discard(name)
-        self.read(known.addresses)
-        return known
+
+    def _compare(self, reads: tuple[Read, ...], values: list[Any], mail: _Mail) -> None:
+        known = self.seen_in_capture.get(reads) or self.numbers.get(reads)
+        if _on_device(values) or (known is not None and known.seen == values):
+            return
+        kept = self.seen_in_capture if self.capturing else self.numbers
+
+        def store(part: Tensor) -> None:
+            kept[reads] = _Numbers(values, part.view(torch.float64))
+
+        mail.put(array("d", values), store)
+
+    def column(self, name: str) -> _Column:
+        """As :meth:`update` has seen it."""
+        found = self.seen_in_capture.get(name) or self.columns[name]
+        self.read(found.addresses)
+        return found
 
     def kind(self, traits: tuple[_Trait | None, ...]) -> int:
         if traits not in self.kinds:
@@ -286,7 +403,7 @@ class _Layout:
         return self.kinds[traits]
 
     def addresses(self, *names: str) -> tuple[Tensor, ...]:
-        return tuple(self.column(name).addresses for name in names)
+        return tuple([self.column(name).addresses for name in names])
 
     def split(
         self, names: Sequence[str], rows: Sequence[bool], from_b: Sequence[bool]
@@ -332,7 +449,45 @@ class _Layout:
             dict(dtypes),
             aligned,
             from_b,
+            {},
         )
+
+    def masters(self) -> list[bool]:
+        """Which rows have a master copy."""
+        w, b = self.column("w"), self.column("b")
+        if self._masters is None or self._masters[0] != (w.kind, b.kind):
+            pairs = zip(w.traits, b.traits, strict=True)
+            self._masters = (w.kind, b.kind), [y is not None and x is not None and x.dtype != y.dtype for x, y in pairs]
+        return self._masters[1]
+
+
+class _Mail:
+    """Numbers that go to the device in one copy."""
+
+    def __init__(self) -> None:
+        self.data, self.sizes = bytearray(), list[int]()
+        self.stores: list[Callable[[Tensor], None]] = []
+        """What takes each part, int64, when it is on the device."""
+
+    def put(self, numbers: array[Any], store: Callable[[Tensor], None]) -> None:
+        self.data += numbers.tobytes()
+        self.sizes.append(len(numbers))
+        self.stores.append(store)
+
+    def pack(self) -> Tensor:
+        return torch.frombuffer(self.data, dtype=torch.int64)
+
+
+def _values(reads: tuple[Read, ...], groups: Groups, scaling: Scaling | None) -> list[Any]:
+    """Hyper-parameters as numbers or tensors, [names, groups]."""
+    limit = None if scaling is None else scaling.max_grad_norm
+    found: list[Any] = [limit if x is triton_rules.LIMIT else x.read(g, x.name) for x in reads for g in groups]
+    return [x if isinstance(x, Tensor) else float(x) for x in found]
+
+
+def _on_device(values: list[Any]) -> bool:
+    """Is there a tensor among them? Its value may have changed unseen, and is copied on the device."""
+    return any(isinstance(x, Tensor) for x in values)
 
 
 def _forget_oldest(kept: OrderedDict[Any, Any], limit: int = 64) -> None:
@@ -381,31 +536,66 @@ WARM_UP = "take a step of each kind, sharp and reuse, before torch.cuda.graph ca
 
 
 def _stream(device: torch.device) -> Any:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
 
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def compiler_options(warp_size: int) -> dict[str, int]:
-    """Said outright, the limit of 128 registers, with which two programs share a processor, is one that ptxas fits into; its
-    own is the same, but there Adan on bfloat16 spills with Triton 3.8. AMD's compiler has no such option."""
-    options = {"num_warps": THREADS // warp_size}
-    return options if warp_size == 64 else options | {"maxnreg": 128}
+def compiler_options(target: Any) -> dict[str, int]:
+    """Of a Triton target, by the name of its backend: cuda, hip (AMD) or xpu (Intel).
+
+    Said outright, the limit of 128 registers, with which two programs share a processor, is one that ptxas fits into; its
+    own is the same, but there Adan on bfloat16 spills with Triton 3.8. Other compilers have no such option.
+    """
+    options = {"num_warps": THREADS // target.warp_size}
+    return options | {"maxnreg": 128} if target.backend == "cuda" else options
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constexprs: Any) -> None:
+class _Launch:
+    """A kernel with its constexprs, and what the compiler has made of them: looked up at the first launch, not at every one."""
+
+    def __init__(self, kernel: Any, **constexprs: Any) -> None:
+        self.kernel, self.constexprs = kernel, constexprs
+        self.compiled: dict[Any, Any] = {}
+        """By device and by the types of the arguments."""
+        names = [] if _is_interpreted(kernel) else [p.name for p in kernel.params if p.is_constexpr]
+        self.trailing = tuple(constexprs[name] for name in names)
+
+    def __call__(self, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...]) -> None:
+        if _is_interpreted(self.kernel):
+            self.kernel[grid](*arguments, **self.constexprs)
+            return
+        key = (device, *[x.dtype if isinstance(x, Tensor) else type(x) for x in arguments])
+        if key in self.compiled:
+            self.compiled[key][(*grid, 1, 1)[:3]](*arguments, *self.trailing)
+            return
+        options = self.constexprs | compiler_options(_target())
+        if _capturing(device) and not _is_loaded(self.kernel, *arguments, **options):
+            raise RuntimeError(f"the Triton kernel {self.kernel.fn.__name__!r} would be loaded in a capture: {WARM_UP}")
+        self.compiled[key] = self.kernel[grid](*arguments, **options)
+
+
+def _launch(launch: _Launch, grid: tuple[int, ...], device: torch.device, *arguments: Any) -> None:
     if 0 in grid:
         return
-    if device.type == "cuda":
-        constexprs |= compiler_options(64 if torch.version.hip else 32)
-        with torch.cuda.device(device):
-            if _capturing(device) and not _is_loaded(kernel, *arguments, **constexprs):
-                raise RuntimeError(f"the Triton kernel {kernel.fn.__name__!r} would be loaded in a capture: {WARM_UP}")
-            kernel[grid](*arguments, **constexprs)
+    if device.type == "cpu":
+        launch(grid, device, arguments)
     else:
-        kernel[grid](*arguments, **constexprs)
+        with torch.get_device_module(device).device(device):
+            launch(grid, device, arguments)
+
+
+def _is_interpreted(kernel: Any) -> bool:
+    return not hasattr(kernel, "device_caches")
+
+
+def _target() -> Any:
+    """Of the current device."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()
 
 
 def _is_loaded(kernel: Any, *arguments: Any, **constexprs: Any) -> bool:
@@ -436,61 +626,119 @@ def _of_rows(c: Coefficients, rows: list[int]) -> Coefficients:
 
 
 def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
-    values = torch.zeros(len(pairs), len(table), dtype=torch.float64, device=table.device)
-    cached = next((i for i, pair in enumerate(pairs) if kept_norm(pair)), -1)
-    norm = (kept_norm(pairs[cached]) if cached >= 0 else None) or "q_norm_sq"
-    read = [pair for i, pair in enumerate(pairs) if i != cached]
-    names = list(dict.fromkeys(x for pair in read for x in pair))
-    columns = [stretched(x) or x for x in names]
-    with_t = any(map(stretched, names))
-    used = [*columns, *(["w"] if with_t else []), *(["g", norm] if cached >= 0 else [])]
-    any_present = [any(of_row) for of_row in zip(*(table.present(x) for x in dict.fromkeys(used)), strict=True)]
+    layout = _layout(table)
+    reading = _reading(tuple(pairs))
+    layout.update(reading.used)
+    return Sums(reading.pairs, _sums(layout, reading, None, adaptive))
 
-    layout, kernels = _layout(table), _kernels()
-    eta = _eta(layout, adaptive) if with_t else None
-    buckets, odd = layout.split(used, any_present, [False] * len(table))
+
+class _Reading:
+    """What the sums of these pairs take: ``names`` of columns as they stand in the pairs, ``columns`` of the table."""
+
+    def __init__(self, pairs: tuple[Pair, ...]) -> None:
+        self.pairs = pairs
+        self.cached = next((i for i, pair in enumerate(pairs) if kept_norm(pair)), -1)
+        """The pair that a column of norms holds."""
+        self.norm = (kept_norm(pairs[self.cached]) if self.cached >= 0 else None) or "q_norm_sq"
+        names = list(dict.fromkeys(x for i, pair in enumerate(pairs) if i != self.cached for x in pair))
+        self.columns = [stretched(x) or x for x in names]
+        self.stretched = tuple(stretched(x) is not None for x in names)
+        self.places = tuple(
+            None if i == self.cached else (names.index(x), names.index(y)) for i, (x, y) in enumerate(pairs)
+        )
+        with_t, with_norm = any(self.stretched), self.cached >= 0
+        self.used = list(
+            dict.fromkeys([*self.columns, *(["w"] if with_t else []), *(["g", self.norm] if with_norm else [])])
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _reading(pairs: tuple[Pair, ...]) -> _Reading:
+    return _Reading(pairs)
+
+
+def _sums(layout: _Layout, reading: _Reading, known: Tensor | None, adaptive: Adaptive) -> Tensor:
+    """The known sums, and then those of the pairs: float64 [known + pairs, rows]."""
+    table = layout.table
+    known = None if known is None else known.to(torch.float64).contiguous()
+    before = 0 if known is None else len(known)
+    count = before + len(reading.pairs)
+    eta = _eta(layout, adaptive) if any(reading.stretched) else None
+    buckets, odd = layout.split(reading.used, _any_present(table, reading.used), [False] * len(table))
+    if sum(len(bucket.members) for bucket in buckets) == len(table):
+        values = torch.empty(count, len(table), dtype=torch.float64, device=table.device)
+    else:  # rows that no launch writes
+        values = torch.zeros(count, len(table), dtype=torch.float64, device=table.device)
+        if known is not None:
+            values[:before] = known
     for bucket in buckets:
-        partials = torch.empty(len(pairs), bucket.programs, dtype=torch.float64, device=table.device)
-        if read:
+        partials = torch.empty(len(reading.pairs), bucket.programs, dtype=torch.float64, device=table.device)
+        if reading.columns:
             _launch(
-                kernels.inner_products,
+                bucket.prepared(_inner_products, reading, eta is not None),
                 (bucket.programs,),
                 table.device,
-                layout.addresses(*columns),
+                layout.addresses(*reading.columns),
                 *layout.addresses("w"),
                 eta,
                 partials,
                 bucket.chunks,
                 layout.sizes,
-                TYPES=bucket.types(*columns),
-                STRETCHED=tuple(eta is not None and stretched(x) is not None for x in names),
-                W=bucket.types("w")[0],
-                PAIRS=tuple(None if i == cached else tuple(map(names.index, pair)) for i, pair in enumerate(pairs)),
-                **bucket.walk(),
             )
-        has_norm = cached >= 0 and bucket.dtypes["g"] is not None
         _launch(
-            kernels.add_partials,
-            (len(bucket.members), len(pairs)),
+            bucket.prepared(_add_partials, reading, before),
+            (len(bucket.members), count),
             table.device,
             values,
             partials,
-            *layout.addresses(norm),
+            known,
+            *layout.addresses(reading.norm if reading.cached >= 0 else "w"),
             bucket.members,
             bucket.first_chunk,
             bucket.programs,
             len(table),
-            CACHED=cached,
-            NORM=bucket.types(norm)[0] if has_norm else None,
         )
 
     def by_reference(part: TensorTable, rows: list[int]) -> None:
         eta_of_part = None if adaptive is None else [adaptive[row] for row in rows]
-        for row, of_row in zip(rows, reference.sums(part, pairs, eta_of_part).values.unbind(1), strict=True):
-            values[:, row] = of_row
+        found = reference.sums(part, reading.pairs, eta_of_part).values
+        for row, of_row in zip(rows, found.unbind(1), strict=True):
+            values[before:, row] = of_row
 
     _elsewhere(table, odd, by_reference)
-    return Sums(tuple(pairs), values)
+    return values
+
+
+def _inner_products(bucket: _Bucket, reading: _Reading, with_t: bool) -> _Launch:
+    return _Launch(
+        _kernels().inner_products,
+        TYPES=bucket.types(*reading.columns),
+        STRETCHED=tuple(with_t and x for x in reading.stretched),
+        W=bucket.types("w")[0],
+        PAIRS=reading.places,
+        **bucket.walk(),
+    )
+
+
+def _add_partials(bucket: _Bucket, reading: _Reading, before: int) -> _Launch:
+    has_norm = reading.cached >= 0 and bucket.dtypes["g"] is not None
+    return _Launch(
+        _kernels().add_partials,
+        KNOWN=before,
+        CACHED=before + reading.cached if reading.cached >= 0 else -1,
+        NORM=bucket.types(reading.norm)[0] if has_norm else None,
+    )
+
+
+def _any_present(table: TensorTable, columns: Sequence[str]) -> list[bool]:
+    """Which rows have a tensor in one of the columns."""
+    found = [False] * len(table)
+    for column in columns:
+        present = table.present(column)
+        if all(present):
+            return present
+        found = [x or y for x, y in zip(found, present, strict=True)]
+    return found
 
 
 def _eta(layout: _Layout, adaptive: Adaptive) -> Tensor | None:
@@ -511,6 +759,24 @@ class _Hyper(Hyper):
         return self.layout.on_device(values, dtype)
 
 
+def measure(
+    table: TensorTable,
+    rule: str,
+    pairs: Sequence[Pair],
+    known: Sums | None,
+    groups: Groups,
+    adaptive: Adaptive,
+    scaling: Scaling,
+) -> tuple[Sums, Coefficients]:
+    layout, reading = _layout(table), _reading(tuple(pairs))
+    every = (*(() if known is None else known.pairs), *pairs)
+    found = _rule(layout, rule, every, groups, scaling)
+    hyper = layout.update(reading.used, groups, () if found is None else found[0].reads, scaling)
+    if known is None or pairs:
+        known = Sums(every, _sums(layout, reading, None if known is None else known.values, adaptive))
+    return known, _evaluate(layout, found, hyper, rule, known, groups, scaling)
+
+
 def coefficients(
     table: TensorTable,
     rule: str,
@@ -518,21 +784,85 @@ def coefficients(
     groups: Groups,
     scaling: Scaling,
 ) -> Coefficients:
-    return reference.evaluate(rule, sums, _Hyper(_layout(table), groups, scaling.grad_scale), scaling)
+    layout = _layout(table)
+    found = _rule(layout, rule, sums.pairs, groups, scaling)
+    hyper = layout.update((), groups, () if found is None else found[0].reads, scaling)
+    return _evaluate(layout, found, hyper, rule, sums, groups, scaling)
+
+
+def _rule(
+    layout: _Layout, rule: str, pairs: tuple[Pair, ...], groups: Groups, scaling: Scaling
+) -> tuple[Program, _Launch] | None:
+    """The rule's program and the launch that runs it; ``None`` where the reference has to evaluate it."""
+    entry = ASCENTS[rule] if rule in ASCENTS else DESCENTS[rule]
+    scale, before = (None if x is None else x.dtype for x in (scaling.grad_scale, scaling.found_inf))
+    key = (entry, pairs, scaling.max_grad_norm is None, scaling.trust_ratio, scale, before)
+    if key in layout.rules:
+        found = layout.rules[key]
+        if found is None or found[0].fits(groups):
+            return found
+    program = triton_rules.program(rule, pairs, groups, scaling)
+    found = None
+    if program is not None:
+        function = triton_rules.function(program.source)
+        found = program, _Launch(_kernels().evaluate, PAIRS=len(pairs), RULE=function, BLOCK=RULE_BLOCK)
+    layout.rules[key] = found
+    _forget_oldest(layout.rules)
+    return found
+
+
+def _evaluate(
+    layout: _Layout,
+    found: tuple[Program, _Launch] | None,
+    hyper: Tensor,
+    rule: str,
+    sums: Sums,
+    groups: Groups,
+    scaling: Scaling,
+) -> Coefficients:
+    if found is None:
+        return reference.evaluate(rule, sums, _Hyper(layout, groups, scaling.grad_scale), scaling)
+    (program, launch), device, rows = found, layout.device, len(layout.table)
+    scale, before = (None if x is None else x.to(device).reshape(()) for x in (scaling.grad_scale, scaling.found_inf))
+    numbers = torch.empty(sum(program.counts), rows, dtype=torch.float64, device=device)
+    found_inf = torch.empty((), dtype=torch.float32, device=device)
+    _launch(
+        launch,
+        (1,),
+        device,
+        sums.values.to(torch.float64).contiguous(),
+        hyper,
+        layout.group,
+        scale,
+        before,
+        numbers,
+        found_inf,
+        rows,
+        len(groups),
+    )
+    d, q, post, trust = numbers.split(program.counts)
+    writes = DESCENTS[rule].writes if rule in DESCENTS else None
+    return Coefficients(
+        inputs_of(rule),
+        d,
+        q if program.counts[1] else None,
+        found_inf,
+        post if program.counts[2] else None,
+        writes or "q",
+        trust[0] if program.counts[3] else None,
+    )
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
-    layout, kernels = _layout(table), _kernels()
-    inputs = coefficients.inputs
+    layout, inputs = _layout(table), coefficients.inputs
     takes_part = table.present(inputs[0])
-    from_b = [moved or table.has_master(row) for row, moved in enumerate(table.perturbed)]
-    buckets, odd = layout.split(["b", *inputs], takes_part, from_b)
+    layout.update(inputs)
+    buckets, odd = layout.split(["b", *inputs], takes_part, _from_b(layout))
     c, eta = coefficients.d.contiguous(), _eta(layout, adaptive)
     key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
     for bucket in buckets:
-        w, b, *types = bucket.types("w", "b", *inputs)
         _launch(
-            kernels.perturb,
+            bucket.prepared(_perturb, inputs, eta is not None, mask is not None),
             (bucket.programs,),
             table.device,
             *layout.addresses("w", "b"),
@@ -544,13 +874,6 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
             bucket.chunks,
             layout.sizes,
             len(table),
-            W=w,
-            B=b,
-            TYPES=tuple(types),
-            FROM_B=bucket.from_b,
-            STRETCHED=eta is not None,
-            MASKED=mask is not None,
-            **bucket.walk(),
         )
 
     def by_reference(part: TensorTable, rows: list[int]) -> None:
@@ -559,6 +882,26 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
 
     _elsewhere(table, odd, by_reference)
     table.perturbed = [moved or part for moved, part in zip(table.perturbed, takes_part, strict=True)]
+
+
+def _perturb(bucket: _Bucket, inputs: tuple[str, ...], with_t: bool, masked: bool) -> _Launch:
+    w, b, *types = bucket.types("w", "b", *inputs)
+    return _Launch(
+        _kernels().perturb,
+        W=w,
+        B=b,
+        TYPES=tuple(types),
+        FROM_B=bucket.from_b,
+        STRETCHED=with_t,
+        MASKED=masked,
+        **bucket.walk(),
+    )
+
+
+def _from_b(layout: _Layout) -> list[bool]:
+    """Which rows start from b: those that are perturbed, and those with a master copy."""
+    moved, masters = layout.table.perturbed, layout.masters()
+    return [x or y for x, y in zip(moved, masters, strict=True)] if any(moved) else masters
 
 
 def _int32(word: int) -> int:
@@ -573,61 +916,105 @@ def restore(table: TensorTable) -> None:
 def _restore(table: TensorTable, rows: list[bool]) -> None:
     if not any(rows):
         return
-    layout, kernels = _layout(table), _kernels()
+    layout = _layout(table)
+    layout.update(())
     buckets, odd = layout.split(["b"], rows, rows)
     for bucket in buckets:
-        w, b = bucket.types("w", "b")
         _launch(
-            kernels.restore,
+            bucket.prepared(_restoring),
             (bucket.programs,),
             table.device,
             *layout.addresses("w", "b"),
             bucket.chunks,
             layout.sizes,
-            W=w,
-            B=b,
-            ALIGNED=bucket.aligned,
-            CHUNK=CHUNK,
         )
     _elsewhere(table, odd, lambda part, _: reference.restore(part))
+
+
+def _restoring(bucket: _Bucket) -> _Launch:
+    w, b = bucket.types("w", "b")
+    return _Launch(_kernels().restore, W=w, B=b, ALIGNED=bucket.aligned, CHUNK=CHUNK)
 
 
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
     inputs = coefficients.inputs
     takes_part = table.present(inputs[0])
-    _restore(table, [moved and not part for moved, part in zip(table.perturbed, takes_part, strict=True)])
+    if any(table.perturbed):
+        _restore(table, [moved and not part for moved, part in zip(table.perturbed, takes_part, strict=True)])
     layout = _layout(table)
-    from_b = [moved or table.has_master(row) for row, moved in enumerate(table.perturbed)]
     written = [coefficients.writes, f"{coefficients.writes}_norm_sq"] if coefficients.q is not None else []
     used = [*inputs, *written, *BASES[base].states, *(["step"] if base != "grad" else [])]
-    buckets, odd = layout.split(used, takes_part, from_b)
+    hyper = layout.update(used, groups, _reads_of(base))
+    buckets, odd = layout.split(used, takes_part, _from_b(layout))
     for bucket in buckets:
-        _step(table, layout, bucket, base, coefficients, groups)
+        _step(layout, bucket, base, coefficients, hyper, len(groups))
     _elsewhere(table, odd, lambda part, rows: reference.step(part, base, _of_rows(coefficients, rows), groups))
 
 
-def _step(
-    table: TensorTable, layout: _Layout, bucket: _Bucket, base: str, coefficients: Coefficients, groups: Groups
-) -> None:
-    kernels, device, rows = _kernels(), table.device, len(table)
-    inputs, q, norm = coefficients.inputs, coefficients.writes, f"{coefficients.writes}_norm_sq"
+@functools.cache
+def _reads_of(base: str) -> tuple[Read, ...]:
+    return tuple(Read(name, hyper_of) for name in BASES[base].read)
+
+
+class _StepLaunches(NamedTuple):
+    advance: _Launch
+    step: _Launch
+    finish: _Launch
+    apply: _Launch
+    keeps_norm: bool
+
+
+def _step_launches(bucket: _Bucket, base: str, inputs: tuple[str, ...], writes: str | None) -> _StepLaunches:
+    kernels, update = _kernels(), _kernels().UPDATES[base]
+    w, b = bucket.types("w", "b")
+    norm = None if writes is None else bucket.types(f"{writes}_norm_sq")[0]
+    two_phases = base == "lamb"
+    numbers = {"HYPER": len(BASES[base].read), "FACTORS": update.factors}
+    tensors = {"INPUTS": bucket.types(*inputs), "STATES": bucket.types(*BASES[base].states)}
+    origin = {"W": w, "B": b, "FROM_B": bucket.from_b, "MASTER": bucket.master}
+    return _StepLaunches(
+        _Launch(
+            kernels.advance,
+            STEP=bucket.types("step")[0] if base != "grad" else None,
+            MAKE_FACTORS=update.make_factors,
+            HYPER=len(BASES[base].read),
+            BLOCK=ROWS_BLOCK,
+        ),
+        _Launch(
+            kernels.step,
+            UPDATE=update.update,
+            TWO_PHASES=two_phases,
+            Q=None if writes is None else bucket.types(writes)[0],
+            **numbers,
+            **origin,
+            **tensors,
+            **bucket.walk(),
+        ),
+        _Launch(kernels.finish_step, NORM=norm, TWO_PHASES=two_phases),
+        _Launch(kernels.apply_lamb, **numbers, **origin, **tensors, **bucket.walk()),
+        norm is not None,
+    )
+
+
+def _step(layout: _Layout, bucket: _Bucket, base: str, coefficients: Coefficients, hyper: Tensor, groups: int) -> None:
+    device, rows = layout.device, len(layout.table)
+    inputs, states = coefficients.inputs, BASES[base].states
     c, c_q, c_post = (
         None if x is None else x.contiguous() for x in (coefficients.d, coefficients.q, coefficients.post)
     )
+    writes = None if c_q is None else coefficients.writes
+    launches: _StepLaunches = bucket.prepared(_step_launches, base, inputs, writes)
     found_inf, trust = coefficients.found_inf, coefficients.trust
-    update, states = kernels.UPDATES[base], BASES[base].states
-    two_phases = base == "lamb"
-    hyper = _hyper_table(layout, groups, BASES[base].read)
-    factors = torch.empty(update.factors, rows, dtype=torch.float64, device=device)
+    two_phases, factor_count = base == "lamb", _kernels().UPDATES[base].factors
+    factors = torch.empty(factor_count, rows, dtype=torch.float64, device=device)
     partials = torch.empty(3, bucket.programs, dtype=torch.float64, device=device)
-    w, b = bucket.types("w", "b")
-    origin = {"W": w, "B": b, "FROM_B": bucket.from_b, "MASTER": bucket.master}
-    columns = {"INPUTS": bucket.types(*inputs), "STATES": bucket.types(*states)}
-    numbers = {"HYPER": len(BASES[base].read), "FACTORS": update.factors}
+    w, b = layout.addresses("w", "b")
+    of_inputs, of_states = layout.addresses(*inputs), layout.addresses(*states)
+    q, norm = layout.addresses(writes, f"{writes}_norm_sq") if writes is not None else (w, w)
 
     if base != "grad":
         _launch(
-            kernels.advance,
+            launches.advance,
             (-(-len(bucket.members) // ROWS_BLOCK),),
             device,
             *layout.addresses("step"),
@@ -638,20 +1025,17 @@ def _step(
             found_inf,
             len(bucket.members),
             rows,
-            len(groups),
-            STEP=bucket.types("step")[0],
-            MAKE_FACTORS=update.make_factors,
-            HYPER=len(BASES[base].read),
-            BLOCK=ROWS_BLOCK,
+            groups,
         )
     _launch(
-        kernels.step,
+        launches.step,
         (bucket.programs,),
         device,
-        *layout.addresses("w", "b"),
-        layout.addresses(*inputs),
-        *layout.addresses(q),
-        layout.addresses(*states),
+        w,
+        b,
+        of_inputs,
+        q,
+        of_states,
         c,
         c_q,
         c_post,
@@ -664,24 +1048,16 @@ def _step(
         bucket.chunks,
         layout.sizes,
         rows,
-        len(groups),
-        UPDATE=update.update,
-        TWO_PHASES=two_phases,
-        **numbers,
-        Q=bucket.types(q)[0] if c_q is not None else None,
-        **origin,
-        **columns,
-        **bucket.walk(),
+        groups,
     )
-    norm_type = bucket.types(norm)[0] if c_q is not None else None
-    if norm_type is None and not two_phases:
+    if not launches.keeps_norm and not two_phases:
         return
     trust_ratio = torch.empty(rows, dtype=torch.float64, device=device)
     _launch(
-        kernels.finish_step,
+        launches.finish,
         (len(bucket.members),),
         device,
-        *layout.addresses(norm),
+        norm,
         trust_ratio,
         partials,
         hyper,
@@ -690,18 +1066,17 @@ def _step(
         bucket.members,
         bucket.first_chunk,
         bucket.programs,
-        len(groups),
-        NORM=norm_type,
-        TWO_PHASES=two_phases,
+        groups,
     )
     if two_phases:
         _launch(
-            kernels.apply_lamb,
+            launches.apply,
             (bucket.programs,),
             device,
-            *layout.addresses("w", "b"),
-            layout.addresses(*inputs),
-            layout.addresses(*states),
+            w,
+            b,
+            of_inputs,
+            of_states,
             c_post,
             found_inf,
             factors,
@@ -711,20 +1086,8 @@ def _step(
             bucket.chunks,
             layout.sizes,
             rows,
-            len(groups),
-            **numbers,
-            **origin,
-            **columns,
-            **bucket.walk(),
+            groups,
         )
-
-
-def _hyper_table(layout: _Layout, groups: Groups, names: Sequence[str]) -> Tensor:
-    """The groups' hyper-parameters, float64 [names, groups]."""
-    values = [hyper_of(g, name) for name in names for g in groups]
-    if any(isinstance(x, Tensor) for x in values):
-        return torch.stack([_scalar(x, layout.device) for x in values])
-    return layout.on_device([float(x) for x in values], torch.float64)
 
 
 def _scalar(x: Tensor | float, device: torch.device) -> Tensor:

@@ -398,30 +398,81 @@ def add_up(partials, first, last):
 def add_partials(
     values,
     partials,
+    known,
     norms,
     members,
     first_chunk,
     programs,
     rows,
+    KNOWN: tl.constexpr,
     CACHED: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """values[i, row] = sum of the row's partials[i]; for the pair CACHED the row's cached norm instead.
+    """values[KNOWN + i, row] = sum of the row's partials[i]; for the pair CACHED the row's cached norm instead. The first KNOWN
+    are copied.
 
     One program for each of the bucket's rows (``members``) and pair; the chunks of its k-th row are those from
     ``first_chunk[k]`` to ``first_chunk[k + 1]``.
     """
     row = tl.load(members + tl.program_id(0))
     pair = tl.program_id(1)
-    if pair == CACHED:
+    if pair < KNOWN:
+        total = tl.full([], 0.0, tl.float64)
+        if known is not None:
+            total = tl.load(known + pair * rows + row)
+    elif pair == CACHED:
         total = tl.full([], 0.0, tl.float64)
         if NORM is not None:
             total = tl.load(tl.load(norms + row).to(tl.pointer_type(NORM))).to(tl.float64)
     else:
         first = tl.load(first_chunk + tl.program_id(0))
         last = tl.load(first_chunk + tl.program_id(0) + 1)
-        total = add_up(partials + pair.to(tl.int64) * programs, first, last)
+        total = add_up(partials + (pair - KNOWN).to(tl.int64) * programs, first, last)
     tl.store(values + pair * rows + row, total)
+
+
+# Coefficients ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def not_finite(values, rows, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """1.0 if one of the sums is infinite or NaN, else 0.0."""
+    found = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(0, PAIRS * rows, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        x = tl.load(values + index, mask=index < PAIRS * rows, other=0.0)
+        found = tl.where(x - x == 0, found, 1.0)
+    return tl.max(found)
+
+
+@kernel
+def evaluate(
+    values,
+    hyper,
+    group,
+    grad_scale,
+    before,
+    coefficients,
+    found_inf,
+    rows,
+    groups,
+    PAIRS: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A rule: its coefficients to ``coefficients`` [numbers, rows], and to ``found_inf`` 1.0 if a sum is not finite, or if
+    ``before`` (found_inf of an earlier pass) was 1.0. One program for all rows.
+
+    RULE: made by :mod:`looksam_kernels.backends.triton_rules`.
+    """
+    bad = not_finite(values, rows, PAIRS, BLOCK)
+    if before is not None:
+        bad = tl.maximum(bad, tl.load(before).to(tl.float64))
+    tl.store(found_inf, bad.to(tl.float32))
+    inv_scale = tl.full([], 1.0, tl.float64)
+    if grad_scale is not None:
+        inv_scale = inv_scale / tl.load(grad_scale).to(tl.float64)
+    RULE(values, hyper, group, inv_scale, bad, coefficients, rows, groups, BLOCK)
 
 
 # Perturb and restore --------------------------------------------------------------------------------------------------
