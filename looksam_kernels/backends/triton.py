@@ -165,8 +165,10 @@ class _Numbers(NamedTuple):
 
 
 class _Bucket(NamedTuple):
+    size: int
+    """How many rows it has."""
     members: Tensor
-    """Its rows, int32."""
+    """They, int32."""
     chunks: Tensor
     """int32 [2, programs]: the row of each program, and which of the row's chunks it is."""
     first_chunk: Tensor
@@ -263,9 +265,11 @@ class _Layout:
         self.capturing = False
         """Is the op under way being captured?"""
         self.stream: Any = None
+        self.plain = True
+        """Is neither a capture under way nor more than one stream in use?"""
         self.streams: set[Any] = set()
         """On which ops ran: memory belongs to one, and may be given up while another still reads it."""
-        self.w = [w.data_ptr() for w in table["w"]]
+        self.w = _addresses(table["w"])
         self.columns: dict[str, _Column] = {}
         self.numbers: dict[tuple[Read, ...], _Numbers] = {}
         """Of all that have been read so far, by what they are: they are sent together, with the first op that a change meets."""
@@ -278,6 +282,7 @@ class _Layout:
         self.buckets: OrderedDict[Any, tuple[list[_Bucket], list[int]]] = OrderedDict()
         self.copies: OrderedDict[Any, Tensor] = OrderedDict()
         self.numel = [w.numel() for w in table["w"]]
+        self.chunks = sum(-(-n // CHUNK) for n in self.numel)
         self.sizes = self.on_device(self.numel, torch.int64)
         self.group = self.on_device(table.group, torch.int32)
 
@@ -287,17 +292,19 @@ class _Layout:
         self.seen_in_capture.clear()
         self.stream = _stream(self.device)
         self.streams.add(self.stream)
+        self.plain = not capturing and len(self.streams) == 1
         if not capturing:
-            chunks = sum(-(-n // CHUNK) for n in self.numel)
-            self.graphs.reserve(8 * (_Graphs.COLUMNS * len(self.numel) + chunks), self.device)
+            self.graphs.reserve(8 * (_Graphs.COLUMNS * len(self.numel) + self.chunks), self.device)
         self.read(self.sizes, self.group)
 
     def read(self, *kept: Tensor) -> None:
         """The op under way reads memory that may be given up before it has run."""
+        if self.plain:
+            return
         for x in kept:
             if self.capturing:
                 self.graphs.hold(x)
-            elif len(self.streams) > 1:
+            else:
                 x.record_stream(self.stream)
 
     def on_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -331,7 +338,7 @@ class _Layout:
         Returns:
             The hyper-parameters ``reads``, float64 [names, groups].
         """
-        mail = _Mail()
+        mail: _Mail = []
         for name in ("w", "b", *names):
             self._look_at(name, mail)
         values = _values(reads, groups, scaling)
@@ -341,15 +348,13 @@ class _Layout:
                 if others != reads and triton_rules.LIMIT not in others:
                     with contextlib.suppress(KeyError):  # of other groups than these
                         self._compare(others, _values(others, groups, None), mail)
-        if mail.stores:
-            sent = self.send(mail.pack()) if mail.data else self.sizes.new_empty(0)
-            for store, part in zip(mail.stores, sent.split(mail.sizes), strict=True):
-                store(part)
+        self.deliver(mail)
         if _on_device(values):
             return torch.stack([_scalar(x, self.device) for x in values])
-        found: _Numbers = self.seen_in_capture.get(reads) or self.numbers[reads]
-        self.read(found.on_device)
-        return found.on_device
+        if reads in self.seen_in_capture:
+            return self.seen_in_capture[reads].on_device
+        self.read(self.numbers[reads].on_device)
+        return self.numbers[reads].on_device
 
     def _look_at(self, name: str, mail: _Mail) -> None:
         if name in self.seen_in_capture:
@@ -358,7 +363,7 @@ class _Layout:
         if known is None or name in self.table.dirty:
             rows, present = self.table[name], self.table.present(name)
             there = rows if all(present) else [x for x in rows if x is not None]
-            places = [x.data_ptr() for x in there]
+            places = _addresses(there)
             misaligned = [place & 15 for place in places] if functools.reduce(operator.or_, places, 0) & 15 else []
             form = _Form(present, [x.dtype for x in there], [x.stride() for x in there], misaligned)
             if len(there) < len(rows):
@@ -375,7 +380,7 @@ class _Layout:
                 def store(part: Tensor) -> None:
                     kept[name] = _Column(places, form, traits, kind, part)
 
-                mail.put(array("q", places), store)
+                mail.append((array("q", places), store))
             if not self.capturing:
                 self.table.dirty.discard(name)
 
@@ -388,13 +393,30 @@ class _Layout:
         def store(part: Tensor) -> None:
             kept[reads] = _Numbers(values, part.view(torch.float64))
 
-        mail.put(array("d", values), store)
+        mail.append((array("d", values), store))
+
+    def deliver(self, mail: _Mail) -> None:
+        """In one copy; in a capture, where the same numbers are kept once for all graphs, each by itself."""
+        if not mail:
+            return
+        nothing = self.sizes.new_empty(0)
+        if self.capturing:
+            sent = [
+                self.graphs.send(torch.frombuffer(x, dtype=torch.int64), self.device) if x else nothing for x, _ in mail
+            ]
+        else:
+            data = bytearray().join(memoryview(x).cast("B") for x, _ in mail)
+            every = self.send(torch.frombuffer(data, dtype=torch.int64)) if data else nothing
+            sent = list(every.split([len(x) for x, _ in mail]))
+        for (_, store), part in zip(mail, sent, strict=True):
+            store(part)
 
     def column(self, name: str) -> _Column:
         """As :meth:`update` has seen it."""
-        found = self.seen_in_capture.get(name) or self.columns[name]
-        self.read(found.addresses)
-        return found
+        if name in self.seen_in_capture:
+            return self.seen_in_capture[name]
+        self.read(self.columns[name].addresses)
+        return self.columns[name]
 
     def kind(self, traits: tuple[_Trait | None, ...]) -> int:
         if traits not in self.kinds:
@@ -413,7 +435,7 @@ class _Layout:
         Rows not ``from_b`` still write b where b is among the names.
         """
         columns = {name: self.column(name) for name in dict.fromkeys(["w", "b", *names])}
-        key = (tuple(names), tuple(column.kind for column in columns.values()), tuple(rows), tuple(from_b))
+        key = (tuple(names), tuple(column.kind for column in columns.values()), bytes(rows), bytes(from_b))
         if key in self.buckets:
             buckets, odd = self.buckets[key]
             for bucket in buckets:
@@ -443,6 +465,7 @@ class _Layout:
         place = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(counts)
         rows, chunks = torch.tensor(members), torch.stack([row, place])
         return _Bucket(
+            len(members),
             self.send(rows.to(torch.int32)),
             self.send(chunks.to(torch.int32)),
             self.send(first.to(torch.int32)),
@@ -461,21 +484,8 @@ class _Layout:
         return self._masters[1]
 
 
-class _Mail:
-    """Numbers that go to the device in one copy."""
-
-    def __init__(self) -> None:
-        self.data, self.sizes = bytearray(), list[int]()
-        self.stores: list[Callable[[Tensor], None]] = []
-        """What takes each part, int64, when it is on the device."""
-
-    def put(self, numbers: array[Any], store: Callable[[Tensor], None]) -> None:
-        self.data += numbers.tobytes()
-        self.sizes.append(len(numbers))
-        self.stores.append(store)
-
-    def pack(self) -> Tensor:
-        return torch.frombuffer(self.data, dtype=torch.int64)
+_Mail = list[tuple["array[Any]", Callable[[Tensor], None]]]
+"""Numbers of 8 bytes for the device, and what takes them, as int64, when they are there."""
 
 
 def _values(reads: tuple[Read, ...], groups: Groups, scaling: Scaling | None) -> list[Any]:
@@ -487,7 +497,7 @@ def _values(reads: tuple[Read, ...], groups: Groups, scaling: Scaling | None) ->
 
 def _on_device(values: list[Any]) -> bool:
     """Is there a tensor among them? Its value may have changed unseen, and is copied on the device."""
-    return any(isinstance(x, Tensor) for x in values)
+    return not {float}.issuperset(map(type, values))
 
 
 def _forget_oldest(kept: OrderedDict[Any, Any], limit: int = 64) -> None:
@@ -518,13 +528,17 @@ class _Handle:
         self.graphs = _Graphs()
 
 
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
 def _layout(table: TensorTable) -> _Layout:
     """To be called once an op, first."""
     if table.handle is None:
         table.handle = _Handle()
     handle: _Handle = table.handle
     capturing = _capturing(table.device)
-    if handle.layout is None or handle.layout.w != [w.data_ptr() for w in table["w"]]:
+    if handle.layout is None or handle.layout.w != _addresses(table["w"]):
         if capturing:
             raise RuntimeError(f"these parameters are new to the Triton backend where they are now: {WARM_UP}")
         handle.layout = _Layout(table, handle.graphs)
@@ -665,7 +679,7 @@ def _sums(layout: _Layout, reading: _Reading, known: Tensor | None, adaptive: Ad
     count = before + len(reading.pairs)
     eta = _eta(layout, adaptive) if any(reading.stretched) else None
     buckets, odd = layout.split(reading.used, _any_present(table, reading.used), [False] * len(table))
-    if sum(len(bucket.members) for bucket in buckets) == len(table):
+    if sum(bucket.size for bucket in buckets) == len(table):
         values = torch.empty(count, len(table), dtype=torch.float64, device=table.device)
     else:  # rows that no launch writes
         values = torch.zeros(count, len(table), dtype=torch.float64, device=table.device)
@@ -687,7 +701,7 @@ def _sums(layout: _Layout, reading: _Reading, known: Tensor | None, adaptive: Ad
             )
         _launch(
             bucket.prepared(_add_partials, reading, before),
-            (len(bucket.members), count),
+            (bucket.size, count),
             table.device,
             values,
             partials,
@@ -1015,7 +1029,7 @@ def _step(layout: _Layout, bucket: _Bucket, base: str, coefficients: Coefficient
     if base != "grad":
         _launch(
             launches.advance,
-            (-(-len(bucket.members) // ROWS_BLOCK),),
+            (-(-bucket.size // ROWS_BLOCK),),
             device,
             *layout.addresses("step"),
             factors,
@@ -1023,7 +1037,7 @@ def _step(layout: _Layout, bucket: _Bucket, base: str, coefficients: Coefficient
             hyper,
             layout.group,
             found_inf,
-            len(bucket.members),
+            bucket.size,
             rows,
             groups,
         )
@@ -1055,7 +1069,7 @@ def _step(layout: _Layout, bucket: _Bucket, base: str, coefficients: Coefficient
     trust_ratio = torch.empty(rows, dtype=torch.float64, device=device)
     _launch(
         launches.finish,
-        (len(bucket.members),),
+        (bucket.size,),
         device,
         norm,
         trust_ratio,

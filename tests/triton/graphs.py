@@ -45,13 +45,13 @@ class Gpu:
 
         monkeypatch.setattr(backend._Graphs, "reserve", reserve_outside)
 
-    def launch(self, kernel: Any, grid: Any, device: Any, *arguments: Any, **constexprs: Any) -> None:
+    def launch(self, launch: Any, grid: Any, device: Any, *arguments: Any) -> None:
         if self.graph is not None:
-            self.graph.record(self._launch, (kernel, grid, device, *arguments), constexprs, None)
+            self.graph.record(self._launch, (launch, grid, device, *arguments), {}, None)
             return
         made = {id(x) for x in self.captured}
         assert not any(id(x) in made for x in tree_iter(arguments)), "an eager launch reads what a graph will write"
-        self._launch(kernel, grid, device, *arguments, **constexprs)
+        self._launch(launch, grid, device, *arguments)
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
