@@ -16,14 +16,16 @@ IN_A_ROW = 10
 
 class Skipped:
     """
-    On the CPU a count is a number and the warning comes with the tenth step. On other devices the count stays there: after
-    every ten steps a copy of it sets out for the host, and is looked at ten steps later, when it has long arrived. The
-    warning then comes within thirty steps.
+    On the CPU a count is a number and the warning comes with the tenth step. On other devices the count stays there, and ten
+    steps are added to it at once: after that a copy of it sets out for the host, and is looked at ten steps later, when it
+    has long arrived. The warning then comes within thirty steps.
     """
 
     def __init__(self) -> None:
-        self._steps = self._run = 0
+        self._run = 0
         self._count = torch.zeros((), dtype=torch.int64)
+        self._noted: list[Tensor] = []
+        """found_inf of the steps that are not in the count yet."""
         self._copies: list[tuple[Tensor, Any]] = []
         """The count of ten steps ago and the one before, on their way to the host, with the events of their arrival."""
         self._warned = False
@@ -31,7 +33,7 @@ class Skipped:
     @property
     def count(self) -> Tensor:
         """On the device of the parameters, int64, shape []."""
-        return self._count.clone()
+        return self._count + (torch.stack(self._noted) > 0).sum() if self._noted else self._count.clone()
 
     def note(self, found_inf: Tensor) -> None:
         """A step is done, or left out where ``found_inf`` is 1.0."""
@@ -49,12 +51,18 @@ class Skipped:
             self._run = 0
 
     def _note_there(self, found_inf: Tensor) -> None:
-        if self._count.device != found_inf.device:
-            self._count, self._copies = self._count.to(found_inf.device), []
-        self._count += found_inf > 0
-        self._steps += 1
         is_cuda = found_inf.device.type == "cuda"
-        if self._warned or self._steps % IN_A_ROW or not is_cuda or torch.cuda.is_current_stream_capturing():
+        if self._count.device != found_inf.device:
+            self._count, self._noted, self._copies = self.count.to(found_inf.device), [], []
+        if is_cuda and torch.cuda.is_current_stream_capturing():
+            self._count += found_inf > 0  # by every replay
+            return
+        self._noted.append(found_inf)
+        if len(self._noted) < IN_A_ROW:
+            return
+        self._count += (torch.stack(self._noted) > 0).sum()
+        self._noted = []
+        if self._warned or not is_cuda:
             return
         if len(self._copies) == 2 and all(event.query() for _, event in self._copies):
             older, newer = (int(copy) for copy, _ in self._copies)

@@ -1,6 +1,6 @@
 """Compiles ahead of time, for GPUs that are not there, every launch that the ops make; prints what came out as JSON.
 
-Usage: python launches.py cuda:90 | hip:gfx942
+Usage: python launches.py cuda:90 | hip:gfx942 [rules]; with ``rules`` the kernel that evaluates a rule, for every rule
 
 The host code runs as it is, on CPU tensors, but a launch is compiled instead of run. So the element types, the
 constexprs and the arguments are the ones that a GPU would see.
@@ -26,8 +26,9 @@ from triton.compiler import ASTSource
 import looksam_kernels as lk
 from looksam_kernels.backends import triton as backend
 from looksam_kernels.backends import triton_kernels
-from looksam_kernels.formulas import Coefficients
+from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Sums
 from looksam_kernels.updates import BASES
+from tests.kernels.cases import RULE_GROUPS
 
 POINTERS = {
     torch.int32: "*i32",
@@ -45,12 +46,17 @@ def type_of(argument: Any) -> Any:
     return "constexpr" if argument is None else {int: "i32"}[type(argument)]
 
 
+def _text(constexpr: Any) -> str:
+    """A rule's function is told from others by what it does."""
+    return str(getattr(constexpr, "src", constexpr))
+
+
 def compile_launch(target: GPUTarget, kernel: Any, arguments: tuple[Any, ...], constexprs: dict[str, Any]) -> Any:
     signature = dict(zip(kernel.arg_names, map(type_of, arguments), strict=False))
     absent = {name: None for name, x in zip(kernel.arg_names, arguments, strict=False) if x is None}
     signature |= dict.fromkeys(constexprs, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs={**absent, **constexprs})
-    return triton.compile(source, target=target, options=backend.compiler_options(target.warp_size))
+    return triton.compile(source, target=target, options=backend.compiler_options(target))
 
 
 def report(compiled: Any, kernel: Any, constexprs: dict[str, Any]) -> dict[str, Any]:
@@ -115,22 +121,40 @@ def launch_everything() -> None:
             lk.step(table, base, down, [{**dict.fromkeys(row.read, 0.1), "betas": (0.9, 0.9, 0.9)}])
 
 
-def main(name: str) -> None:
+def evaluate_every_rule() -> None:
+    """As it is, and with a loss scale, clipping and LARS's trust ratio. (``momentum`` is what a rule reads of SGD.)"""
+    groups = [{"norm_scope": "global", "momentum": 0.9, **group} for group in RULE_GROUPS]
+    for rule in (*ASCENTS, *DESCENTS):
+        table = lk.TensorTable([torch.zeros(4)] * len(groups), range(len(groups)), backend="triton")
+        pairs = lk.ops.pairs_of(rule, clip=True, trust_ratio=True)
+        sums = Sums(pairs, torch.ones(len(pairs), len(groups), dtype=torch.float64))
+        lk.coefficients(table, rule, sums, groups)
+        lk.coefficients(
+            table, rule, sums, groups, grad_scale=torch.tensor(2.0), max_grad_norm=1.0, trust_ratio=rule in DESCENTS
+        )
+
+
+def main(name: str, what: str = "") -> None:
     system, _, architecture = name.partition(":")
     target = GPUTarget("cuda", int(architecture), 32) if system == "cuda" else GPUTarget("hip", architecture, 64)
     found, seen = [], set()
 
-    def launch(kernel: Any, grid: Any, device: Any, *arguments: Any, **constexprs: Any) -> None:
-        key = (kernel.fn.__name__, str([type_of(x) for x in arguments]), str(constexprs))
+    def launch(prepared: Any, grid: Any, device: Any, *arguments: Any) -> None:
+        kernel, constexprs = prepared.kernel, prepared.constexprs
+        key = (
+            kernel.fn.__name__,
+            str([type_of(x) for x in arguments]),
+            str({n: _text(x) for n, x in constexprs.items()}),
+        )
         if key not in seen:
             seen.add(key)
             found.append(report(compile_launch(target, kernel, arguments, constexprs), kernel, constexprs))
 
     backend._launch, backend._kernels = launch, lambda: triton_kernels  # type: ignore[assignment]
     backend.unavailable = lambda device: None  # type: ignore[assignment]
-    launch_everything()
+    evaluate_every_rule() if what == "rules" else launch_everything()
     print(json.dumps({"triton": triton.__version__, "launches": found}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
