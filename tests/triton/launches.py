@@ -122,8 +122,8 @@ def launch_everything() -> None:
 
 
 def evaluate_every_rule() -> None:
-    """As it is, and with a loss scale, clipping and LARS's trust ratio. (``momentum`` is what a rule reads of SGD.)"""
-    groups = [{"norm_scope": "global", "momentum": 0.9, **group} for group in RULE_GROUPS]
+    """As it is, and with a loss scale, clipping and LARS's trust ratio."""
+    groups = [{"norm_scope": "global", **group} for group in RULE_GROUPS]
     for rule in (*ASCENTS, *DESCENTS):
         table = lk.TensorTable([torch.zeros(4)] * len(groups), range(len(groups)), backend="triton")
         pairs = lk.ops.pairs_of(rule, clip=True, trust_ratio=True)
