@@ -43,6 +43,8 @@ struct PerturbBody {
     const bool moves = !combination.is_zero();
     const double eta = a.eta != nullptr ? a.eta[chunk.row] : 0;
     const bool scaled = a.eta != nullptr && eta == eta;
+    // w is read where the perturbation starts from it, or is scaled with it.
+    const Span<T> current(!from_b || scaled ? a.w[chunk.row] : Ref{0}, chunk.offset);
     const MaskSpan mask(a.mask, chunk.row, chunk.offset);
     const bool aligned = w.aligned() && b.aligned() && x[0].aligned() && x[1].aligned() && x[2].aligned();
 
@@ -54,15 +56,15 @@ struct PerturbBody {
         constexpr bool kWhole = decltype(is_whole)::value;
         Loaded loaded = {{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
                           x[2].template load<kWhole>(i, size)},
-                         w.template load<kWhole>(i, size),
+                         current.template load<kWhole>(i, size),
                          {}};
         if (from_b) loaded.b = b.template load<kWhole>(i, size);
         return loaded;
       };
       const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
 
-      const Vector<T> current = loaded.w.values();
-      const Vector<T> origin = from_b ? loaded.b.values() : current;
+      const Vector<T> before = loaded.w.values();
+      const Vector<T> origin = from_b ? loaded.b.values() : before;
       Vector<T> moved = origin;
       if (moves) {
         const Vector<T> inputs[kMaxInputs] = {loaded.x[0].values(), loaded.x[1].values(), loaded.x[2].values()};
@@ -71,7 +73,7 @@ struct PerturbBody {
           for (int k = 0; k < T::lanes; ++k)
             if (!mask.keeps(i + k)) e.lane[k] = Wide(-0.0);  // origin + -0.0 has origin's bits
         for (int k = 0; k < T::lanes; ++k) {
-          const Wide scale = scaled ? adaptive_scale(current.lane[k], static_cast<Wide>(eta)) : Wide(1);
+          const Wide scale = scaled ? adaptive_scale(before.lane[k], static_cast<Wide>(eta)) : Wide(1);
           moved.lane[k] = looksam::perturbed(origin.lane[k], scale, e.lane[k]);
         }
       }
