@@ -391,7 +391,7 @@ def _alike(x: Tensor, p: Tensor) -> bool:
 
 def _norm_sq(x: Tensor) -> Tensor:
     """||x||^2 of the whole tensor, of which this rank may hold a shard."""
-    total = x.square().sum(dtype=scalar_dtype(x.device))
+    total = torch.linalg.vector_norm(x, dtype=scalar_dtype(x.device)).square()  # squares of bfloat16 would be rounded
     whole: Tensor = getattr(total, "full_tensor", lambda: total)()
     return whole
 
