@@ -10,16 +10,19 @@ import fcntl
 import os
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from looksam_kernels import extension
 from looksam_kernels.__main__ import main
-from looksam_kernels.build import builder, recipe
+from looksam_kernels.build import builder, compiling, recipe
 from tests.packaging.support import ALONE, QuickCompiler, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a shared library is a .so on Linux")
@@ -57,8 +60,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def directly(
+    recipe: Any, csrc: Path, stamp: recipe.Stamp, objects: Path, into: Path, progress: Callable[[str], None]
+) -> Path:
+    """In the place of :func:`compile_module`: one call of the compiler, without the process in which torch's helpers run."""
+    for folder in (objects, into):
+        folder.mkdir()
+    (objects / "stamp.cpp").write_text(recipe.stamp_source(stamp))
+    made = into / f"{stamp.module}.{stamp.python}.so"
+    include = f"-I{sysconfig.get_paths()['include']}"
+    sources = (str(csrc / "bindings/cpu.cpp"), "stamp.cpp")
+    compiling._run(
+        [*recipe.compiler(), "-shared", "-fPIC", include, *sources, "-o", str(made)],
+        "",
+        objects,
+        dict(os.environ),
+        progress,
+    )
+    return made
+
+
 def compile_with(compiler: QuickCompiler, monkeypatch: pytest.MonkeyPatch, **options: float) -> Lines:
-    """A build in this process; returns what it reports."""
+    """A build in this process, without what takes its time, torch being imported in two others; returns what it reports."""
+    monkeypatch.setattr(builder, "compile_module", directly)
+    monkeypatch.setattr(builder, "_try", lambda made, module: None)
     monkeypatch.setenv("CXX", str(compiler.path))
     said: Lines = []
     builder.build(recipe.CPU, said.append, **options)
@@ -88,6 +113,8 @@ def test_just_in_time(site: Path, cache: Path, tmp_path: Path) -> None:
     env = environment(site, cache, QuickCompiler(tmp_path / "compiler")) | {"LOOKSAM_JIT": "1"}
     code = (
         "import torch, looksam, looksam_kernels\n"
+        "from looksam_kernels.build import builder\n"
+        "builder._try = lambda made, module: None  # it is loaded below\n"
         "print(looksam_kernels.backend_info('cpu')['native'].available)\n"
         "looksam.SAM([torch.nn.Parameter(torch.ones(3))], 'sgd', lr=0.1)\n"
         "print(looksam_kernels.backend_info('cpu')['native'].available)\n"
@@ -139,7 +166,8 @@ def test_a_failure_says_why_and_leaves_nothing(cache: Path, tmp_path: Path, monk
 
 
 def test_a_killed_build_blocks_nobody(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = QuickCompiler(tmp_path / "compiler", "import time\nif '-c' in given:\n    time.sleep(30)\n")
+    slow = QuickCompiler(tmp_path / "compiler", "import time\nif '-shared' in given:\n    time.sleep(30)\n")
+    monkeypatch.setattr(builder, "compile_module", directly)
     child = os.fork()
     if child == 0:
         os.environ["CXX"] = str(slow.path)
@@ -156,8 +184,20 @@ def test_a_killed_build_blocks_nobody(cache: Path, tmp_path: Path, monkeypatch: 
     assert left_behind(cache) == []
 
 
+def test_a_module_that_does_not_load_is_not_published(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "compile_module", directly)
+    compiler = QuickCompiler(tmp_path / "compiler")
+    (tmp_path / "compiler" / "stub.cpp").write_text("int nothing;")
+    monkeypatch.setenv("CXX", str(compiler.path))
+    with pytest.raises(builder.BuildError, match="was compiled, but does not load"):
+        builder.build(recipe.CPU, print)
+    assert builds(cache) == []
+
+
 def test_waiting_for_another_process_ends(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = QuickCompiler(tmp_path / "compiler", 'if "-c" in given: sys.exit(1)')
+    compiler = QuickCompiler(tmp_path / "compiler", 'if "-shared" in given: sys.exit(1)')
     with pytest.raises(builder.BuildError):  # the lock's file stays
         compile_with(compiler, monkeypatch)
     (lock,) = (cache / "builds").glob("*.lock")
