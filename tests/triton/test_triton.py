@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +132,29 @@ def test_a_triton_that_lacks_what_the_kernels_use_is_no_backend(
         assert said is None or backend.unavailable(torch.device("cuda")) == why
     finally:
         backend._not_usable.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_gpus_of_every_maker_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's are torch's cuda devices, Intel's are xpu devices."""
+    device = torch.device(kind)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for there, why in ((False, "torch finds no GPU with a driver here"), (True, None)):
+        monkeypatch.setattr(torch.get_device_module(kind), "is_available", lambda there=there: there)
+        assert backend.unavailable(device) == why
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes", "options"),
+    [
+        ("cuda", 32, {"num_warps": 8, "maxnreg": 128}),
+        ("hip", 64, {"num_warps": 4}),
+        ("hip", 32, {"num_warps": 8}),  # RDNA, whose compiler knows no maxnreg either
+        ("xpu", 16, {"num_warps": 16}),
+    ],
+)
+def test_compiler_options_go_by_the_name_of_tritons_backend(name: str, lanes: int, options: dict[str, int]) -> None:
+    assert backend.compiler_options(SimpleNamespace(backend=name, warp_size=lanes)) == options
 
 
 # What it compiles -----------------------------------------------------------------------------------------------------
