@@ -136,6 +136,17 @@ def asam(sums: Sums, hyper: Hyper) -> Tensor:
     return _over_norm(hyper.row("rho"), sums.total("Tg", "Tg").sqrt(), hyper)
 
 
+def sam_unified(sums: Sums, hyper: Hyper) -> Tensor:
+    """c = rho (1 - l + l / (||g|| + perturb_eps)), l = normalization: 1 is SAM, 0 is without the norm. Unified SAM,
+    Oikonomou & Loizou 2025."""
+    return _partly_over_norm(sums.total("g", "g").sqrt(), hyper)
+
+
+def asam_unified(sums: Sums, hyper: Hyper) -> Tensor:
+    """c = rho (1 - l + l / (||T g|| + perturb_eps)) with e = c T^2 g."""
+    return _partly_over_norm(sums.total("Tg", "Tg").sqrt(), hyper)
+
+
 def esam(sums: Sums, hyper: Hyper) -> Tensor:
     """c = rho / (beta (||g|| + perturb_eps)), where a mask keeps each element with probability beta. ESAM, Du et al. 2022."""
     return _over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("g", "g").sqrt(), hyper)
@@ -207,6 +218,11 @@ def extrapolate_sgd(sums: Sums, hyper: Hyper) -> tuple[Row, ...]:
     return -lr, -decay, -momentum  # maximize turns y round alone
 
 
+def _partly_over_norm(norm: Tensor, hyper: Hyper) -> Tensor:
+    rho, part = hyper.row("rho"), hyper.row("normalization")
+    return torch.where(norm > 0, rho * (1 - part), 0.0) + _over_norm(rho * part, norm, hyper)
+
+
 def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
     rho, norm = hyper.row("rho"), direction_norm(inputs, c, sums)
     return tuple(_over_norm(rho * x, norm, hyper) for x in c)
@@ -248,6 +264,17 @@ def looksam_refresh(sums: Sums, hyper: Hyper) -> Direction:
     """d = s, q = s - (<g,s>/||g||^2) g. LookSAM, Liu et al. 2022."""
     gs, gg = (_scoped(sums.of(*pair), hyper) for pair in (("g", "s"), ("g", "g")))
     return Direction(d=(1.0, 0.0), q=(1.0, -ratio(gs, gg)))
+
+
+def sam_blend(sums: Sums, hyper: Hyper) -> Direction:
+    """d = a s + (1 - a) g, a = strength. Gradient norm penalty, Zhao, Zhang & Hu 2022."""
+    a = hyper.row("strength")
+    return Direction(d=(a, 1 - a))
+
+
+def looksam_blend(sums: Sums, hyper: Hyper) -> Direction:
+    """d = a s + (1 - a) g, a = strength; q as :func:`looksam_refresh`."""
+    return sam_blend(sums, hyper)._replace(q=looksam_refresh(sums, hyper).q)
 
 
 def looksam_reuse(sums: Sums, hyper: Hyper) -> Direction:
@@ -353,6 +380,8 @@ class Ascent(NamedTuple):
     """The rule that takes its place where a group is adaptive: with T = |w| + eta."""
     everywhere: bool = False
     """Does it move all tensors, also those outside a perturb filter?"""
+    unified: str | None = None
+    """The rule that takes its place where a group's ``normalization`` is not 1."""
 
 
 class Descent(NamedTuple):
@@ -370,6 +399,8 @@ class Descent(NamedTuple):
     everywhere: bool = False
     """Is it the same for tensors outside a perturb filter? The others are about those inside, as if there were no others;
     those outside have the first input for d."""
+    blended: str | None = None
+    """The rule that takes its place where a group's ``strength`` is not 1."""
 
 
 def _pairs(names: str) -> tuple[Pair, ...]:
@@ -378,7 +409,9 @@ def _pairs(names: str) -> tuple[Pair, ...]:
 
 
 ASCENTS = {
-    "sam": Ascent(sam, _pairs("gg"), adaptive="asam"),
+    "sam": Ascent(sam, _pairs("gg"), adaptive="asam", unified="sam_unified"),
+    "sam_unified": Ascent(sam_unified, _pairs("gg"), adaptive="asam_unified"),
+    "asam_unified": Ascent(asam_unified, (("Tg", "Tg"),)),
     "asam": Ascent(asam, (("Tg", "Tg"),)),
     "esam": Ascent(esam, _pairs("gg"), adaptive="esam_adaptive"),
     "esam_adaptive": Ascent(esam_adaptive, (("Tg", "Tg"),)),
@@ -397,8 +430,12 @@ ASCENTS = {
 
 DESCENTS = {
     "at_w": Descent(as_is, ("g",), _pairs("gg"), everywhere=True),
-    "at_perturbed": Descent(as_is, ("s",), _pairs("ss"), everywhere=True),
-    "looksam_refresh": Descent(looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q"),
+    "at_perturbed": Descent(as_is, ("s",), _pairs("ss"), everywhere=True, blended="sam_blend"),
+    "sam_blend": Descent(sam_blend, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
+    "looksam_refresh": Descent(
+        looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q", blended="looksam_blend"
+    ),
+    "looksam_blend": Descent(looksam_blend, ("s", "g"), _pairs("gg gs ss"), writes="q", whole=True),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), _pairs("gg qq"), _pairs("gq")),
     "ssam": Descent(ssam, ("s",), _pairs("gg ss")),
     "gsam": Descent(gsam, ("s", "g"), _pairs("gg gs ss"), whole=True),

@@ -146,6 +146,7 @@ ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta")),
     dict.fromkeys(("SAM", "LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive_filter",))
     | {"FriendlySAM": ("adaptive", "eta", "adaptive_filter"), "SAMPa": ("previous_batch", "sgd_step")},
+    dict.fromkeys(("SAM", "LookSAM"), ("normalization", "strength")),
 ]
 """The hyper-parameters that classes got after their first release, one after the other: older checkpoints lack them."""
 STATE = ("q", "q_norm_sq", "m", "y")

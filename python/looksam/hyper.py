@@ -114,6 +114,8 @@ RANGES: dict[str, Range] = {
     "rho": at_least(0),
     "adaptive": flag(),
     "alpha": at_least(0),
+    "normalization": within(0, 1),
+    "strength": at_least(0),
     "eta": at_least(0),
     "perturb_eps": at_least(0),
     "k": whole_at_least(1),

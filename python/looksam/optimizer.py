@@ -21,7 +21,7 @@ from looksam.filters import Filters
 from looksam.hyper import COMMON, RANGES, Group, GroupChecks, Range, check_keys
 from looksam.messages import arguments, check_backend, shown
 from looksam.passes import PassRunner
-from looksam.plans import Plan, Variant
+from looksam.plans import Plan, Variant, resolved
 from looksam.shards import refuse_flat, refuse_shard_of_optimizer
 from looksam.skipped import Skipped
 from looksam.steps import RunningStep
@@ -406,7 +406,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
             if not self._checks.hold(self.param_groups):
                 self.settle()
                 self._checks.follow(self.param_groups)
-            self._step = RunningStep(self._plan, self._bound(), self._base, self._passes, self.variant.radius)
+            plan = self._plan
+            if "strength" in self._base.ours.in_groups:
+                plan = resolved(plan, self.param_groups)
+            self._step = RunningStep(plan, self._bound(), self._base, self._passes, self.variant.radius)
         return self._step
 
     def _abandon(self) -> None:

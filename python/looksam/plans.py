@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from looksam.hyper import Radius
+from looksam.hyper import Group, Radius, on_host
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Ascent, Descent
 from looksam_kernels.formulas import rule as rule
 
@@ -59,6 +60,24 @@ def _spent(plan: Plan, current: Pass, descent: Descent, ascents: tuple[Ascent, .
     rules: list[Ascent | Descent] = [descent, *(ASCENTS[name] for name in later if name is not None)]
     read = {column for rule in rules for column in (*rule.inputs, *chain.from_iterable(rule.pairs))}
     return frozenset(x.column for x in plan.passes) - read
+
+
+def resolved(plan: Plan, groups: Sequence[Group]) -> Plan:
+    """With the rules that take the place of the plan's where a group's ``normalization`` or ``strength`` is not 1."""
+    if any(_is_not_one(g.get("normalization", 1)) for g in groups):
+        plan = plan._replace(passes=tuple(x._replace(ascent=x.ascent and _unified(x.ascent)) for x in plan.passes))
+    if any(_is_not_one(g.get("strength", 1)) for g in groups):
+        plan = plan._replace(descent=DESCENTS[plan.descent].blended or plan.descent)
+    return plan
+
+
+def _unified(ascent: str) -> str:
+    return ASCENTS[ascent].unified or ascent
+
+
+def _is_not_one(x: Any) -> bool:
+    """A number on a device may be another."""
+    return bool(on_host(x) != 1)
 
 
 class Variant(NamedTuple):

@@ -28,6 +28,8 @@ class SAM(SharpnessAware):
         k: a sharp step on every k-th step, >= 1.
         perturb_eps: added to the norm.
         eta, adaptive_filter: of ASAM; see there.
+        normalization: l in e = rho (1 - l + l / ||g||) g, in [0, 1]; 0: without the norm; per group.
+        strength: a in d = a s + (1 - a) g on the sharp steps, >= 0; per group. k: as much in k steps as SAM in each.
 
     ``params``, ``base_optimizer``, ``backend``, ``base_kwargs`` and the errors: :class:`looksam.SharpnessAware`.
     """
@@ -42,11 +44,13 @@ class SAM(SharpnessAware):
         perturb_eps: float = 1e-12,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        normalization: float = 1.0,
+        strength: float = 1.0,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
-        hyper |= {"adaptive_filter": adaptive_filter}
+        hyper |= {"adaptive_filter": adaptive_filter, "normalization": normalization, "strength": strength}
         variant = Variant(sharp=sharp_plan("sam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -64,7 +68,7 @@ class LookSAM(SharpnessAware):
         k: a sharp step on every k-th step, >= 1; k = 1 is SAM.
         alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
-        rho, perturb_eps, adaptive, eta, adaptive_filter: of the perturbation, as in :class:`looksam.SAM`.
+        rho, perturb_eps, adaptive, eta, adaptive_filter, normalization, strength: as in :class:`looksam.SAM`.
 
     Beside these: those of the base (``lr``, ``weight_decay``, ``momentum`` or ``betas``, ...); ``max_grad_norm``, to clip;
     ``model``, so that the running statistics of batch norms move once a step. Everything else, and the errors:
@@ -96,11 +100,14 @@ class LookSAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        normalization: float = 1.0,
+        strength: float = 1.0,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope}
         hyper |= {"perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
+        hyper |= {"normalization": normalization, "strength": strength}
         variant = Variant(sharp=sharp_plan("sam", "looksam_refresh"), between=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 

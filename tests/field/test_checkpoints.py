@@ -164,8 +164,13 @@ def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> 
 
 
 OLDER = [
-    *((name, ("adaptive", "eta", "adaptive_filter")) for name in ("looksam", "ssam", "gsam", "wsam", "friendlysam")),
-    *((name, ("adaptive_filter",)) for name in ("sam", "asam", "looksam", "ssam", "gsam", "wsam")),
+    *(
+        (name, ("adaptive", "eta", "adaptive_filter", "normalization", "strength"))
+        for name in ("looksam", "ssam", "gsam", "wsam", "friendlysam")
+    ),
+    *((name, ("adaptive_filter",)) for name in ("ssam", "gsam", "wsam")),
+    *((name, ("adaptive_filter", "normalization", "strength")) for name in ("sam", "asam", "looksam")),
+    *((name, ("normalization", "strength")) for name in ("sam", "looksam")),
 ]
 """Variants, and what their checkpoints once lacked."""
 ALIKE = {"sam", "asam", "ssam"}
@@ -182,7 +187,7 @@ def test_field_09_a_checkpoint_of_before_the_variant_had_an_option(variant: str,
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         for name in lacks:
-            del group[name]
+            group.pop(name, None)
     other.load_state_dict(model.state_dict())
     second = VARIANTS[variant](other.parameters(), "sgd", **options)
     with warnings.catch_warnings():

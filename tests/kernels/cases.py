@@ -197,7 +197,17 @@ def kept_elements(keep: float, seed: int, draw: int, row: int, w: Tensor) -> Ten
 
 # Hyper-parameters ---------------------------------------------------------------------------------------------------
 
-_SHARED = {"perturb_eps": 1e-12, "theta": 0.9, "sigma": 1.0, "lambda_": 0.2, "gamma": 0.6, "beta": 0.1, "momentum": 0.9}
+_SHARED = {
+    "perturb_eps": 1e-12,
+    "theta": 0.9,
+    "sigma": 1.0,
+    "lambda_": 0.2,
+    "gamma": 0.6,
+    "beta": 0.1,
+    "momentum": 0.9,
+    "normalization": 0.4,
+    "strength": 1.7,
+}
 
 
 def _lars(weight_decay: float, always_adapt: bool, trust_clip: bool) -> dict[str, Any]:

@@ -151,15 +151,45 @@ METHODS = {
     ),
 }
 
+_FEW = ("sgd-clip", "adamw", "lars", "Adafactor")
+UNIFIED = ({"rho": 0.3, "normalization": 0.5}, {"rho": 0.1, "normalization": 0.0}, {"rho": 0.2})
+STRENGTHS = ({"rho": 0.3, "strength": 1.5}, {"rho": 0.1, "strength": 0.4}, {"rho": 0.2})
+
+
+def _both(a: tuple, b: tuple) -> tuple:
+    return tuple({**x, **y} for x, y in zip(a, b, strict=True))
+
+
+METHODS |= {
+    name: replace(METHODS[of], ascent=independent.ascent_unified, hyper=_both(METHODS[of].hyper, hyper), bases=_FEW)
+    for name, of, hyper in (
+        ("sam-3-unified", "sam-3", UNIFIED),
+        ("asam-3-unified", "asam-3", UNIFIED),
+        ("looksam-3-unified", "looksam-3", UNIFIED),
+        ("sam-3-strength", "sam-3", STRENGTHS),
+        ("looksam-3-strength", "looksam-3", STRENGTHS),
+        ("looksam-3-tensor-both", "looksam-3-tensor", _both(UNIFIED, STRENGTHS)),
+    )
+}
 METHODS |= {
     f"{name}-only": replace(
         METHODS[name],
         options={**METHODS[name].options, "perturb_filter": some},
-        bases=("sgd-clip", "adamw", "lars", "Adafactor"),
+        bases=_FEW,
     )
     for name in (
         *("sam-3", "asam-3", "looksam-3", "looksam-3-tensor", "layersam-3-trust_normalized", "layersam-3-trust-filter"),
-        *("ssam-3", "gsam-3", "wsam-3", "crsam-3", "vasso", "friendlysam", "friendlysam-adaptive", "sampa"),
+        *(
+            "sam-3-strength",
+            "ssam-3",
+            "gsam-3",
+            "wsam-3",
+            "crsam-3",
+            "vasso",
+            "friendlysam",
+            "friendlysam-adaptive",
+            "sampa",
+        ),
     )
 }
 """With a perturb filter."""
@@ -212,10 +242,10 @@ def group_hypers(method: Method, base: Base) -> list[dict]:
 def hypers(method: Method, base: Base) -> list[dict]:
     """One dict a group, complete, as the independent calculation reads it."""
     defaults = {"perturb_eps": 1e-12, "adaptive": method.optimizer is looksam.ASAM, "eta": 0.01, "alpha": 0.7}
-    defaults |= {"rho_min": 0.0, "lr_min": 0.0}
+    defaults |= {"rho_min": 0.0, "lr_min": 0.0, "normalization": 1.0}
     if method.optimizer in (looksam.LayerSAM, looksam.LookLayerSAM):
         defaults["perturb_eps"] = 0.0  # the layer-wise formulas have none
-    return [{**defaults, **method.options, **base.options, **h} for h in group_hypers(method, base)]
+    return [{**defaults, "strength": 1.0, **method.options, **base.options, **h} for h in group_hypers(method, base)]
 
 
 def names_for(method: Method, base: Base) -> tuple[str, ...]:

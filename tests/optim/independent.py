@@ -63,6 +63,18 @@ def ascent_asam(w: list[Array], g: Arrays, h: list[Hyper]) -> Arrays:
     ]
 
 
+def ascent_unified(w: list[Array], g: Arrays, h: list[Hyper]) -> Arrays:
+    """e = rho (1 - l + l / (||T g|| + eps)) T^2 g: ASAM's with the norm to a part only; 0 where g is."""
+    t = [
+        np.abs(wp) + hp["eta"] if hp["adaptive"] and is_matrix(wp) else np.ones_like(wp)
+        for wp, hp in zip(w, h, strict=True)
+    ]
+    n = norm([None if gp is None else tp * gp for tp, gp in zip(t, g, strict=True)])
+    parts = [1 - hp["normalization"] + hp["normalization"] / (n + hp["perturb_eps"]) if n > 0 else 0.0 for hp in h]
+    rows = zip(t, g, h, parts, strict=True)
+    return [None if gp is None else hp["rho"] * part * tp**2 * gp for tp, gp, hp, part in rows]
+
+
 def is_matrix(w: Array) -> bool:
     return w.ndim >= 2
 
@@ -368,14 +380,16 @@ class Independent:
 
 
 class SAM(Independent):
-    """d = s, at w + e."""
+    """d = a s + (1 - a) g, s at w + e; a = 1 unless there is another."""
 
     def sharp(self) -> Arrays:
         g = self.gradient_at()
         return self.combine(g, self.gradient_at(self.ascent(self.w, g, self.h)))
 
     def combine(self, g: Arrays, s: Arrays) -> Arrays:
-        return s
+        if all(hp.get("strength", 1) == 1 for hp in self.h):
+            return s
+        return self.each(lambda s, g, hp: hp["strength"] * s + (1 - hp["strength"]) * g, s, g)
 
 
 class LookSAM(SAM):
@@ -389,7 +403,7 @@ class LookSAM(SAM):
                 continue  # an absent tensor takes no part: what it had as q, it keeps
             c = joint if self.norm_scope == "global" else ratio(dot([gp], [sp]), norm([gp]) ** 2)
             self.kept[i] = sp if gp is None else sp - c * gp
-        return s
+        return super().combine(g, s)
 
     def between(self, g: Arrays) -> Arrays:
         """d = g + alpha (||g|| / ||q||) q. Tensors without a gradient are in neither norm."""

@@ -99,6 +99,17 @@ def sam(at: Theirs, rho: float = 0.3, l2: float = 0.0) -> None:
     at.descend(at.gradient([rho * x / norm(g) for x in g], l2=l2))
 
 
+def unified(at: Theirs, rho: float = 0.3, part: float = 0.4) -> None:
+    g = at.gradient()
+    at.descend(at.gradient([rho * (1 - part + part / norm(g)) * x for x in g]))
+
+
+def norm_penalty(at: Theirs, rho: float = 0.3, a: float = 0.8) -> None:
+    g = at.gradient()
+    s = at.gradient([rho * x / norm(g) for x in g])
+    at.descend([(1 - a) * x + a * y for x, y in zip(g, s, strict=True)])
+
+
 def sam_on(at: Theirs, rho: float = 0.3) -> None:
     """The perturbation of the norm layer alone."""
     g = [x if name.startswith("1.") else 0 * x for name, x in zip(at.names, at.gradient(), strict=True)]
@@ -345,6 +356,14 @@ ROWS = (
         "ASAM", "SamsungLabs/ASAM", 2021, "",
         restated(partial(asam, t=named_weight)), over_sgd(looksam.ASAM, rho=0.5),
         "the scale of a norm layer is named weight there, and has one dimension",
+    ),
+    Row(
+        "Unified SAM", "Oikonomou & Loizou", 2025, "`SAM(normalization=λ)`",
+        restated(unified), over_sgd(looksam.SAM, normalization=0.4),
+    ),
+    Row(
+        "Gradient norm penalty", "zhaoyang-0204/gnp", 2022, "`SAM(strength=α)`",
+        restated(norm_penalty), over_sgd(looksam.SAM, strength=0.8),
     ),
     Row("SSAM", "cltan023/stablesam2024", 2024, "", restated(ssam), over_sgd(looksam.SSAM)),
     Row(
