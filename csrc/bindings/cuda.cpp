@@ -7,7 +7,9 @@
 namespace looksam::cuda {
 
 #if defined(LOOKSAM_HARNESS)
-void fail_after(std::int64_t launches);  // csrc/harness/execute.h
+// csrc/harness/execute.h
+void fail_after(std::int64_t launches);
+void run_launches_with(std::function<void(const std::string&, std::int64_t, const void*, std::size_t)> launch);
 #endif
 
 namespace {
@@ -41,6 +43,7 @@ struct Evaluation {
              py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     check_groups(table.group(), group_list);
     args.evaluate = true;
+    std::fill(std::begin(args.place), std::end(args.place), std::int8_t{-1});
     args.rule = rule_named(name);
     args.common = common_hyper(group_list, max_grad_norm);
     for (const py::handle group : group_list) groups.push_back(rule_hyper(args.rule, group));
@@ -66,7 +69,8 @@ struct Evaluation {
   void reads(const Pair& pair, const double* value, double* copy) {
     if (args.fields == kFields) throw py::value_error("a rule reads at most " + std::to_string(kFields) + " sums");
     const auto x = column_named(pair.first), y = column_named(pair.second);
-    args.field[args.fields++] = {x && y ? Sums::index(*x, *y) : -1, value, copy};
+    if (x && y) args.place[Sums::index(*x, *y)] = static_cast<std::int8_t>(args.fields);
+    args.field[args.fields++] = {value, copy};
   }
 
   // After the launch that has evaluated the rule, and filled in its rows and groups.
@@ -396,6 +400,7 @@ class Table : public DeviceTable {
       launch.args = args;
       launch.args.rows = window.rows;
       launch.args.rows_here = window.rows_here;
+      launch.args.chunks_here = window.chunks;
       if (layout != nullptr) launch.args.map = layout->map, launch.args.partial = data<double>(layout->partial);
       if (!last) launch.args.cached_value = nullptr;
       if (last && rule != nullptr) {
@@ -411,8 +416,7 @@ class Table : public DeviceTable {
           launch.column.high[row] = static_cast<std::uint16_t>(refs[window.rows.first + row] >> 32);
         }
       }
-      cuda::sums(window.kind, window.chunks, launch, rule != nullptr ? static_cast<int>(groups.size()) : 0,
-                 session.stream);
+      cuda::sums(window.kind, launch, rule != nullptr ? static_cast<int>(groups.size()) : 0, session.stream);
     }
     if (args.passed_to != nullptr) {
       columns_[passed].refs = columns.refs(passed);
@@ -459,6 +463,13 @@ PYBIND11_MODULE(LOOKSAM_MODULE, module) {
     looksam::cuda::harness_stream = reinterpret_cast<looksam::cuda::Stream>(stream);
   });
   module.def("use_capture", [](unsigned long long capture) { looksam::cuda::harness_capture = capture; });
+  // run(kernel, blocks, arguments) for the rest of the process; `run` is never let go, as Python may end first.
+  module.def("run_launches_with", [](py::object run) {
+    looksam::cuda::run_launches_with(
+        [run = run.release()](const std::string& kernel, std::int64_t blocks, const void* args, std::size_t bytes) {
+          run(kernel, blocks, py::bytes(static_cast<const char*>(args), bytes));
+        });
+  });
   module.def("recorded", [] { return looksam::cuda::harness_recorded; });
 #endif
 }

@@ -1,7 +1,7 @@
 // Sums -> coefficients of every rule, in double, with all zero rules in one place: the twin of formulas.py.
 //
 // All functions work on one row and the totals over all rows, so that a host loop and a thread block can both drive
-// them:
+// them. `row` and `total` are Sums, or whatever else has of(x, y):
 //   1. unscale() each row's sums and add them up to the total
 //   2. direction() of each row; add up its direction_sq() over the rows
 //   3. finish() each row's direction
@@ -115,14 +115,15 @@ LOOKSAM_HD double unscaling(Col x, Col y, double inv_scale) {
 
 // Inner products <x, y> of one row, or their totals over all rows; 0 for pairs that the rule does not ask for.
 struct Sums {
-  double at[kCols * (kCols + 1) / 2];
+  static constexpr int count = kCols * (kCols + 1) / 2;
+  double at[count];
 
   static LOOKSAM_HD constexpr int index(Col x, Col y) { return x < y ? y * (y + 1) / 2 + x : x * (x + 1) / 2 + y; }
   LOOKSAM_HD double of(Col x, Col y) const { return at[index(x, y)]; }
   LOOKSAM_HD void set(Col x, Col y, double value) { at[index(x, y)] = value; }
 
   LOOKSAM_HD void add(const Sums& row) {
-    for (int i = 0; i < kCols * (kCols + 1) / 2; ++i) at[i] += row.at[i];
+    for (int i = 0; i < count; ++i) at[i] += row.at[i];
   }
 
   // The sums of gradients without their loss scale.
@@ -185,18 +186,23 @@ LOOKSAM_HD double reuse_ratio(double gg, double qq) { return qq > 0x1p-42 * gg ?
 LOOKSAM_HD double root(double square) { return square > 0 ? sqrt(square) : 0; }
 
 // L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and outside the layer filter; 0 where g_p = 0.
-LOOKSAM_HD double layer_ratio(const Sums& row, const RowHyper& h) {
+template <class Row>
+LOOKSAM_HD double layer_ratio(const Row& row, const RowHyper& h) {
   if (!(row.of(g, g) > 0)) return 0;
   return row.of(w, w) > 0 && h.layer_scaled > 0 ? sqrt(row.of(w, w) / row.of(g, g)) : 1;
 }
 
 // A moving average's weight of the new gradient: 1 where m is still zero, so that m starts as g.
-LOOKSAM_HD double weight_of_new(double weight, const Sums& row) { return row.of(m, m) > 0 ? weight : 1; }
+template <class Row>
+LOOKSAM_HD double weight_of_new(double weight, const Row& row) {
+  return row.of(m, m) > 0 ? weight : 1;
+}
 
 // d, q and post of a row, of unscaled inputs; an ascent's d is still without its length.
-LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, const RowHyper& h,
+template <class Row, class Total>
+LOOKSAM_HD Direction direction(Rule rule, const Row& row, const Total& total, const RowHyper& h,
                                const CommonHyper& common) {
-  const Sums& scoped = common.tensor_scope ? row : total;
+  const auto scoped = [&](Col x, Col y) { return common.tensor_scope ? row.of(x, y) : total.of(x, y); };
   const double eps = common.perturb_eps;
   const double gamma_odds = h.gamma / (1 - h.gamma);
   switch (rule) {
@@ -215,8 +221,8 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
     case Rule::friendly:
     case Rule::friendly_adaptive: return {{1, -h.sigma}, {}, {}};
     case Rule::extrapolate: return {{-h.lr}, {}, {}};
-    case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped.of(g, s), scoped.of(g, g))}, {}};
-    case Rule::looksam_reuse: return {{1, h.alpha * reuse_ratio(scoped.of(g, g), scoped.of(q, q))}, {}, {}};
+    case Rule::looksam_refresh: return {{1, 0}, {1, -ratio(scoped(g, s), scoped(g, g))}, {}};
+    case Rule::looksam_reuse: return {{1, h.alpha * reuse_ratio(scoped(g, g), scoped(q, q))}, {}, {}};
     case Rule::ssam: return {{over_norm(root(total.of(g, g)), root(total.of(s, s)), eps)}, {}, {}};
     case Rule::gsam: return {{1 + h.alpha * over_norm(total.of(g, s), total.of(s, s), eps), -h.alpha}, {}, {}};
     case Rule::wsam: return {{0, 1}, {}, {-h.lr * gamma_odds, h.lr * gamma_odds}};
@@ -232,11 +238,15 @@ LOOKSAM_HD Direction direction(Rule rule, const Sums& row, const Sums& total, co
 }
 
 // ||d_p||^2 from the inner products alone; of a stretched rule ||T d_p||^2.
-LOOKSAM_HD double direction_sq(const RuleInfo& rule, const Direction& direction, const Sums& row) {
+template <class Row>
+LOOKSAM_HD double direction_sq(const RuleInfo& rule, const Direction& direction, const Row& row) {
   const auto measured = [&](int i) { return !rule.stretched ? rule.input[i] : rule.input[i] == m ? Tm : Tg; };
   double square = 0;
-  for (int i = 0; i < rule.inputs; ++i)
-    for (int j = 0; j < rule.inputs; ++j) square += direction.d[i] * direction.d[j] * row.of(measured(i), measured(j));
+  // A loop of constant length leaves the direction in registers.
+  for (int i = 0; i < kMaxInputs; ++i)
+    for (int j = 0; j < kMaxInputs; ++j)
+      if (i < rule.inputs && j < rule.inputs)
+        square += direction.d[i] * direction.d[j] * row.of(measured(i), measured(j));
   return square;
 }
 
@@ -244,7 +254,8 @@ LOOKSAM_HD bool is_ascent(Rule rule) { return rule < Rule::as_is; }
 
 // What a row's d is still multiplied by: an ascent's length, or the descent's min(1, max_grad_norm / ||d||).
 // direction_sq_total: direction_sq() over all rows.
-LOOKSAM_HD double length(Rule rule, const Sums& row, const Sums& total, const RowHyper& h, const CommonHyper& common,
+template <class Row, class Total>
+LOOKSAM_HD double length(Rule rule, const Row& row, const Total& total, const RowHyper& h, const CommonHyper& common,
                          double direction_sq_total) {
   const double eps = common.perturb_eps;
   if (!is_ascent(rule)) {
@@ -285,16 +296,21 @@ LOOKSAM_HD double lars_ratio(double w_norm_sq, double d_norm_sq, const LarsHyper
   return r < h.lr ? r / h.lr : 1;
 }
 
-// The coefficients of the inputs as they are, loss scale and all; an ascent's are 0 after a non-finite sum.
+// The i-th coefficients of a direction, of the input as it is, loss scale and all; an ascent's is 0 after a non-finite
+// sum.
+LOOKSAM_HD void finish(const RuleInfo& rule, int i, double& d, double& q, double& post, double length,
+                       const RowHyper& h, const CommonHyper& common, bool found_inf) {
+  const double unscaled = is_scaled(rule.input[i]) ? common.inv_scale : 1;
+  d *= length * h.sign * unscaled;
+  q *= unscaled;
+  post *= h.sign * unscaled;
+  if (is_ascent(rule.rule) && found_inf) d = 0;
+}
+
 LOOKSAM_HD void finish(const RuleInfo& rule, Direction& direction, double length, const RowHyper& h,
                        const CommonHyper& common, bool found_inf) {
-  for (int i = 0; i < rule.inputs; ++i) {
-    const double unscaled = is_scaled(rule.input[i]) ? common.inv_scale : 1;
-    direction.d[i] *= length * h.sign * unscaled;
-    direction.q[i] *= unscaled;
-    direction.post[i] *= h.sign * unscaled;
-    if (is_ascent(rule.rule) && found_inf) direction.d[i] = 0;
-  }
+  for (int i = 0; i < rule.inputs; ++i)
+    finish(rule, i, direction.d[i], direction.q[i], direction.post[i], length, h, common, found_inf);
 }
 
 }  // namespace looksam

@@ -15,28 +15,40 @@ namespace looksam::cuda {
 
 inline constexpr int kThreads = 256;
 
-// Scratch memory of block_sum. Every body's Shared begins with one.
-struct SumScratch {
-  double of_thread[kThreads];
-  double of_lane[32];
-};
-
-// The sum over the block's threads, in an order that depends on their number only; every thread gets it.
-template <class Block>
-LOOKSAM_HD double block_sum(const Block& block, SumScratch& scratch, double x) {
-  scratch.of_thread[block.rank()] = x;
-  block.barrier();
-  if (block.rank() < 32) {
-    double sum = 0;
-    for (int k = block.rank(); k < block.size(); k += 32) sum += scratch.of_thread[k];
-    scratch.of_lane[block.rank()] = sum;
+// Up to kSums sums over the block's threads at a time, in an order that depends on the number of threads only: those
+// that are 32 apart first, then the 32 that this gives. Lies in shared memory.
+template <int kSums>
+class BlockSums {
+ public:
+  // This thread's term of the k-th sum.
+  template <class Block>
+  LOOKSAM_HD void put(const Block& block, int k, double term) {
+    of_thread_[k][block.rank()] = term;
   }
-  block.barrier();
-  double total = 0;
-  for (int lane = 0; lane < 32; ++lane) total += scratch.of_lane[lane];
-  block.barrier();
-  return total;
-}
+
+  // The k-th of `count` sums in thread k, 0 in the threads that have none.
+  template <class Block>
+  LOOKSAM_HD double totals(const Block& block, int count) {
+    block.barrier();
+    for (int i = block.rank(); i < count * kLanes; i += block.size()) {
+      const double* const term = of_thread_[i / kLanes];
+      double sum = 0;
+      for (int k = i % kLanes; k < block.size(); k += kLanes) sum += term[k];
+      of_lane_[i / kLanes][i % kLanes] = sum;
+    }
+    block.barrier();
+    double total = 0;
+    if (block.rank() < count)
+      for (int lane = 0; lane < kLanes; ++lane) total += of_lane_[block.rank()][lane];
+    return total;
+  }
+
+ private:
+  static constexpr int kLanes = 32;
+
+  double of_thread_[kSums][kThreads];
+  double of_lane_[kSums][kLanes + 1];  // one more, so that the threads of totals() read from different banks
+};
 
 // Is this the last of `expected` blocks to arrive? It may then read what the others wrote before they arrived. The
 // counter is 0 before the first and after the last.
@@ -60,9 +72,12 @@ struct DeviceBlock {
   __device__ __forceinline__ void barrier() const { __syncthreads(); }
   __device__ __forceinline__ bool any(bool flag) const { return __syncthreads_or(flag) != 0; }
   __device__ __forceinline__ std::uint32_t arrive(std::uint32_t* counter) const {
-    __threadfence();
-    const std::uint32_t before = atomicAdd(counter, 1u);
-    __threadfence();
+    // One order for this counter is enough: __threadfence() would be one for all memory, twice a block.
+    std::uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
     return before;
   }
 };

@@ -28,7 +28,7 @@ using Stream = void*;  // a cudaStream_t
 // blocks: one a chunk of the rows.
 
 // groups: how many of launch.group are set.
-void sums(Kind kind, std::int64_t blocks, const LargeSums& launch, int groups, Stream stream);
+void sums(Kind kind, const LargeSums& launch, int groups, Stream stream);
 // The trust ratios of LARS, from what sums() has left.
 void lars(const LarsArgs& args, Stream stream);
 void perturb(Kind kind, std::int64_t blocks, const PerturbArgs& args, Stream stream);

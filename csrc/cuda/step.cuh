@@ -28,7 +28,7 @@ struct StepTable {
   const Ref* count;              // scalars of type float
   const Ref* written;            // receives the second combination
   const Ref* written_norm_sq;    // scalars of type double; may be null
-  double* partial;               // [3, chunks]: squares of the second combination, of w, of u
+  double* partial;               // [sums, chunks]: squares of the second combination, of w, of u, where asked for
   std::uint32_t* row_arrivals;
   const double* trust;        // lars' ratios, [rows of the whole table]; null: the base is another
   double* trust_ratio;        // lamb's, likewise
@@ -72,9 +72,10 @@ struct StepRow {
   }
 };
 
-template <class T>
+template <class T, int kSums>
 struct StepShared {
-  SumScratch scratch;
+  BlockSums<kSums> sums;
+  double total[kSums];
   UpdateScalars<typename T::Wide> scalars;
 };
 
@@ -91,16 +92,16 @@ LOOKSAM_HD float* count_of(const StepArgs& a, std::int32_t row) {
 }
 
 // The scalars of a row's update, made by one thread for all. updates: how many the row has had, this one included.
-template <class T, class Block>
-LOOKSAM_HD const UpdateScalars<typename T::Wide>& scalars_of(const Block& block, StepShared<T>& shared,
-                                                             const StepArgs& a, std::int32_t row, int updates_to_come) {
+template <class Wide, class Block>
+LOOKSAM_HD const UpdateScalars<Wide>& scalars_of(const Block& block, UpdateScalars<Wide>& shared, const StepArgs& a,
+                                                 std::int32_t row, int updates_to_come) {
   if (block.rank() == 0) {
     const double updates = static_cast<double>(*count_of(a, row)) + updates_to_come;
     const double trust = a.trust != nullptr ? a.trust[row] : 1;
-    shared.scalars = base_scalars(group_of(a, row).hyper, updates, trust).template to<typename T::Wide>();
+    shared = base_scalars(group_of(a, row).hyper, updates, trust).template to<Wide>();
   }
   block.barrier();
-  return shared.scalars;
+  return shared;
 }
 
 // Update: a base of core/updates.h; GradRunsAs for grad too.
@@ -112,7 +113,8 @@ struct StepBody {
   static constexpr int kMostBlocks = states_of<Update> < 3 ? 3 : states_of<Update> * T::lanes < 24 ? 2 : 1;
   static constexpr int kBlocksPerProcessor =
       T::blocks_per_processor < kMostBlocks ? T::blocks_per_processor : kMostBlocks;
-  using Shared = StepShared<T>;
+  static constexpr int kSums = Update::two_phases ? 3 : 1;
+  using Shared = StepShared<T, kSums>;
 
   template <class Block>
   LOOKSAM_HD static void run(const Block& block, Shared& shared, const StepArgs& a) {
@@ -150,7 +152,7 @@ struct StepBody {
     const bool updates = !std::is_same<Update, GradRunsAs>::value || a.base != Base::grad;
     const Span<T> output(updates ? Ref{0} : a.input[0][chunk.row], chunk.offset);
     // They stay in shared memory: in registers they would leave too few.
-    const UpdateScalars<Wide>& h = updates ? scalars_of<T>(block, shared, a, chunk.row, 1) : shared.scalars;
+    const UpdateScalars<Wide>& h = updates ? scalars_of(block, shared.scalars, a, chunk.row, 1) : shared.scalars;
     const auto state_of_row = [&](int k) {
       return StateSpan<T>(updates && has_state<Update>(k, h) ? a.state[k][chunk.row] : Ref{0}, chunk.offset);
     };
@@ -212,34 +214,41 @@ struct StepBody {
       whole ? store(std::true_type{}) : store(std::false_type{});
     });
 
-    const auto put_partial = [&](int which, Wide sum) {
-      const double total = block_sum(block, shared.scratch, static_cast<double>(sum));
-      if (block.rank() == 0) a.partial[which * a.map.chunks + index] = total;
-    };
-    if (a.q != nullptr) put_partial(0, square.written);
-    if (Update::two_phases) put_partial(1, square.w), put_partial(2, square.u);
+    const int count = sums_of(a);
+    if (count == 0) return;
+    if (a.q != nullptr) shared.sums.put(block, 0, static_cast<double>(square.written));
+    if (Update::two_phases) {
+      shared.sums.put(block, count - 2, static_cast<double>(square.w));
+      shared.sums.put(block, count - 1, static_cast<double>(square.u));
+    }
+    const double total = shared.sums.totals(block, count);
+    if (block.rank() < count) a.partial[block.rank() * a.map.chunks + index] = total;
+    if (count > 1) block.barrier();  // thread 0 is to publish what the others have written
   }
+
+  // Of the second combination, if there is one; then, in two phases, of w and u.
+  LOOKSAM_HD static int sums_of(const StepArgs& a) { return (a.q != nullptr ? 1 : 0) + (Update::two_phases ? 2 : 0); }
 
   // All blocks of the row have read its update count.
   template <class Block>
   LOOKSAM_HD static void finish_row(const Block& block, Shared& shared, const StepArgs& a, std::int32_t row,
                                     std::int64_t begin, std::int64_t end) {
-    const auto total = [&](int which) {
+    const int count = sums_of(a);
+    for (int k = 0; k < count; ++k) {
       double sum = 0;
-      for (std::int64_t i = begin + block.rank(); i < end; i += block.size())
-        sum += a.partial[which * a.map.chunks + i];
-      return block_sum(block, shared.scratch, sum);
-    };
-    if (a.q != nullptr) {
-      const double norm_sq = total(0);
-      const Ref target = at(a.written_norm_sq, row);
-      if (block.rank() == 0 && target.present()) *reinterpret_cast<double*>(target.data()) = norm_sq;
+      for (std::int64_t i = begin + block.rank(); i < end; i += block.size()) sum += a.partial[k * a.map.chunks + i];
+      shared.sums.put(block, k, sum);
     }
-    if (Update::two_phases) {
-      const double w_sq = total(1), u_sq = total(2);
-      if (block.rank() == 0) a.trust_ratio[row] = looksam::trust_ratio(w_sq, u_sq, group_of(a, row).hyper);
-    }
-    if (block.rank() == 0 && a.base != Base::grad) *count_of(a, row) += 1;
+    const double total = count > 0 ? shared.sums.totals(block, count) : 0;
+    if (block.rank() < count) shared.total[block.rank()] = total;
+    block.barrier();
+    if (block.rank() != 0) return;
+    const Ref norm_sq = at(a.written_norm_sq, row);
+    if (a.q != nullptr && norm_sq.present()) *reinterpret_cast<double*>(norm_sq.data()) = shared.total[0];
+    if (Update::two_phases)
+      a.trust_ratio[row] =
+          looksam::trust_ratio(shared.total[count - 2], shared.total[count - 1], group_of(a, row).hyper);
+    if (a.base != Base::grad) *count_of(a, row) += 1;
   }
 };
 
@@ -248,7 +257,9 @@ template <class T>
 struct LambBody {
   using Wide = typename T::Wide;
   static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
-  using Shared = StepShared<T>;
+  struct Shared {
+    UpdateScalars<Wide> scalars;
+  };
 
   template <class Block>
   LOOKSAM_HD static void run(const Block& block, Shared& shared, const StepArgs& a) {
@@ -263,7 +274,7 @@ struct LambBody {
     const StateSpan<T> m(a.state[0][chunk.row], chunk.offset), v(a.state[1][chunk.row], chunk.offset);
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          m.aligned() && v.aligned();
-    const UpdateScalars<Wide> h = scalars_of<T>(block, shared, a, chunk.row, 0);
+    const UpdateScalars<Wide> h = scalars_of(block, shared.scalars, a, chunk.row, 0);
     const bool adds = !post.is_zero();
     const Wide trust_ratio = static_cast<Wide>(a.trust_ratio[chunk.row]);
 

@@ -4,9 +4,9 @@
 
 namespace looksam::cuda {
 
-void sums(Kind kind, std::int64_t blocks, const LargeSums& launch, int groups, Stream stream) {
+void sums(Kind kind, const LargeSums& launch, int groups, Stream stream) {
   // Blocks there must be, for the coefficients of a table without elements.
-  blocks = std::max<std::int64_t>(blocks, 1);
+  const std::int64_t blocks = std::max<std::int64_t>((launch.args.chunks_here + kChunksABlock - 1) / kChunksABlock, 1);
   const std::int32_t passed = launch.args.passed_to != nullptr ? launch.args.rows.count : 0;
   with_types(kind, [&](auto types) {
     using T = decltype(types);

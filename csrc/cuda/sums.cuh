@@ -1,6 +1,6 @@
 // sums: inner products of pairs of columns per row, and the coefficients of a rule from them.
 //
-//   every block       one chunk: the pairs' partial sums, stored by the chunk's index
+//   every block       a few chunks: the pairs' partial sums of each, stored by the chunk's index
 //   last of a row     adds the row's partial sums up, in the order of its chunks
 //   last of all       the totals over the rows, and the coefficients of every row (core/formulas.h)
 #pragma once
@@ -16,11 +16,14 @@ inline constexpr int kOperands = 3;
 inline constexpr int kPairs = kOperands * (kOperands + 1) / 2;  // (0,0) (0,1) (0,2) (1,1) (1,2) (2,2)
 inline constexpr int kFields = 12;
 
+// Consecutive ones: what follows a chunk's elements is paid once for all. More would leave processors without a block
+// at the end of a small model.
+inline constexpr int kChunksABlock = 2;
+
 LOOKSAM_HD constexpr int pair_of(int k, int l) { return k * kOperands - k * (k - 1) / 2 + l - k; }  // k <= l
 
-// A sum that a rule reads: which of Sums, and its value in every row.
+// A sum that a rule reads, or that is only checked for being finite.
 struct Field {
-  std::int32_t index;   // negative: none of them, only checked for being finite
   const double* value;  // [rows]
   double* copy;         // [rows]; null: none is made
 };
@@ -35,14 +38,40 @@ struct RuleArgs {
   const std::int32_t* group;  // [rows]
   std::int32_t fields;
   Field field[kFields];
-  double *d, *q, *post;  // [inputs, rows]; q and post are null where the rule has none
+  std::int8_t place[Sums::count];  // which field a sum is; negative: none
+  double *d, *q, *post;            // [inputs, rows]; q and post are null where the rule has none
   float* found_inf;
+};
+
+// What Sums is to the functions of formulas.h: the fields of a rule where they lie, without the loss scale. Sums
+// itself, indexed at run time, would take local or shared memory for every thread.
+struct RowFields {
+  const RuleArgs& rule;
+  std::int32_t row;
+  double inv_scale;
+
+  LOOKSAM_HD double of(Col x, Col y) const {
+    const int field = rule.place[Sums::index(x, y)];
+    return field < 0 ? 0 : rule.field[field].value[row] * unscaling(x, y, inv_scale);
+  }
+};
+
+struct TotalFields {
+  const RuleArgs& rule;
+  const double* total;
+  double inv_scale;
+
+  LOOKSAM_HD double of(Col x, Col y) const {
+    const int field = rule.place[Sums::index(x, y)];
+    return field < 0 ? 0 : total[field] * unscaling(x, y, inv_scale);
+  }
 };
 
 struct SumsArgs {
   ChunkMap map;
   Rows rows;
   std::int32_t rows_here;  // with chunks in this launch
+  std::int64_t chunks_here;
   std::int32_t operands;
   const Ref* operand[kOperands];
   Ref* passed_to;           // the operand that is passed in the arguments is written here; null: none is
@@ -78,14 +107,12 @@ static_assert(SmallSums::groups >= 8 && LargeSums::groups >= 64);
 template <class T, class Launch>
 struct SumsBody {
   using Wide = typename T::Wide;
-  static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
+  // 64 registers are too few for the coefficients.
+  static constexpr int kBlocksPerProcessor = T::blocks_per_processor < 3 ? T::blocks_per_processor : 3;
 
-  // What the functions of formulas.h index at run time lies here: in registers it would go to local memory.
-  static constexpr int kRowsAtATime = 64;
   struct Shared {
-    SumScratch scratch;
-    Sums total, row[kRowsAtATime];
-    Direction direction[kRowsAtATime];
+    BlockSums<kPairs> sums;
+    double total[kFields], direction_sq;
   };
 
   template <class Block>
@@ -97,13 +124,19 @@ struct SumsBody {
         a.passed_to[a.rows.first + i] = launch.column.at(static_cast<std::int32_t>(i));
 
     bool last = a.rows_here == 0;
-    if (!last) {
-      const std::int64_t index = a.rows.first_chunk + block.index();
-      const Chunk chunk = a.map.at(index);
-      add_up(block, shared, launch, chunk, index);
-      const std::int64_t begin = a.map.first[chunk.row], end = a.map.first[chunk.row + 1];
-      if (!last_to_arrive(block, &a.row_arrivals[chunk.row], end - begin)) return;
-      finish_row(block, shared, a, chunk.row, begin, end);
+    const std::int64_t mine = block.index() * kChunksABlock;
+    const std::int64_t end = mine + kChunksABlock < a.chunks_here ? mine + kChunksABlock : a.chunks_here;
+    for (std::int64_t i = mine; i < end; ++i) {
+      const std::int64_t index = a.rows.first_chunk + i;
+      add_up(block, shared, launch, a.map.at(index), index);
+    }
+    for (std::int64_t i = mine; i < end;) {  // the rows of these chunks
+      const std::int32_t row = a.map.row_of[a.rows.first_chunk + i];
+      const std::int64_t row_begin = a.map.first[row], row_end = a.map.first[row + 1];
+      const auto block_of = [&](std::int64_t chunk) { return (chunk - a.rows.first_chunk) / kChunksABlock; };
+      i = row_end - a.rows.first_chunk;
+      if (!last_to_arrive(block, &a.row_arrivals[row], block_of(row_end - 1) - block_of(row_begin) + 1)) continue;
+      finish_row(block, shared, a, row, row_begin, row_end);
       last = last_to_arrive(block, a.arrivals, a.rows_here);
     }
     if (last) finish(block, shared, launch);
@@ -127,17 +160,16 @@ struct SumsBody {
     for (int k = 0; k < kOperands; ++k) aligned = aligned && x[k].aligned();
 
     Wide sum[kPairs] = {};
-    for_each_vector<T>(block, chunk.size, aligned, [&](int i, int size, bool whole) {
-      struct Loaded {
-        Raw<T> x[kOperands], w;
-      };
-      const auto load = [&](auto is_whole) {
-        constexpr bool kWhole = decltype(is_whole)::value;
-        return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
-                       x[2].template load<kWhole>(i, size)},
-                      w.template load<kWhole>(i, size)};
-      };
-      const Loaded loaded = whole ? load(std::true_type{}) : load(std::false_type{});
+    struct Loaded {
+      Raw<T> x[kOperands], w;
+    };
+    const auto load = [&](int i, int size, auto is_whole) {
+      constexpr bool kWhole = decltype(is_whole)::value;
+      return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
+                     x[2].template load<kWhole>(i, size)},
+                    w.template load<kWhole>(i, size)};
+    };
+    for_each_two_vectors<T>(block, chunk.size, aligned, load, [&](const Loaded& loaded) {
       Vector<T> value[kOperands];
       for (int k = 0; k < kOperands; ++k) value[k] = loaded.x[k].values();
       if (scaled) {
@@ -152,27 +184,31 @@ struct SumsBody {
             for (int lane = 0; lane < T::lanes; ++lane) sum[pair_of(k, l)] += value[k].lane[lane] * value[l].lane[lane];
     });
 
-    double* partial = a.partial + index;
-    for (int pair = 0; pair < kPairs; ++pair) {
-      if (a.value[pair] == nullptr) continue;
-      const double total = block_sum(block, shared.scratch, static_cast<double>(sum[pair]));
-      if (block.rank() == 0) *partial = total;
-      partial += a.map.chunks;
-    }
+    int asked = 0;
+    for (int pair = 0; pair < kPairs; ++pair)
+      if (a.value[pair] != nullptr) shared.sums.put(block, asked++, static_cast<double>(sum[pair]));
+    const double total = shared.sums.totals(block, asked);
+    if (block.rank() < asked) a.partial[block.rank() * a.map.chunks + index] = total;
+    if (asked > 1) block.barrier();  // thread 0 is to publish what the others have written
   }
 
   template <class Block>
   LOOKSAM_HD static void finish_row(const Block& block, Shared& shared, const SumsArgs& a, std::int32_t row,
                                     std::int64_t begin, std::int64_t end) {
     const double* partial = a.partial;
+    double* mine = nullptr;
+    int asked = 0;
     for (int pair = 0; pair < kPairs; ++pair) {
       if (a.value[pair] == nullptr) continue;
+      if (block.rank() == asked) mine = a.value[pair];
       double sum = 0;
       for (std::int64_t i = begin + block.rank(); i < end; i += block.size()) sum += partial[i];
-      sum = block_sum(block, shared.scratch, sum);
-      if (block.rank() == 0) a.value[pair][row] = sum;
+      shared.sums.put(block, asked++, sum);
       partial += a.map.chunks;
     }
+    const double total = shared.sums.totals(block, asked);
+    if (mine != nullptr) mine[row] = total;
+    if (asked > 1) block.barrier();  // as above
   }
 
   template <class Block>
@@ -194,52 +230,55 @@ struct SumsBody {
     CommonHyper common = r.common;
     common.inv_scale = r.grad_scale != nullptr ? 1.0 / static_cast<double>(*r.grad_scale) : 1;
 
-    double not_finite = r.earlier_inf != nullptr && *r.earlier_inf > 0;
-    if (block.rank() == 0) shared.total = {};
-    for (int f = 0; f < r.fields; ++f) {
-      double sum = 0;
-      for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) {
-        const double value = r.field[f].value[row];
-        sum += value;
-        if (r.field[f].copy != nullptr) r.field[f].copy[row] = value;
+    for (int first = 0; first < r.fields; first += kPairs) {
+      const int count = r.fields - first < kPairs ? r.fields - first : kPairs;
+      for (int k = 0; k < count; ++k) {
+        const Field& field = r.field[first + k];
+        double sum = 0;
+        for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) {
+          const double value = field.value[row];
+          sum += value;
+          if (field.copy != nullptr) field.copy[row] = value;
+        }
+        shared.sums.put(block, k, sum);
       }
-      sum = block_sum(block, shared.scratch, sum);
-      if (block.rank() == 0 && r.field[f].index >= 0) shared.total.at[r.field[f].index] = sum;
-      not_finite += sum - sum != 0;  // of infinity and NaN it is NaN
+      const double total = shared.sums.totals(block, count);
+      if (block.rank() < count) shared.total[first + block.rank()] = total;
     }
-    const bool found_inf = not_finite > 0;
-    if (block.rank() == 0) shared.total.unscale(common.inv_scale);
     block.barrier();
+    bool found_inf = r.earlier_inf != nullptr && *r.earlier_inf > 0;
+    for (int f = 0; f < r.fields; ++f)
+      found_inf = found_inf || shared.total[f] - shared.total[f] != 0;  // of infinity and NaN it is NaN
 
-    // Each thread that has a place in `shared` has its rows, the same ones in both loops.
-    const int threads = block.size() < kRowsAtATime ? block.size() : kRowsAtATime;
-    const std::int32_t first = block.rank() < threads ? block.rank() : r.rows;
-    Sums& sums = shared.row[block.rank() % kRowsAtATime];
-    Direction& direction = shared.direction[block.rank() % kRowsAtATime];
-    const auto direct = [&](std::int32_t row) {
-      sums = {};
-      for (int f = 0; f < r.fields; ++f)
-        if (r.field[f].index >= 0) sums.at[r.field[f].index] = r.field[f].value[row];
-      sums.unscale(common.inv_scale);
-      direction = looksam::direction(r.rule.rule, sums, shared.total, group[r.group[row]], common);
-    };
-
+    const TotalFields total = {r, shared.total, common.inv_scale};
+    // The directions wait in their places for the length, which depends on all of them.
     double square = 0;
-    for (std::int32_t row = first; row < r.rows; row += threads) {
-      direct(row);
-      square += direction_sq(r.rule, direction, sums);
-    }
-    square = block_sum(block, shared.scratch, square);
-    for (std::int32_t row = first; row < r.rows; row += threads) {
-      direct(row);
-      const RowHyper& h = group[r.group[row]];
-      const double l = length(r.rule.rule, sums, shared.total, h, common, square);
-      looksam::finish(r.rule, direction, l, h, common, found_inf);
-      for (int i = 0; i < r.rule.inputs; ++i) {
+    for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) {
+      const RowFields fields = {r, row, common.inv_scale};
+      const Direction direction = looksam::direction(r.rule.rule, fields, total, group[r.group[row]], common);
+      for (int i = 0; i < kMaxInputs; ++i) {
+        if (i >= r.rule.inputs) continue;
         const std::int64_t place = static_cast<std::int64_t>(i) * r.rows + row;
         r.d[place] = direction.d[i];
         if (r.q != nullptr) r.q[place] = direction.q[i];
         if (r.post != nullptr) r.post[place] = direction.post[i];
+      }
+      square += direction_sq(r.rule, direction, fields);
+    }
+    shared.sums.put(block, 0, square);
+    square = shared.sums.totals(block, 1);
+    if (block.rank() == 0) shared.direction_sq = square;
+    block.barrier();
+    for (std::int32_t row = block.rank(); row < r.rows; row += block.size()) {
+      const RowHyper& h = group[r.group[row]];
+      const double l = length(r.rule.rule, RowFields{r, row, common.inv_scale}, total, h, common, shared.direction_sq);
+      for (int i = 0; i < r.rule.inputs; ++i) {
+        const std::int64_t place = static_cast<std::int64_t>(i) * r.rows + row;
+        double d = r.d[place], q = r.q != nullptr ? r.q[place] : 0, post = r.post != nullptr ? r.post[place] : 0;
+        looksam::finish(r.rule, i, d, q, post, l, h, common, found_inf);
+        r.d[place] = d;
+        if (r.q != nullptr) r.q[place] = q;
+        if (r.post != nullptr) r.post[place] = post;
       }
     }
     if (block.rank() == 0) *r.found_inf = found_inf ? 1.0f : 0.0f;
@@ -270,10 +309,10 @@ struct LarsBody {
     double w_norm_sq = 0, d_norm_sq = 0;
     for (int f = 0; f < r.fields; ++f) {
       const double value = r.field[f].value[row];
-      if (r.field[f].index == Sums::index(w, w)) w_norm_sq = value;
+      if (r.place[Sums::index(w, w)] == f) w_norm_sq = value;
       for (int i = 0; i < r.rule.inputs; ++i)
         for (int j = 0; j < r.rule.inputs; ++j)
-          if (r.field[f].index == Sums::index(r.rule.input[i], r.rule.input[j]))
+          if (r.place[Sums::index(r.rule.input[i], r.rule.input[j])] == f)
             d_norm_sq += r.d[i * static_cast<std::int64_t>(r.rows) + row] *
                          r.d[j * static_cast<std::int64_t>(r.rows) + row] * value;
     }

@@ -5,6 +5,8 @@
 // is captured.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/formulas.h"
 #include "../core/table.h"
 #include "../core/vec.h"
@@ -87,15 +89,6 @@ struct Raw {
     for (int k = 0; k < T::lanes; ++k) x.lane[k] = as<Wide>(element[k]);
     return x;
   }
-
-  template <class S>
-  LOOKSAM_HD static Raw of(const Vector<T>& x) {
-    S element[T::lanes];
-    for (int k = 0; k < T::lanes; ++k) element[k] = as<S>(x.lane[k]);
-    Raw raw = {};
-    memcpy(raw.pack, element, sizeof element);
-    return raw;
-  }
 };
 
 // One row's tensor from its current chunk on. may_be_narrow: its type is known at run time only.
@@ -113,8 +106,8 @@ class Span {
   LOOKSAM_HD bool narrow() const { return may_be_narrow && narrow_; }
   LOOKSAM_HD bool aligned() const { return looksam::aligned(data_); }
 
-  // Elements i .. i + size - 1; whole: these are all lanes, and the tensor is aligned. 0 in the other lanes, and in all
-  // of an absent tensor.
+  // Elements i .. i + size - 1; whole: these are all lanes, and the tensor is aligned, which is found out where it is
+  // not known. 0 in the other lanes, and in all of an absent tensor.
   template <bool whole, Cache cache = Cache::keep>
   LOOKSAM_HD Raw<T> load(int i, int size) const {
     Raw<T> raw = {};
@@ -134,16 +127,18 @@ class Span {
   LOOKSAM_HD void load_as(Raw<T>& raw, int i, int size) const {
     const S* from = reinterpret_cast<const S*>(data_) + i;
     constexpr int packs = T::lanes / Pack<S>::size;
-    if constexpr (whole) {
+    if (whole || (size == T::lanes && aligned())) {
       for (int p = 0; p < packs; ++p) {
         const Pack<S> pack = looksam::load<cache>(from + p * Pack<S>::size);
         memcpy(&raw.pack[p], &pack, 16);
       }
     } else {
-      S element[T::lanes] = {};
-      for (int k = 0; k < T::lanes; ++k)
-        if (k < size) element[k] = from[k];
-      memcpy(raw.pack, element, sizeof element);
+      for (int p = 0; p < packs; ++p) {
+        Pack<S> pack;
+        for (int k = 0; k < Pack<S>::size; ++k)
+          pack.lane[k] = p * Pack<S>::size + k < size ? from[p * Pack<S>::size + k] : S{};
+        memcpy(&raw.pack[p], &pack, 16);
+      }
     }
   }
 
@@ -151,11 +146,10 @@ class Span {
   LOOKSAM_HD void store_as(int i, int size, const Vector<T>& x) const {
     S* to = reinterpret_cast<S*>(data_) + i;
     constexpr int packs = T::lanes / Pack<S>::size;
-    if constexpr (whole) {
-      const Raw<T> raw = Raw<T>::template of<S>(x);
+    if (whole || (size == T::lanes && aligned())) {
       for (int p = 0; p < packs; ++p) {
         Pack<S> pack;
-        memcpy(&pack, &raw.pack[p], 16);
+        for (int k = 0; k < Pack<S>::size; ++k) pack.lane[k] = as<S>(x.lane[p * Pack<S>::size + k]);
         looksam::store<cache>(to + p * Pack<S>::size, pack);
       }
     } else {
@@ -193,13 +187,37 @@ struct Combination {
 template <class T>
 using StateSpan = Span<T, false>;
 
+// How many elements the vector has that begins at i.
+template <class T>
+LOOKSAM_HD int vector_size(int i, int chunk_size) {
+  return chunk_size - i < T::lanes ? chunk_size - i : T::lanes;
+}
+
 // A chunk's vectors, dealt out to the threads of a block: consecutive threads, consecutive vectors. `whole` is false at
-// the tail of a tensor, and everywhere in tensors that are not aligned.
+// the tail of a tensor, and where one of the tensors is not aligned: then each is accessed as it can be.
 template <class T, class Block, class Body>
 LOOKSAM_HD void for_each_vector(const Block& block, int chunk_size, bool aligned, const Body& body) {
   for (int i = block.rank() * T::lanes; i < chunk_size; i += block.size() * T::lanes) {
-    const int size = chunk_size - i < T::lanes ? chunk_size - i : T::lanes;
+    const int size = vector_size<T>(i, chunk_size);
     body(i, size, aligned && size == T::lanes);
+  }
+}
+
+// The same vectors in the same order for what reads only: load(i, size, whole) of two comes before use() of the first,
+// for a column alone does not have enough loads under way. whole: std::true_type or std::false_type.
+template <class T, class Block, class Load, class Use>
+LOOKSAM_HD void for_each_two_vectors(const Block& block, int chunk_size, bool aligned, const Load& load,
+                                     const Use& use) {
+  const int stride = block.size() * T::lanes;
+  int i = block.rank() * T::lanes;
+  for (; aligned && i + stride + T::lanes <= chunk_size; i += 2 * stride) {
+    const auto first = load(i, T::lanes, std::true_type{}), second = load(i + stride, T::lanes, std::true_type{});
+    use(first);
+    use(second);
+  }
+  for (; i < chunk_size; i += stride) {
+    const int size = vector_size<T>(i, chunk_size);
+    use(aligned && size == T::lanes ? load(i, size, std::true_type{}) : load(i, size, std::false_type{}));
   }
 }
 

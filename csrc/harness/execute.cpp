@@ -1,8 +1,10 @@
 #include "execute.h"
 
+#include <cxxabi.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -20,6 +22,7 @@ namespace {
 constexpr std::size_t kStack = 256 * 1024;
 
 std::int64_t launches_until_failure = -1;
+Launch launch_runner;
 
 struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
@@ -114,6 +117,17 @@ void fail_after(std::int64_t launches) { launches_until_failure = launches; }
 void fail_if_due(const char* op) {
   if (launches_until_failure >= 0 && launches_until_failure-- == 0)
     throw std::runtime_error(std::string(op) + ": a launch that was to fail");
+}
+
+void run_launches_with(Launch launch) { launch_runner = std::move(launch); }
+const Launch& launches_run_with() { return launch_runner; }
+
+std::string name_of(const std::type_info& type) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(type.name(), nullptr, nullptr, &status),
+                                                    std::free);
+  if (status != 0) throw std::runtime_error(std::string("not a type's name: ") + type.name());
+  return name.get();
 }
 
 void wait_for_block() {

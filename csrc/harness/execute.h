@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <typeinfo>
 
 #include "../cuda/launch.h"
 
@@ -55,6 +56,17 @@ void count_launch();
 void fail_after(std::int64_t launches);
 void fail_if_due(const char* op);
 
+// A launch as a driver gets it: the kernel's name in C++, how many blocks, the bytes of its arguments.
+using Launch = std::function<void(const std::string& kernel, std::int64_t blocks, const void* args, std::size_t bytes)>;
+
+// Runs every launch from now on in place of the bodies: for what else executes the kernels, as tests/cuda does with
+// nvcc's PTX.
+void run_launches_with(Launch launch);
+const Launch& launches_run_with();
+
+// The name that a C++ type has in the symbol of a kernel.
+std::string name_of(const std::type_info& type);
+
 template <class Body, class Args>
 std::optional<std::string> why_not_executable() {
   return std::nullopt;
@@ -65,6 +77,11 @@ void execute(const char* op, std::int64_t blocks, const Args& args, Stream) {
   if (blocks == 0) return;
   fail_if_due(op);
   static_assert(sizeof(Args) <= 32764, "more than a launch takes");
+  if (const Launch& launch = launches_run_with()) {
+    launch("looksam::cuda::kernel<" + name_of(typeid(Body)) + ", " + name_of(typeid(Args)) + ">", blocks, &args,
+           sizeof(Args));
+    return count_launch();
+  }
   using Shared = typename Body::Shared;
   const auto shared = std::make_unique<Shared>();
   // The arguments at their exact size on the heap, where reading past their end is seen.

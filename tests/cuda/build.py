@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda-tests"
 KERNELS = ("sums", "perturb", "step", "upload")
+KERNEL_HEADERS = ("core", "cuda", "harness")
+"""Folders of those that a kernel for the CPU is compiled with."""
 
 CXX = os.environ.get("CXX", "c++")
 COMMON = ["-fPIC", "-Wall", "-Werror", "-DLOOKSAM_HARNESS", "-DLOOKSAM_MODULE=_harness"]
@@ -63,16 +65,16 @@ def locked(name: str) -> Iterator[Path]:
         yield folder
 
 
-def compiled(command: Sequence[str], source: Path, folder: Path) -> Path:
-    """The object of one source; compiled again only if a file beside or below it, or the command, has changed."""
+def compiled(command: Sequence[str], source: Path, folder: Path, headers: Sequence[str], suffix: str = ".o") -> Path:
+    """What the command makes of one source; made again only if it, the command or a header in one of the folders has changed."""
     digest = hashlib.sha256(repr((command, source.name, torch.__version__)).encode())
-    for path in sorted(path for path in source.parents[1].rglob("*") if path.suffix in {".h", ".cuh"}):
+    for path in sorted(path for name in headers for path in (source.parents[1] / name).glob("*.*h")):
         digest.update(path.read_bytes())
     digest.update(source.read_bytes())
-    target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    target = folder / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
     if not target.exists():
         part = target.with_suffix(".part")
-        run(*command, "-c", source, "-o", part)
+        run(*command, source, "-o", part)
         part.rename(target)
     return target
 
@@ -80,25 +82,30 @@ def compiled(command: Sequence[str], source: Path, folder: Path) -> Path:
 def binding_object() -> Path:
     """The CUDA binding for CPU tensors and the harness. Without sanitizers: they are for the kernels."""
     with locked("binding") as folder:
-        return compiled([CXX, "-std=c++20", "-O1", *COMMON, *PYTHON], CSRC / "bindings/cuda.cpp", folder)
+        return compiled(
+            [CXX, "-std=c++20", "-O1", *COMMON, *PYTHON, "-c"],
+            CSRC / "bindings/cuda.cpp",
+            folder,
+            ("core", "cuda", "bindings"),
+        )
 
 
 def harness(sanitize: bool, fault: Fault | None = None) -> Path:
     """The extension module ``_harness``: looksam_kernels._cuda, for CPU tensors."""
     name = "sanitized" if sanitize else "plain"
-    command = [CXX, "-std=c++17", *COMMON, *(SANITIZE if sanitize else CONTRACT), "-x", "c++"]
+    command = [CXX, "-std=c++17", *COMMON, *(SANITIZE if sanitize else CONTRACT), "-c", "-x", "c++"]
     sources = [CSRC / "cuda" / f"{kernel}.cu" for kernel in KERNELS] + [CSRC / "harness" / "execute.cpp"]
     with locked(name) as folder:
         with ThreadPoolExecutor(2) as pool:
             # With the sanitizers' checks, -O1 takes longer to compile than it saves.
             level = "-O0" if sanitize else "-O1"
-            jobs = [pool.submit(compiled, [*command, level], path, folder) for path in sources]
+            jobs = [pool.submit(compiled, [*command, level], path, folder, KERNEL_HEADERS) for path in sources]
             objects = [job.result() for job in jobs] + [binding_object()]
         if fault is None:
             return _module(objects, folder, sanitize)
     with locked(f"{name}-{hashlib.sha256(repr(fault).encode()).hexdigest()[:8]}") as folder:
-        source = _with_fault(fault, folder) / "cuda" / f"{fault.kernel}.cu"
-        objects[KERNELS.index(fault.kernel)] = compiled([*command, "-O0"], source, folder)
+        source = with_fault(fault, folder) / "cuda" / f"{fault.kernel}.cu"
+        objects[KERNELS.index(fault.kernel)] = compiled([*command, "-O0"], source, folder, KERNEL_HEADERS)
         return _module(objects, folder, sanitize)
 
 
@@ -108,7 +115,7 @@ def _module(objects: Sequence[Path], folder: Path, sanitize: bool) -> Path:
     return module
 
 
-def _with_fault(fault: Fault, folder: Path) -> Path:
+def with_fault(fault: Fault, folder: Path) -> Path:
     _, file, text, replacement = fault
     source = folder / "csrc"
     shutil.rmtree(source, ignore_errors=True)
@@ -121,9 +128,24 @@ def _with_fault(fault: Fault, folder: Path) -> Path:
     return source
 
 
+def preprocessed(source: Path) -> str:
+    """The text that the harness is compiled from, without the names of the files that it comes from."""
+    return run(CXX, "-std=c++17", *COMMON, "-E", "-P", "-x", "c++", source)
+
+
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home, "bin")))
+
+
+def ptx(kernel: str, architecture: str, fault: Fault | None = None) -> Path:
+    """What nvcc makes of one of :data:`KERNELS` before its assembler."""
+    command = [str(nvcc()), "-std=c++17", "-O3", "-ptx", f"-arch=compute_{architecture}", "-Werror", "all-warnings"]
+    with locked(f"ptx-{kernel}-{architecture}") as folder:
+        if fault is None:
+            return compiled(command, CSRC / "cuda" / f"{kernel}.cu", folder, ("core", "cuda"), ".ptx")
+    with locked(f"ptx-{hashlib.sha256(repr(fault).encode()).hexdigest()[:8]}") as folder:
+        return compiled(command, with_fault(fault, folder) / "cuda" / f"{kernel}.cu", folder, ("core", "cuda"), ".ptx")
 
 
 def cuda_include(compiler: str) -> list[str]:

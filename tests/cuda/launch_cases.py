@@ -248,3 +248,25 @@ def test_numbers_that_do_not_fit_the_table_are_errors() -> None:
     cols["step"][0].resize_(0)
     with pytest.raises(ValueError, match="'step', row 0: 0 elements"):
         lk.step(made, "adam", COMBINATIONS["s"].coefficients(rows, DEVICE), BASE_CASES["adam"][1])
+
+
+def test_a_tensor_that_has_changed_since_the_last_op_is_read_as_it_is_now_or_refused() -> None:
+    rows = [Row((4, 6))]
+    cols = cases.columns(rows, DEVICE)
+    made = cases.table(rows, cols, "native")
+    (g,) = cols["g"]
+    assert g is not None
+    changes = [lambda: g.data * 2, lambda: g.data.t().contiguous().t(), lambda: g.data.to(BF16), lambda: g.data.to(F64)]
+    for change in changes:
+        for _ in range(2):
+            found = lk.sums(made, (("g", "g"), ("g", "w"))).values
+            assert torch.equal(found, lk.sums(cases.table(rows, cols, "native"), (("g", "g"), ("g", "w"))).values)
+        g.data = change()
+    g.data = g.data[:2]
+    with pytest.raises(ValueError, match="'g', row 0: the shape has changed"):
+        lk.sums(made, (("g", "g"),))
+    g.data = cols["s"][0].clone()
+    lk.sums(made, (("g", "g"),))
+    g.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="'g', row 0 has no memory"):
+        lk.sums(made, (("g", "g"),))

@@ -11,38 +11,15 @@ a stream is kept from others, that a copy between two GPUs is in order. A stub a
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from . import build
+from .process import Done, assert_green, on_harness
 
-Done = subprocess.CompletedProcess[str]
 OP_MATRIX = "tests/kernels/test_ops.py"
 LAUNCHES = ("tests/cuda/launch_cases.py", "tests/cuda/harness_cases.py")
-
-
-def on_harness(module: Path, *arguments: str, sanitize: bool) -> Done:
-    """Runs tests whose CPU tensors go through the CUDA kernels."""
-    environment = {**os.environ, "LOOKSAM_HARNESS": str(module), "LOOKSAM_BACKEND": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(build.ROOT / "python"), str(build.ROOT)])
-    if sanitize:
-        library = build.run(build.CXX, "-print-file-name=libasan.so").strip()
-        environment |= {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda.on_harness", "-p", "no:cacheprovider"]
-    command.append("--capture=no")  # a sanitizer ends the process, and with it whatever pytest holds back
-    return subprocess.run(
-        [*command, *arguments], cwd=build.ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def assert_green(done: Done) -> None:
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    assert " passed" in done.stdout
 
 
 PARTS = {
@@ -86,8 +63,8 @@ FAULTS = {
     "the block sum reads its terms before all are there": build.Fault(
         "sums",
         "block.cuh",
-        "scratch.of_thread[block.rank()] = x;\n  block.barrier();",
-        "scratch.of_thread[block.rank()] = x;",
+        "double totals(const Block& block, int count) {\n    block.barrier();",
+        "double totals(const Block& block, int count) {",
     ),
     "the two states are swapped": build.Fault(
         "step",
@@ -98,8 +75,8 @@ FAULTS = {
     "a row is added up when half of its blocks have arrived": build.Fault(
         "sums",
         "sums.cuh",
-        "&a.row_arrivals[chunk.row], end - begin))",
-        "&a.row_arrivals[chunk.row], (end - begin + 1) / 2))",
+        "block_of(row_end - 1) - block_of(row_begin) + 1",
+        "(block_of(row_end - 1) - block_of(row_begin) + 2) / 2",
     ),
     "the offset of a chunk is taken in bytes": build.Fault(
         "perturb",
@@ -116,8 +93,8 @@ FAULTS = {
     "only some threads reach a barrier": build.Fault(
         "sums",
         "block.cuh",
-        "    scratch.of_lane[block.rank()] = sum;\n  }\n  block.barrier();",
-        "    scratch.of_lane[block.rank()] = sum;\n  block.barrier();\n  }",
+        "of_lane_[i / kLanes][i % kLanes] = sum;\n    }\n    block.barrier();",
+        "of_lane_[i / kLanes][i % kLanes] = sum;\n    block.barrier();\n    }",
     ),
     "an unaligned tensor is taken for an aligned one": build.Fault(
         "perturb",
