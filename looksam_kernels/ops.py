@@ -155,8 +155,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
             one of the same name.
 
     Raises:
-        ValueError: unknown base, a row that takes part lacks one of the states, or ``coefficients.trust`` is there
-            without LARS or LARS without it.
+        ValueError: unknown base, a row that takes part lacks one of the states, the table has no column that
+            ``coefficients.q`` is for, or ``coefficients.trust`` is there without LARS or LARS without it.
     """
     if base not in BASES:
         raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
@@ -173,6 +173,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
         _need(table, name, rows)
     if base != "grad":
         _need(table, "step", takes_part)
+    if coefficients.q is not None and coefficients.writes not in table:
+        raise ValueError(f"the table has no column {coefficients.writes!r}, which is to be written")
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
 

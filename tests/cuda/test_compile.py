@@ -13,7 +13,7 @@ from tests.nightly import NIGHTLY
 
 from . import build
 
-ARCHITECTURES = ("75", "80", "86", "90", "100", "120") if NIGHTLY else ("80", "90", "100")
+ARCHITECTURES = ("75", "80", "86", "90", "100", "120") if NIGHTLY else ("80", "90")
 NVCC = build.nvcc()
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not there: not in PATH, CUDA_HOME or /usr/local/cuda")
