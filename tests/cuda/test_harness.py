@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.nightly import NIGHTLY
+
 from . import build
 from .process import Done, assert_green, on_harness
 
@@ -118,10 +120,18 @@ FOUND_BY_SANITIZER = {
 }
 """And the word by which."""
 
+EVERY_TIME = (
+    "the last element of a tail is left out",
+    "only some threads reach a barrier",
+    "one element after the tail",
+)
+TRIED = [name for name in FAULTS if NIGHTLY or name in EVERY_TIME]
+"""Each is a build of its own; three show that the harness and its sanitizers see anything at all."""
+
 
 @pytest.fixture(scope="module")
 def with_fault() -> dict[str, Done]:
-    """What the matrix says of each fault, two at a time."""
+    """What the matrix says of each fault that is tried, two at a time."""
 
     def run(name: str) -> Done:
         fault, sanitize = FAULTS[name], name in FOUND_BY_SANITIZER
@@ -129,10 +139,10 @@ def with_fault() -> dict[str, Done]:
         return on_harness(build.harness(sanitize, fault), OP_MATRIX, "-k", chosen, sanitize=sanitize)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(FAULTS, pool.map(run, FAULTS), strict=True))
+        return dict(zip(TRIED, pool.map(run, TRIED), strict=True))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", TRIED)
 def test_a_planted_fault_is_found(with_fault: dict[str, Done], name: str) -> None:
     done = with_fault[name]
     assert done.returncode != 0, f"all is green with the fault: {name}"

@@ -201,7 +201,7 @@ def test_tests_run_in_several_processes_and_are_counted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tests_that_are_stopped_are_counted_so_far(tmp_path: Path) -> None:
     part = suite(tmp_path, SUITE.replace("os.kill(os.getpid(), signal.SIGSEGV)", "time.sleep(600)"))
-    made, _ = run(tmp_path, part._replace(limit=40))
+    made, _ = run(tmp_path, part._replace(limit=25))
     assert states(made) == ["out of time"]
     assert made.done[0].said == "2 passed, 1 failed, 1 skipped"
 
