@@ -11,10 +11,12 @@ from PIL import Image
 
 from looksam.lab.cli import COMMANDS, TOOLS, main
 from looksam.lab.design import SCALES, design_of
+from looksam.lab.document import Rows
+from looksam.lab.measure import EpochRecord
 from looksam.lab.methods import parse_method
 from looksam.lab.parallel import run_here
 from looksam.lab.recipes import RECIPES
-from looksam.lab.records import read_experiment
+from looksam.lab.records import Experiment, Run, read_experiment
 
 EXPERIMENTS = [name for name in COMMANDS if name not in TOOLS]
 NEW = {
@@ -147,6 +149,65 @@ def test_the_batches_of_large_batch():
         {"rho": 0.1, "batch_size": 50, "lr": 0.02, "warmup": 1, "augment": "randaugment", "mixup": 0.2},
         {"rho": 0.1, "batch_size": 200, "lr": 0.04, "warmup": 3, "augment": "randaugment", "mixup": 0.2},
     ]
+
+
+def accuracies_of(experiment, values):
+    """The experiment's results are made up: METHOD -> accuracies (%) of the seeds."""
+    header = {"seeds": list(range(len(next(iter(values.values()))))), "methods": {name: {} for name in values}}
+    header |= {"config": {"epochs": 1, "data": {"source": "digits", "label_noise": 0.0}}, "command": experiment}
+    runs = [
+        Run(name, seed, [EpochRecord(name, seed, 1, 1.0, 1.0, value / 100, 0.1, 10, 12, 1.0, 0.1, "native", False)])
+        for name, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    return Experiment(header | {"used": {"run": {"train_images": 100}}}, runs, [])
+
+
+def test_large_batch_says_which_layer_scale_is_best_only_if_it_is_shown():
+    def text(*of_trust):
+        look = "looklayersam-5+lamb"
+        found = {
+            f"{look}:batch_size=50,lr=0.01,warmup=1": (90.0, 92.0, 91.0),
+            f"{look}:batch_size=99,lr=0.02,warmup=2": (80.0, 82.0, 81.0),
+            f"{look}:batch_size=50,layer_scale=trust,lr=0.01,warmup=1": of_trust,
+            f"{look}:batch_size=99,layer_scale=trust,lr=0.02,warmup=2": of_trust,
+        }
+        blocks = design_of("large-batch").sections(accuracies_of("large-batch", found))
+        (table,) = (block for block in blocks if isinstance(block, Rows))
+        assert table.rows[0] == (look, "91.00 ± 0.58", "81.00 ± 0.58")
+        return blocks[-1].text
+
+    assert text(90, 91.8, 90.6).startswith(
+        "`layer_scale`: `trust` is best, 90.80 ± 0.53 % over all batches; from `trust_n"
+    )
+    assert "`trust` has the highest mean, 86.33 ± 1.86 % over all batches, not shown to be best" in text(90, 84, 85)
+
+
+def test_large_batch_tells_methods_apart_that_differ_in_their_learning_rate():
+    names = (
+        "lamb:batch_size=50,lr=0.01",
+        "lamb:batch_size=99,lr=0.02",
+        "lamb:batch_size=50,lr=0.1",
+        "lamb:batch_size=99,lr=0.2",
+    )
+    found = accuracies_of("large-batch", {name: (80.0 + n, 82.0 + n) for n, name in enumerate(names)})
+    rows = design_of("large-batch").sections(found)[-1].rows
+    assert rows == [("lamb", "81.00 ± 1.00", "82.00 ± 1.00"), ("lamb:lr=0.1", "83.00 ± 1.00", "84.00 ± 1.00")]
+
+
+def test_the_labels_of_tradeoff_cover_neither_each_other_nor_a_point():
+    values = {"sam": (90, 92), "sam-5": (80, 82), "sam-10": (79, 81), "looksam-2": (91, 92), "looksam-5": (80, 82.2)}
+    _, figure = design_of("tradeoff").figures(accuracies_of("tradeoff", values))["Accuracy against passes a step"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["k = 1", "k = 5", "k = 10", "k = 2", "k = 5"]
+    points = [point for line in axes.lines for point in axes.transData.transform(line.get_xydata())]
+    for number, box in enumerate(boxes):
+        assert axes.bbox.contains(*box.min)
+        assert axes.bbox.contains(*box.max)
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(*point) for point in points)
 
 
 def test_a_report_of_an_unknown_experiment_is_one_sentence(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from .design import Figures
 from .measure import EpochRecord
@@ -75,6 +78,64 @@ def finish(figure: Figure, axes: Axes) -> None:
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=axes.get_xlabel() != "training time (s)"))
     figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+
+
+PLACES = tuple(
+    (x * radius, y * radius, horizontal, vertical)
+    for radius in (1.0, 1.7, 2.4)
+    for x, y, horizontal, vertical in (
+        *((6, -5, "left", "top"), (6, 5, "left", "bottom"), (-6, 5, "right", "bottom"), (-6, -5, "right", "top")),
+        *((9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 10, "center", "bottom"), (0, -10, "center", "top")),
+    )
+)
+"""Where the label of a point may stand: offset in typographic points, alignment; the first that is free is taken."""
+
+
+def label_points(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes (x, y, text, colour) beside the points (x, y), clear of each other and of what has been drawn, as far as
+    PLACES allow. The layout of the figure must be final but for the labels."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    drawn = _drawn(axes)
+    taken: list[Bbox] = []
+    for x, y, text, colour in labels:
+        note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=9)
+        note.set_in_layout(False)
+        costs = []
+        for place in PLACES:
+            _put(note, place)
+            box = note.get_window_extent().padded(2)
+            outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
+            hidden = int(((drawn > box.min) & (drawn < box.max)).all(1).sum())
+            costs.append(hidden + 1000 * sum(box.overlaps(other) for other in taken) + 1000 * outside)
+        _put(note, PLACES[int(np.argmin(costs))])
+        taken.append(note.get_window_extent())
+
+
+def _put(note: Annotation, place: tuple[float, float, str, str]) -> None:
+    note.xyann = place[:2]
+    note.set(ha=place[2], va=place[3])
+
+
+def _drawn(axes: Axes) -> np.ndarray:
+    """Points on all lines, markers and error bars of the axes, [n, 2], in pixels."""
+    found, pixels = [], axes.figure.dpi / 72
+    for line in axes.lines:
+        corners = axes.transData.transform(line.get_xydata())  # type: ignore[arg-type]
+        found += [corner + reach for corner in corners for reach in _SQUARE * line.get_markersize() * pixels]
+        found += _between(corners) if line.get_linestyle() != "None" else []
+    for bars in axes.collections:
+        for path in bars.get_paths():
+            found += _between(axes.transData.transform(path.vertices))
+    return np.array(found).reshape(-1, 2)
+
+
+_SQUARE = np.stack(np.meshgrid([-0.5, 0, 0.5], [-0.5, 0, 0.5]), -1).reshape(-1, 2)
+
+
+def _between(corners: np.ndarray) -> list[np.ndarray]:
+    """Points every two pixels along a line through the corners."""
+    return [point for a, b in pairwise(corners) for point in np.linspace(a, b, 2 + int(np.linalg.norm(b - a) / 2))]
 
 
 def save(figures: Figures, folder: Path) -> None:

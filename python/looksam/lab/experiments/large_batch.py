@@ -10,6 +10,7 @@ import click
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..claims import difference_of
 from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
@@ -50,17 +51,30 @@ def expand(methods: Sequence[str], values: Values) -> list[str]:
     return found
 
 
-def lines(experiment: Experiment) -> dict[bool, dict[str, dict[int, list[float]]]]:
-    """Strong augmentation? -> method -> batch -> final accuracies."""
-    found: dict[bool, dict[str, dict[int, list[float]]]] = {}
+def lines(experiment: Experiment) -> dict[bool, dict[str, dict[int, str]]]:
+    """Strong augmentation? -> family, a method over all batches -> batch -> its contender, of those that finished a run.
+
+    The contenders stand in the order of :func:`expand`: where the batches begin anew, there begins another family.
+    """
+    found: dict[bool, dict[str, dict[int, str]]] = {}
+    batch, family = math.inf, ""
     for name in experiment.contenders:
         settings = dict(parse_method(name).settings)
-        kept = {key: value for key, value in settings.items() if key not in MOVING}
-        family = with_settings(name.partition(":")[0], kept)
         panel = found.setdefault("mixup" in settings, {})
-        if accuracies := experiment.accuracies(name):
-            panel.setdefault(family, {})[settings["batch_size"]] = accuracies
-    return {strong: families for strong, families in found.items() if families}
+        if settings["batch_size"] <= batch:
+            kept = {key: value for key, value in settings.items() if key not in MOVING}
+            family = with_settings(name.partition(":")[0], kept)
+            if family in panel:  # they differ in their learning rate alone
+                family = with_settings(name.partition(":")[0], kept | {"lr": settings["lr"]})
+        batch = settings["batch_size"]
+        families = panel.setdefault(family, {})
+        if experiment.finished(name):
+            families[batch] = name
+    return {
+        strong: kept
+        for strong, panel in found.items()
+        if (kept := {family: batches for family, batches in panel.items() if batches})
+    }
 
 
 def figures(experiment: Experiment) -> Figures:
@@ -69,16 +83,16 @@ def figures(experiment: Experiment) -> Figures:
         return {}
     figure, axes = row_of_axes(len(panels), 4.5, sharey=True)
     for panel, (strong, families) in zip(axes, panels.items(), strict=True):
-        _panel(panel, "With RandAugment and Mixup" if strong else "Without RandAugment and Mixup", families)
+        _panel(experiment, panel, "With RandAugment and Mixup" if strong else "Without RandAugment and Mixup", families)
     axes[0].set_ylabel("test accuracy (%), mean ± standard error")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2, fontsize=9)
     return {"Accuracy against the batch size": ("large_batch", figure)}
 
 
-def _panel(axes: Axes, title: str, families: dict[str, dict[int, list[float]]]) -> None:
+def _panel(experiment: Experiment, axes: Axes, title: str, families: dict[str, dict[int, str]]) -> None:
     dress(axes, title, "batch size", "")
     for index, (family, batches) in enumerate(families.items()):
-        means, errors = zip(*map(mean_and_error, batches.values()), strict=True)
+        means, errors = zip(*(mean_and_error(experiment.accuracies(name)) for name in batches.values()), strict=True)
         axes.errorbar(
             list(batches), means, np.nan_to_num(errors), marker="o", ms=4, capsize=2, label=family,
             **style(index),  # type: ignore[arg-type]
@@ -94,34 +108,49 @@ def sections(experiment: Experiment) -> list[Block]:
     blocks: list[Block] = [Heading("Batch sizes")]
     for strong, families in lines(experiment).items():
         batches = sorted({batch for found in families.values() for batch in found})
-        rows = [(family, *(_cell(found.get(batch, [])) for batch in batches)) for family, found in families.items()]
+        rows = [
+            (family, *(_cell(experiment.accuracies(found[batch])) if batch in found else "-" for batch in batches))
+            for family, found in families.items()
+        ]
         blocks.append(Text("With RandAugment and Mixup:" if strong else "Final accuracy (%):"))
         blocks.append(Rows(("method", *map(str, batches)), rows))
-        blocks += [Text(text) for text in _best_scale(families)]
+        blocks += [Text(text) for text in _best_scale(experiment, families)]
     return blocks
 
 
 def _cell(accuracies: list[float]) -> str:
-    if not accuracies:
-        return "-"
     mean, error = mean_and_error(accuracies)
     return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
 
 
-def _best_scale(families: dict[str, dict[int, list[float]]]) -> list[str]:
-    """One sentence, where several readings were run: the best mean over the batches and how far behind the others are."""
-    means = {
-        str(dict(parse_method(name).settings).get("layer_scale", parse_method(name).default("layer_scale"))): float(
-            np.mean([np.mean(accuracies) for accuracies in batches.values()])
-        )
-        for name, batches in families.items()
-        if parse_method(name).variant == "looklayersam"
-    }
-    if len(means) < 2:
+def _best_scale(experiment: Experiment, families: dict[str, dict[int, str]]) -> list[str]:
+    """Where several readings of ``layer_scale`` were run with all batches and seeds: the mean of each over the batches, and
+    whether the highest is shown to be above the others, seed by seed."""
+    count = max(map(len, families.values()))
+    found: dict[str, dict[int, float]] = {}
+    for name, batches in families.items():
+        method = parse_method(name)
+        if method.variant == "looklayersam" and len(batches) == count:
+            runs = [
+                {run.seed: run.epochs[-1].test_accuracy for run in experiment.finished(m)} for m in batches.values()
+            ]
+            if all(len(of_seed) == len(experiment.header["seeds"]) for of_seed in runs):
+                scale = dict(method.settings).get("layer_scale", method.default("layer_scale"))
+                means = {seed: 100 * float(np.mean([of_seed[seed] for of_seed in runs])) for seed in runs[0]}
+                found[scale] = max(found.get(scale, means), means, key=lambda values: sum(values.values()))
+    if len(found) < 2:
         return []
-    ranked = sorted(means.items(), key=lambda item: -item[1])
-    others = ", ".join(f"`{scale}` {mean:.2f}" for scale, mean in ranked[1:])
-    return [f"`layer_scale`: `{ranked[0][0]}` is best, {ranked[0][1]:.2f} % over all batches; {others}."]
+    best, *others = sorted(found, key=lambda scale: -sum(found[scale].values()))
+    level = _cell(list(found[best].values()))
+    if len(experiment.header["seeds"]) < 2:
+        return [f"`layer_scale`: `{best}` has the highest accuracy, {level} % over all batches, by a single seed."]
+    differences = {s: difference_of([found[best][seed] - found[s][seed] for seed in found[s]]) for s in others}
+    listed = "; ".join(f"from `{scale}` {difference}" for scale, difference in differences.items())
+    if all(difference.low > 0 for difference in differences.values()):
+        return [f"`layer_scale`: `{best}` is best, {level} % over all batches; {listed}."]
+    return [
+        f"`layer_scale`: `{best}` has the highest mean, {level} % over all batches, not shown to be best: {listed}."
+    ]
 
 
 DESIGN = Design(

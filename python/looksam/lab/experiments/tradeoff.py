@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
 from ..experiment import command_of
-from ..figures import COLOURS, curves, new_figure
+from ..figures import COLOURS, curves, label_points, new_figure
 from ..methods import parse_method, with_period
 from ..records import Experiment, Run, mean_and_error
 
@@ -77,10 +77,12 @@ def figures(experiment: Experiment) -> Figures:
 
 def _figure(experiment: Experiment, title: str, xlabel: str, position: Callable[[Sequence[Run]], float]) -> Figure:
     figure, axes = new_figure(f"{title}: {experiment.task}", xlabel, "test accuracy (%), mean ± standard error")
+    labels = []
     for index, (family, names) in enumerate(families(experiment).items()):
-        _family(axes, experiment, index, family, names, position)
+        labels += _family(axes, experiment, index, family, names, position)
     axes.margins(0.06)
     figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    label_points(axes, labels)
     return figure
 
 
@@ -91,7 +93,8 @@ def _family(
     family: str,
     names: list[str],
     position: Callable[[Sequence[Run]], float],
-) -> None:
+) -> list[tuple[float, float, str, str]]:
+    """Draws a method over its periods; returns the labels of its points, see :func:`label_points`."""
     colour = COLOURS[index % len(COLOURS)]
     x = [position(experiment.finished(name)) for name in names]
     y, errors = zip(*(mean_and_error(experiment.accuracies(name)) for name in names), strict=True)
@@ -99,11 +102,9 @@ def _family(
     axes.errorbar(
         x, y, errors, color=colour, marker=MARKERS[index % len(MARKERS)], ms=8, lw=1.6, capsize=3, label=family
     )
-    place = (7, 6) if index % 2 else (7, -13)  # the labels of points that meet stay apart
-    for px, py, name in zip(x, y, names, strict=True):
-        if len(names) > 1:
-            label = f"k = {parse_method(name).period}"
-            axes.annotate(label, (px, py), place, textcoords="offset points", color=colour, fontsize=9)
+    if len(names) == 1:
+        return []
+    return [(px, py, f"k = {parse_method(name).period}", colour) for px, py, name in zip(x, y, names, strict=True)]
 
 
 def sections(experiment: Experiment) -> list[Block]:
