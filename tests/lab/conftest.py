@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from looksam.lab import models
+from looksam.lab.parallel import run_here
 
 from .runs import build_perceptron
 
@@ -12,6 +13,19 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Without workers, whose start takes most of a small run's time."""
+
+    def run_jobs(configs, jobs, checkpoints):
+        for config in configs:
+            events = []
+            run_here(config, events.append, checkpoints)
+            yield from events
+
+    monkeypatch.setattr("looksam.lab.experiment.run_jobs", run_jobs)
 
 
 @pytest.fixture

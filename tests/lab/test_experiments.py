@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -14,11 +15,11 @@ from looksam.lab.design import SCALES, design_of
 from looksam.lab.document import Rows
 from looksam.lab.measure import EpochRecord
 from looksam.lab.methods import parse_method
-from looksam.lab.parallel import run_here
 from looksam.lab.recipes import RECIPES
 from looksam.lab.records import Experiment, Run, read_experiment
 
 EXPERIMENTS = [name for name in COMMANDS if name not in TOOLS]
+pytestmark = pytest.mark.usefixtures("in_this_process")
 NEW = {
     "tradeoff": {"tradeoff_passes", "tradeoff_throughput"},
     "sensitivity": {"sensitivity_0", "sensitivity_1"},
@@ -27,19 +28,6 @@ NEW = {
     "robustness": {f"robustness_{name}" for name in ("corruptions", "severity", "attacks")},
     "large-batch": {"large_batch"},
 }
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Without workers, whose start takes most of a small run's time."""
-
-    def run_jobs(configs, jobs, checkpoints):
-        for config in configs:
-            events = []
-            run_here(config, events.append, checkpoints)
-            yield from events
-
-    monkeypatch.setattr("looksam.lab.experiment.run_jobs", run_jobs)
 
 
 def run(*arguments):
@@ -208,6 +196,7 @@ def test_the_labels_of_tradeoff_cover_neither_each_other_nor_a_point():
         assert axes.bbox.contains(*box.max)
         assert not any(box.overlaps(other) for other in boxes[:number])
         assert not any(box.contains(*point) for point in points)
+    plt.close("all")
 
 
 def test_a_report_of_an_unknown_experiment_is_one_sentence(tmp_path):

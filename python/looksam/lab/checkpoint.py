@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .config import TrainConfig
 from .files import UNFINISHED, replacing
 
 FOLDER = "checkpoints"
+LONGEST = 150
+"""Characters of a method in a file's name; file systems allow 255 for the whole of it."""
 
 
 class DamagedCheckpoint(click.ClickException):
@@ -34,6 +37,8 @@ class Checkpoints:
 
     def path(self, config: TrainConfig) -> Path:
         method = quote(config.method.replace(":", ",", 1), safe="+,=")
+        if len(method) > LONGEST:
+            method = f"{method[:LONGEST]}-{zlib.crc32(config.method.encode()):08x}"
         return self.folder / FOLDER / f"{method}-seed-{config.seed}.pt"
 
     def exist(self) -> bool:

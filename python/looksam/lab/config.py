@@ -35,6 +35,8 @@ class TrainConfig:
     ``epochs``, ``warmup`` and ``rho_warmup`` count epochs; ``threads`` = 0 leaves torch's own choice. ``batch_size``
     counts the images of one step, over all processes and the ``accumulate`` micro-batches of each. ``adversarial`` is the
     l-infinity radius, in pixel values of 0..1, within which every training image is perturbed against the model first.
+    ``weights`` is a file that the model begins with, ``pixels`` the mean and the standard deviation of each channel that
+    images are normalised with, in place of those of the training images. Without ``train`` the model is only tested.
     ``study`` names the experiment whose design measures more than losses and accuracies, ``settings`` are its options.
     """
 
@@ -65,6 +67,9 @@ class TrainConfig:
     fsdp: bool = False
     device: str = "auto"
     threads: int = 0
+    weights: str | None = None
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    train: bool = True
     study: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
 

@@ -20,6 +20,7 @@ from .document import Block
 from .options import METHOD_HELP, training_options, with_presets
 from .parallel import describe, run_here, run_jobs
 from .plan import Plan, make_plan, resume_command
+from .pretrained import with_weights
 from .processes import World, joined
 from .records import ResultsWriter, read_experiment
 from .report import REPORT, console_table, write_report
@@ -39,7 +40,7 @@ def command_of(design: Design) -> click.Command:
 
     @click.pass_context
     def callback(ctx: click.Context, /, **values: Any) -> None:
-        values = with_presets(ctx, design, values)
+        values = with_weights(ctx, with_presets(ctx, design, values))
         if design.measure or design.watch:
             values |= {"study": design.name, "study_settings": {name: values[name] for name in design.settings}}
         try:

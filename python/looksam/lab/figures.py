@@ -28,7 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", "-.", (0, (1, 1)))
 
 
-def style(index: int) -> dict[str, object]:
+def style(index: int) -> dict[str, Any]:
     """Colour and line style of the method at ``index``; different for the first 28."""
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -91,12 +91,11 @@ PLACES = tuple(
 """Where the label of a point may stand: offset in typographic points, alignment; the first that is free is taken."""
 
 
-def label_points(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+def label_points(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Writes (x, y, text, colour) beside the points (x, y), clear of each other and of what has been drawn, as far as
     PLACES allow. The layout of the figure must be final but for the labels."""
-    figure = axes.figure
     figure.draw_without_rendering()
-    drawn = _drawn(axes)
+    drawn = _drawn(axes, figure.dpi / 72)
     taken: list[Bbox] = []
     for x, y, text, colour in labels:
         note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=9)
@@ -117,11 +116,11 @@ def _put(note: Annotation, place: tuple[float, float, str, str]) -> None:
     note.set(ha=place[2], va=place[3])
 
 
-def _drawn(axes: Axes) -> np.ndarray:
-    """Points on all lines, markers and error bars of the axes, [n, 2], in pixels."""
-    found, pixels = [], axes.figure.dpi / 72
+def _drawn(axes: Axes, pixels: float) -> np.ndarray:
+    """Points on all lines, markers and error bars of the axes, [n, 2], in pixels; so many in a typographic point."""
+    found = []
     for line in axes.lines:
-        corners = axes.transData.transform(line.get_xydata())  # type: ignore[arg-type]
+        corners = axes.transData.transform(line.get_xydata())
         found += [corner + reach for corner in corners for reach in _SQUARE * line.get_markersize() * pixels]
         found += _between(corners) if line.get_linestyle() != "None" else []
     for bars in axes.collections:
@@ -190,7 +189,7 @@ def _curve(
     values = np.array([[value(e) for e in run.epochs] for run in runs])
     x = np.mean([position(run) for run in runs], axis=0)
     look = style(index)
-    axes.plot(x, values.mean(0), label=method, linewidth=1.8, marker="o" if len(x) == 1 else None, **look)  # type: ignore[arg-type]
+    axes.plot(x, values.mean(0), label=method, linewidth=1.8, marker="o" if len(x) == 1 else None, **look)
     if len(runs) > 1:
         error = values.std(0, ddof=1) / math.sqrt(len(runs))
         axes.fill_between(

@@ -63,6 +63,7 @@ RUN_OPTIONS: dict[str, Callable[[Any], bool]] = {
     "augment": lambda value: value in AUGMENTATIONS,
     "mixup": lambda value: _is_number(value) and value >= 0,
     "adversarial": lambda value: _is_number(value) and 0 <= value < 1,
+    "weights": lambda value: isinstance(value, str),
 }
 """Options of the training, not of an optimizer, that a method may have for itself -> whether a value is one."""
 

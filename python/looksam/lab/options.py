@@ -185,6 +185,7 @@ def common_config(values: dict[str, Any]) -> TrainConfig:
     )
     settings = tuple(values.get("study_settings", {}).items())
     chosen = {name: values[name] for name in same}
+    chosen |= {name: values[name] for name in ("pixels", "train") if name in values}
     return TrainConfig("", data=data, study=values.get("study"), settings=settings, **chosen)
 
 

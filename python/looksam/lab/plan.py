@@ -27,6 +27,7 @@ from .models import CONVOLUTIONAL, build_model
 from .options import build_configs, check_processes, common_config
 from .processes import World
 from .records import RESULTS, DamagedResults, read_header
+from .weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
         different = [config for config in configs if config.seed == configs[0].seed]
         optimizers = {config.method: try_optimizer(config) for config in different}
         data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
+        check_weights(different, data)
         batches = {config.batch_size: config for config in different}
         used = {size: try_model(config, data, world) for size, config in batches.items()}[configs[0].batch_size]
     except ValueError as error:
@@ -132,10 +134,26 @@ def try_optimizer(config: TrainConfig) -> dict[str, Any]:
     try:
         alone = replace(config, m_sharpness=False)  # which asks for a model that several processes share
         used = values_used(build_optimizer(alone, torch.nn.Linear(2, 2), 100))
-        return used | parse_method(config.method).of_the_run
+        return (used if config.train else {}) | parse_method(config.method).of_the_run
     except Exception as error:  # of wrong values torch's classes raise whatever their arithmetic raises
         given = ", ".join(f"{name}={value}" for name, value in config.options) or "its defaults"
         raise ValueError(f"{config.method} with {given}: {error}") from error
+
+
+def check_weights(configs: Sequence[TrainConfig], data: Dataset) -> None:
+    """Raise ValueError if the files of weights that runs begin with do not fit the model."""
+    channels, size = data.train_x.shape[1:3]
+    for config in configs:
+        if config.weights is not None:
+            name = config.model or defaults_of(config).model
+            with torch.device("meta"):
+                net = build_model(name, channels, size, len(data.classes), config.width, config.patch)
+            try:
+                load_weights(net, config.weights)
+            except ValueError as error:
+                raise ValueError(f"--model {name}, {error}") from error
+        if config.pixels is not None and any(len(values) not in (1, channels) for values in config.pixels):
+            raise ValueError(f"--pixel-mean, --pixel-std: give one number, or one for each of {channels} channel(s)")
 
 
 def try_model(config: TrainConfig, data: Dataset, world: World) -> dict[str, Any]:

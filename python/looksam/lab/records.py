@@ -74,7 +74,8 @@ class Experiment:
         """What was trained on, in a few words."""
         config = self.header["config"]
         noise = f", {100 * config['data']['label_noise']:g} % label noise" if config["data"]["label_noise"] else ""
-        return f"{Path(config['data']['source']).name}{noise}, {config['epochs']} epochs"
+        length = f", {config['epochs']} epochs" if config.get("train", True) else ""
+        return f"{Path(config['data']['source']).name}{noise}{length}"
 
     @property
     def controls(self) -> dict[str, str]:
@@ -216,10 +217,10 @@ def summarize(experiment: Experiment, method: str) -> Summary | None:
         sum(run.diverged for run in runs),
         accuracy,
         error,
-        sum(e.passes for e in epochs) / sum(e.steps for e in epochs),
+        sum(e.passes for e in epochs) / max(1, sum(e.steps for e in epochs)),
         statistics.median(e.seconds for e in epochs),
-        statistics.median(1000 * e.optimizer_seconds / e.steps for e in epochs),
-        statistics.median(100 * e.optimizer_seconds / e.seconds for e in epochs),
+        statistics.median(1000 * e.optimizer_seconds / max(1, e.steps) for e in epochs),
+        statistics.median(100 * e.optimizer_seconds / e.seconds if e.seconds else 0.0 for e in epochs),
         epochs[-1].backend,
     )
 

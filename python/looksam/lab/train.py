@@ -28,6 +28,7 @@ from .precision import Precision
 from .processes import ALONE, World, full_state, load_full_state, local_gradients
 from .schedule import lr_factor, warmup_factor
 from .streaming import batches
+from .weights import load_weights
 
 ATTACK_STEPS = 3
 """Of an adversarial training's steps; each is a pass."""
@@ -52,13 +53,16 @@ class Trainer:
         self.classes = len(data.classes)
         self.train_x, self.test_x = (images.to(self.device) for images in (data.train_x, data.test_x))
         self.train_y, self.test_y = (labels.to(self.device) for labels in (data.train_y, data.test_y))
-        self.mean, self.std = (tensor.to(self.device) for tensor in data.statistics())
+        pixels = data.statistics() if config.pixels is None else [torch.tensor(p).view(-1, 1, 1) for p in config.pixels]
+        self.mean, self.std = (tensor.to(self.device) for tensor in pixels)
         self.augmentation = Augmentation(config.augment or defaults.augment, data.flip, config.randaugment)
         self.precision = Precision(config.amp, self.device)
 
         torch.manual_seed(config.seed)
         channels, size = data.train_x.shape[1:3]
         model = build_model(config.model or defaults.model, channels, size, self.classes, config.width, config.patch)
+        if config.weights is not None:
+            load_weights(model, config.weights)
         self.model = model.to(self.device)
         self.net = world.wrap(self.model, config.fsdp)  # what is trained: self.model, whose gradients get averaged
         warmup = round(config.warmup * self.steps_per_epoch)
@@ -257,6 +261,17 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
 
+    def test_epoch(self) -> EpochRecord:
+        """In place of an epoch, for a model that is not trained: test it."""
+        loss, accuracy = self.evaluate()
+        method, seed = self.config.method, self.config.seed
+        finite = math.isfinite(loss)
+        record = EpochRecord(
+            method, seed, 1, None, loss if finite else None, accuracy, 0.0, 0, 0, 0.0, 0.0, "none", not finite
+        )
+        self.records.append(record)
+        return record
+
     def _record(self, epoch: Epoch) -> EpochRecord:
         train_loss = float(self.world.mean(epoch.loss)) / self.steps_per_epoch
         test_loss, test_accuracy = self.evaluate()
@@ -339,7 +354,7 @@ def train_run(
             on_epoch(record)
         tell()
     while not trainer.finished:
-        record = trainer.train_epoch(after_step)
+        record = trainer.train_epoch(after_step) if config.train else trainer.test_epoch()
         save()
         on_epoch(record)
         tell()

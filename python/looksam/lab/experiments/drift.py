@@ -118,7 +118,7 @@ def figures(experiment: Experiment) -> Figures:
             for index, part in enumerate(PARTS):
                 x = [key for key, parts in values.items() if part in parts]
                 y = np.array([values[key][part] for key in x])
-                axes.plot(x, y, label=LABELS[part], marker="o", ms=3, **style(index))  # type: ignore[arg-type]
+                axes.plot(x, y, label=LABELS[part], marker="o", ms=3, **style(index))
             axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         figure.suptitle(f"{method}: how far the parts of the gradient move", x=0.01, ha="left", fontsize=13)

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .. import pretrained
 from ..config import make_generator
 from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
@@ -93,7 +94,7 @@ def _lines(experiment: Experiment) -> Figure:
     )
     for index, (method, values) in enumerate(found(experiment, "line").items()):
         losses = _array([value["loss"] for value in values])
-        axes.plot(values[0]["positions"], losses.mean(0), label=method, **style(index))  # type: ignore[arg-type]
+        axes.plot(values[0]["positions"], losses.mean(0), label=pretrained.label(experiment, method), **style(index))
     figure.legend(loc="outside lower center", frameon=False, ncols=2)
     return figure
 
@@ -106,8 +107,8 @@ def _planes(experiment: Experiment) -> tuple[dict[str, dict[str, Any]], np.ndarr
     return planes, np.geomspace(low, high * 1.001, 12)
 
 
-def _title(method: str) -> str:
-    return method.replace(":", "\n", 1)
+def _title(experiment: Experiment, method: str) -> str:
+    return pretrained.label(experiment, method).replace(":", "\n", 1)
 
 
 def _contours(experiment: Experiment) -> Figure:
@@ -120,7 +121,7 @@ def _contours(experiment: Experiment) -> Figure:
         shown = axes.contourf(value["positions"], value["positions"], losses, levels, norm="log", cmap="cividis")
         axes.contour(value["positions"], value["positions"], losses, levels, colors="white", linewidths=0.5)
         axes.plot(0, 0, "+", color="white", ms=9)
-        axes.set_title(_title(method), loc="left", fontsize=10)
+        axes.set_title(_title(experiment, method), loc="left", fontsize=10)
         axes.set_aspect("equal")
         axes.set_xlabel("first direction")
     panels[0][0].set_ylabel("second direction")
@@ -140,7 +141,7 @@ def _surfaces(experiment: Experiment) -> Figure:
         a, b = np.meshgrid(value["positions"], value["positions"])
         axes.plot_surface(a, b, _array(value["loss"]), cmap="cividis", vmin=levels[0], vmax=levels[-1])
         axes.set_zlim(0, levels[-1])
-        axes.set_title(_title(method), fontsize=10)
+        axes.set_title(_title(experiment, method), fontsize=10)
         extent = value["positions"][-1]
         axes.set_xticks([-extent, 0, extent])
         axes.set_yticks([-extent, 0, extent])
@@ -157,7 +158,7 @@ def _balls(experiment: Experiment) -> Figure:
             rise = (_array([value[kind] for value in values]) - centre).mean(0)
             axes.plot(
                 values[0]["radii"], rise, marker="o", ms=4, alpha=opacity,
-                label=f"{method}: {'worst' if kind == 'worst' else 'mean on the sphere'}",
+                label=f"{pretrained.label(experiment, method)}: {'worst' if kind == 'worst' else 'mean on the sphere'}",
                 color=COLOURS[index % len(COLOURS)], linestyle="-" if kind == "worst" else "--",
             )  # fmt: skip
     axes.set_xscale("log")
@@ -175,7 +176,9 @@ def _eigenvalues(experiment: Experiment) -> Figure:
     for index, (method, values) in enumerate(found(experiment, "eigenvalues").items()):
         count = min(len(value["values"]) for value in values)
         means = _array([value["values"][:count] for value in values]).mean(0)
-        axes.plot(range(1, count + 1), means, marker="o", ms=5, label=method, **style(index))  # type: ignore[arg-type]
+        axes.plot(
+            range(1, count + 1), means, marker="o", ms=5, label=pretrained.label(experiment, method), **style(index)
+        )
     axes.set_ylim(bottom=min(0.0, axes.dataLim.ymin))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     figure.legend(loc="outside lower center", frameon=False, ncols=2)
@@ -191,7 +194,14 @@ def sections(experiment: Experiment) -> list[Block]:
         values = [value for value in values if value["loss"] is not None]
         rise = [value["worst"][middle] - value["loss"] for value in values if value["worst"][middle] is not None]
         largest = [value["values"][0] for value in eigenvalues.get(method, []) if value["values"][0] is not None]
-        rows.append((method, _spread([value["loss"] for value in values]), _spread(rise), _spread(largest)))
+        rows.append(
+            (
+                pretrained.label(experiment, method),
+                _spread([value["loss"] for value in values]),
+                _spread(rise),
+                _spread(largest),
+            )
+        )
     columns = ("method", "training loss", f"worst rise within ρ = {rho[middle]:g}", "largest eigenvalue")
     note = (
         "In evaluation mode, on training images with the labels that were trained on; mean ± standard error over seeds. "
@@ -226,6 +236,7 @@ DESIGN = Design(
     figures=figures,
     sections=sections,
     options=(
+        *pretrained.OPTIONS,
         click.option("--points", type=click.IntRange(3, 1000), default=13, help="Of the surfaces, along each direction."),
         click.option("--extent", type=POSITIVE, default=1.0, help="How far they go."),
         click.option("--images", type=COUNT, default=1000, help="Training images that the loss is of."),

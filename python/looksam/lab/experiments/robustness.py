@@ -11,6 +11,7 @@ import click
 import numpy as np
 from matplotlib.figure import Figure
 
+from .. import pretrained
 from ..config import make_generator
 from ..design import Design, Figures, Numbers, Values
 from ..document import Block, Heading, Rows, Text
@@ -121,7 +122,7 @@ def _corruptions(experiment: Experiment) -> Figure:
     axes.imshow(means, cmap="cividis", aspect="auto")
     axes.set_title("Accuracy (%) on corrupted images, mean over the severities", loc="left", fontsize=13)
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=40, ha="right", fontsize=9)
-    axes.set_yticks(range(len(table)), list(table), fontsize=9)
+    axes.set_yticks(range(len(table)), [pretrained.label(experiment, method) for method in table], fontsize=9)
     middle = (means.min() + means.max()) / 2
     for (row, column), mean in np.ndenumerate(means):
         axes.text(
@@ -135,7 +136,14 @@ def _severity(experiment: Experiment) -> Figure:
     figure, axes = new_figure("Mean over the 15 corruptions", "severity", "test accuracy (%)")
     for index, (method, names) in enumerate(corruption_table(experiment).items()):
         rows = np.mean(list(names.values()), axis=0)
-        axes.plot(range(1, rows.shape[1] + 1), rows.mean(0), marker="o", ms=4, label=method, **style(index))  # type: ignore[arg-type]
+        axes.plot(
+            range(1, rows.shape[1] + 1),
+            rows.mean(0),
+            marker="o",
+            ms=4,
+            label=pretrained.label(experiment, method),
+            **style(index),
+        )
     axes.set_xticks(range(1, 6))
     figure.legend(loc="outside right upper", frameon=False, handlelength=3)
     return figure
@@ -147,7 +155,9 @@ def _attacks(experiment: Experiment) -> Figure:
     for axes, (attack, methods) in zip(panels, table.items(), strict=True):
         dress(axes, attack, "radius ε, pixels 0 to 1", "test accuracy (%)" if axes is panels[0] else "")
         for index, (method, (epsilons, rows)) in enumerate(methods.items()):
-            axes.plot(epsilons, rows.mean(0), marker="o", ms=3, label=method, **style(index))  # type: ignore[arg-type]
+            axes.plot(
+                epsilons, rows.mean(0), marker="o", ms=3, label=pretrained.label(experiment, method), **style(index)
+            )
         axes.set_xticks(epsilons, [f"{epsilon:.3g}" for epsilon in epsilons])
         axes.set_ylim(bottom=0)
     figure.legend(
@@ -165,7 +175,7 @@ def sections(experiment: Experiment) -> list[Block]:
         under_attack = [
             f"{statistics.fmean(methods[method][1][:, -1]):.1f}" for methods in attacks.values() if method in methods
         ]
-        rows.append((method, _spread(clean), _spread(of_runs.tolist()), *under_attack))
+        rows.append((pretrained.label(experiment, method), _spread(clean), _spread(of_runs.tolist()), *under_attack))
     largest = (f"{attack}, ε = {next(iter(methods.values()))[0][-1]:.3g}" for attack, methods in attacks.items())
     note = (
         "Accuracy (%) on the same test images for all, mean ± standard error over seeds. Corrupted: mean over 15 "
@@ -196,6 +206,7 @@ DESIGN = Design(
     figures=figures,
     sections=sections,
     options=(
+        *pretrained.OPTIONS,
         click.option("--images", type=COUNT, default=500, help="Test images that are altered."),
         click.option("--attack-steps", type=COUNT, default=10, help="Of PGD."),
         click.option("--epsilons", type=Numbers(), default="0.0078,0.0157,0.0314", help="Radii of the l-inf attacks."),

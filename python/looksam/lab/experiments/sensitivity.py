@@ -86,7 +86,7 @@ def _lines(axes: Axes, title: str, xlabel: str, lines: dict[str, list[tuple[floa
             marker="o",
             ms=4,
             capsize=2,
-            **style(index),  # type: ignore[arg-type]
+            **style(index),
         )
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8)

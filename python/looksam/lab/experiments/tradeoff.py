@@ -82,7 +82,7 @@ def _figure(experiment: Experiment, title: str, xlabel: str, position: Callable[
         labels += _family(axes, experiment, index, family, names, position)
     axes.margins(0.06)
     figure.legend(loc="outside lower center", frameon=False, ncols=2)
-    label_points(axes, labels)
+    label_points(figure, axes, labels)
     return figure
 
 
