@@ -442,3 +442,15 @@ def test_a_full_disk_under_the_records(tmp_path, monkeypatch):
     )
     assert message.endswith("--resume")
     assert "--overwrite" not in message
+
+
+def test_a_reader_that_leaves_is_named_and_the_records_are_kept(tmp_path):
+    code = "import sys; from looksam.lab.cli import main; main(sys.argv[1:], prog_name='looksam')"
+    command = [sys.executable, "-c", code, "train", "sgd", "--seeds", "2", "--jobs", "1", *FAST, "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 1
+    assert "nobody reads the output any more" in error
+    assert "--resume" in error
+    assert len(read_experiment(tmp_path).runs) == 1
