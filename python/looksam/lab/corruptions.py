@@ -10,13 +10,17 @@ ImageMagick's filter without calling it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LUMA = (0.299, 0.587, 0.114)
@@ -88,7 +92,11 @@ def _kernel3(sigma: float) -> Tensor:
 
 
 def glass_blur(x: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Each pixel takes the place of a neighbour's, in order from the lower right corner, between two blurs."""
+    """Each pixel becomes a copy of a neighbour, in order from the lower right corner, between two blurs.
+
+    A copy, though the original is written as an exchange: NumPy's ``x[a], x[b] = x[b], x[a]`` on pixels, which are views,
+    writes x[b] to both.
+    """
     sigma, iterations = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))[severity - 1]
     x = _gaussian(x, sigma).clone()
     batch, _, height, width = x.shape
@@ -98,9 +106,7 @@ def glass_blur(x: Tensor, severity: int, generator: Generator) -> Tensor:
         for h in range(height - 1, 1, -1):
             for w in range(width - 1, 1, -1):
                 there = h + shift[h, w, 0], w + shift[h, w, 1]
-                ours, theirs = x[:, :, h, w].clone(), x[images, :, there[0], there[1]]
-                x[images, :, there[0], there[1]] = ours
-                x[:, :, h, w] = theirs
+                x[:, :, h, w] = x[images, :, there[0], there[1]]
     return _gaussian(x, sigma)
 
 
@@ -128,10 +134,14 @@ def motion_blur(x: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def _zoomed(x: Tensor, factor: float) -> Tensor:
-    """Around the centre, bilinear."""
-    matrix = torch.tensor([[1 / factor, 0, 0], [0, 1 / factor, 0]]).expand(len(x), 2, 3)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    """The middle, bilinear from its first to its last pixel, so that some pixels are those of x: as SciPy's ``zoom``."""
+    size = x.shape[3]
+    part = math.ceil(size / factor)
+    start, large = (size - part) // 2, round(part * factor)
+    middle = x[:, :, start : start + part, start : start + part]
+    zoomed = F.interpolate(middle, large, mode="bilinear", align_corners=True)
+    start = (large - size) // 2
+    return zoomed[:, :, start : start + size, start : start + size]
 
 
 def zoom_blur(x: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -227,9 +237,12 @@ def elastic_transform(x: Tensor, severity: int, generator: Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, severity: int, generator: Generator) -> Tensor:
+    from PIL import Image
+
     size = x.shape[3]
     small = max(1, int(size * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]))
-    return F.interpolate(F.interpolate(x, small, mode="area"), size, mode="nearest")
+    box = Image.Resampling.BOX
+    return _by_pillow(x, lambda image: image.resize((small, small), box).resize((size, size), box))
 
 
 def jpeg_compression(x: Tensor, severity: int, generator: Generator) -> Tensor:
@@ -237,14 +250,23 @@ def jpeg_compression(x: Tensor, severity: int, generator: Generator) -> Tensor:
 
     quality = (80, 65, 58, 50, 40)[severity - 1]
 
-    def compressed() -> Iterator[Tensor]:
-        for pixels in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
-            file = BytesIO()
-            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "JPEG", quality=quality)
-            decoded = np.array(Image.open(file), dtype=np.float32) / 255
-            yield torch.from_numpy(decoded.reshape(pixels.shape)).permute(2, 0, 1)
+    def compressed(image: Image.Image) -> Image.Image:
+        file = BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file)
 
-    return torch.stack(list(compressed()))
+    return _by_pillow(x, compressed)
+
+
+def _by_pillow(x: Tensor, alter: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """``alter`` applied to each image."""
+    from PIL import Image
+
+    found = []
+    for pixels in (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy():
+        image = alter(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
+        found.append(np.array(image, dtype=np.float32).reshape(pixels.shape) / 255)
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
 
 CORRUPTIONS: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
