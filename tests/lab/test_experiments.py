@@ -13,6 +13,7 @@ from PIL import Image
 from looksam.lab.cli import COMMANDS, TOOLS, main
 from looksam.lab.design import SCALES, design_of
 from looksam.lab.document import Rows
+from looksam.lab.figures import style
 from looksam.lab.measure import EpochRecord
 from looksam.lab.methods import parse_method
 from looksam.lab.recipes import RECIPES
@@ -181,6 +182,10 @@ def test_large_batch_tells_methods_apart_that_differ_in_their_learning_rate():
     found = accuracies_of("large-batch", {name: (80.0 + n, 82.0 + n) for n, name in enumerate(names)})
     rows = design_of("large-batch").sections(found)[-1].rows
     assert rows == [("lamb", "81.00 ± 1.00", "82.00 ± 1.00"), ("lamb:lr=0.1", "83.00 ± 1.00", "84.00 ± 1.00")]
+
+
+def test_the_first_28_methods_of_a_figure_look_different():
+    assert len({str(style(index)) for index in range(28)}) == 28
 
 
 def test_the_labels_of_tradeoff_cover_neither_each_other_nor_a_point():

@@ -32,7 +32,7 @@ def style(index: int) -> dict[str, Any]:
     """Colour and line style of the method at ``index``; different for the first 28."""
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "linestyle": STYLES[(index + index // len(COLOURS)) % len(STYLES)],
+        "linestyle": STYLES[(index % len(COLOURS) + index // len(COLOURS)) % len(STYLES)],
     }
 
 

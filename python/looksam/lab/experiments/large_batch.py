@@ -101,16 +101,26 @@ def figures(experiment: Experiment) -> Figures:
 
 def _panel(experiment: Experiment, axes: Axes, title: str, families: dict[str, dict[int, str]]) -> None:
     dress(axes, title, "batch size", "")
+    labels = _labels(list(families))
     for index, (family, batches) in enumerate(families.items()):
         means, errors = zip(*(mean_and_error(experiment.accuracies(name)) for name in batches.values()), strict=True)
         axes.errorbar(
-            list(batches), means, np.nan_to_num(errors), marker="o", ms=4, capsize=2, label=family,
+            list(batches), means, np.nan_to_num(errors), marker="o", ms=4, capsize=2, label=labels[family],
             **style(index),
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     ticks = sorted({batch for batches in families.values() for batch in batches})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
+
+
+def _labels(families: list[str]) -> dict[str, str]:
+    """What the legend calls them: their settings, which the table has, are left out if they do not tell them apart."""
+    short = {}
+    for family in families:
+        scale = dict(parse_method(family).settings).get("layer_scale")
+        short[family] = family.partition(":")[0] + (f", {scale}" if scale else "")
+    return short if len(set(short.values())) == len(short) else dict(zip(families, families, strict=True))
 
 
 def sections(experiment: Experiment) -> list[Block]:

@@ -89,7 +89,8 @@ def _lines(axes: Axes, title: str, xlabel: str, lines: dict[str, list[tuple[floa
             **style(index),
         )
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        # Below the axes: inside, it would cover an error bar.
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _heat_map(axes: Axes, means: np.ndarray, alphas: Sequence[float], rhos: Sequence[float]) -> None:
