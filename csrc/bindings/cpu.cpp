@@ -43,6 +43,21 @@ void bump_version(const at::Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 
+// takes_part: of a row. By the dozen: every increment waits for all reads before it, so the counters of a dozen are read
+// together and then raised one by one.
+template <class TakesPart>
+void bump_versions(const Tensors& tensors, const TakesPart& takes_part) {
+  constexpr std::size_t kTogether = 12;
+  for (std::size_t begin = 0; begin < tensors.size(); begin += kTogether) {
+    const std::size_t end = std::min(begin + kTogether, tensors.size());
+    [[maybe_unused]] volatile std::uint32_t seen = 0;
+    for (std::size_t row = begin; row < end; ++row)
+      if (takes_part(row)) seen = version_of(tensors[row]);
+    for (std::size_t row = begin; row < end; ++row)
+      if (takes_part(row)) bump_version(tensors[row]);
+  }
+}
+
 // x has been checked.
 void write_scalar(const at::Tensor& x, double value) {
   void* const number = plain_elements_to_write(*x.unsafeGetTensorImpl());
@@ -80,6 +95,7 @@ class BorrowedColumn {
       return tensors[row].defined() && (rows == nullptr || (*rows)[row]);
     };
     for (std::size_t row = 0; row < tensors.size(); ++row) {
+      prefetch_after(tensors, row);
       const at::Tensor& x = tensors[row];
       if (!x.defined()) continue;
       if (!takes_part(row)) {
@@ -96,8 +112,7 @@ class BorrowedColumn {
         take_one(name, x, w[row], access, row);
       }
     }
-    for (std::size_t row = 0; row < tensors.size() && writes_; ++row)  // apart: each is a fence for the reads above
-      if (takes_part(row)) bump_version(tensors[row]);
+    if (writes_) bump_versions(tensors, takes_part);  // apart from the reads above
   }
 
   Column column() const { return {data_.data(), dtype_.data()}; }
@@ -152,6 +167,7 @@ class Table {
     std::size_t count = 0;
     if (params.size() != rows()) throw py::value_error("parameters that do not fit the table");
     for (std::size_t row = 0; row < rows(); ++row) {
+      prefetch_after(w, row);
       const at::Tensor& x = unpack(PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(row))).grad();
       if (!x.defined()) continue;
       if (!fits(x, w[row], /*scalar=*/false)) return py::none();
@@ -276,6 +292,7 @@ class Table {
     const RowFlags were_moved = flags_of(moved, rows());
     std::vector<RowFlags> with_state(states.size(), RowFlags(rows()));
     for (std::size_t row = 0; row < rows(); ++row) {
+      prefetch_numbers_after(counts, row);
       const BaseHyper& h = hyper.at(group_[row]);
       hyper_of_row.push_back(&h);
       const bool is_moved = were_moved[row];
@@ -327,6 +344,7 @@ class Table {
     for (BorrowedColumn* column : {&w, &b, &q_out, &input[0]}) column->write_back();
     for (BorrowedColumn& borrowed : state) borrowed.write_back();
     for (std::size_t row = 0; row < rows(); ++row) {
+      prefetch_numbers_after(counts, row);
       if (!updated[row]) continue;
       if (base != Base::grad) write_scalar(counts[row], count[row]);
       if (writes_q && norms_sq[row].defined()) write_scalar(norms_sq[row], q_sq[row]);

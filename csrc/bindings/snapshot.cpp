@@ -69,8 +69,8 @@ class Snapshot {
     }
     const Items tensors(weights);
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      weights_.push_back(py::reinterpret_borrow<py::object>(tensors[i]));
-      places_.emplace_back(unpack(tensors[i]));
+      tensors_.push_back(unpack(tensors[i]));
+      places_.emplace_back(tensors_.back());
     }
     read(state, entries);
     const Items all_contents(contents);
@@ -81,7 +81,7 @@ class Snapshot {
   // To be called after our own writes to the contents.
   void written() {
     versions_.clear();
-    for (const at::Tensor& x : contents_) versions_.push_back(version(x));
+    for (const at::Tensor& x : contents_) versions_.push_back(version_of(x));
   }
 
   // weights: those of now where they are not the parameters themselves, else None.
@@ -128,8 +128,10 @@ class Snapshot {
 
   bool same_places(py::handle weights) const {
     if (weights.is_none()) {
-      for (std::size_t i = 0; i < places_.size(); ++i)
-        if (!places_[i].holds(unpack(weights_[i]))) return false;
+      for (std::size_t i = 0; i < places_.size(); ++i) {
+        prefetch_after(tensors_, i);
+        if (!places_[i].holds(tensors_[i])) return false;
+      }
       return true;
     }
     const Items tensors(weights);
@@ -158,19 +160,14 @@ class Snapshot {
 
   bool same_contents() const {
     for (std::size_t i = 0; i < contents_.size(); ++i)
-      if (version(contents_[i]) != versions_[i]) return false;
+      if (version_of(contents_[i]) != versions_[i]) return false;
     return true;
-  }
-
-  // How often it has been written; an inference tensor does not count.
-  static std::uint32_t version(const at::Tensor& x) {
-    return x.is_inference() ? 0 : x.unsafeGetTensorImpl()->version_counter().current_version();
   }
 
   static py::object borrowed(PyObject* x) { return py::reinterpret_borrow<py::object>(x); }
 
   std::vector<std::vector<py::object>> params_;
-  std::vector<py::object> weights_;
+  Tensors tensors_;
   std::vector<Place> places_;
   std::vector<StateOfParam> state_;
   std::vector<Entry> entries_;

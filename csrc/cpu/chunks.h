@@ -78,6 +78,14 @@ inline void prefetch(Span x) {
   for (int i = 0; i < kTile * static_cast<int>(size_of(x.dtype)); i += 64) __builtin_prefetch(later + i);
 }
 
+// Asks the memory for the beginning of a row.
+inline void prefetch(const Column& column, std::int32_t row) {
+  if (column.has(row)) __builtin_prefetch(column.data[row]);
+}
+
+// How many chunks ahead: of many small rows each begins somewhere else.
+constexpr std::int64_t kChunksAhead = 3;
+
 // Reading: the tensor itself where it has the type of the arithmetic, else its values in `tile`.
 template <class T>
 inline T* values(Span x, int size, Tile<T>& tile) {
@@ -436,6 +444,11 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
 
 void step(const StepArgs& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t i = first; i < last; ++i) {
+    if (i + kChunksAhead < last) {
+      const std::int32_t later = a.map.row_of[i + kChunksAhead];
+      for (const Column& column : {a.w, a.b, a.written, a.input[0], a.input[1], a.input[2]}) prefetch(column, later);
+      for (const Column& column : a.state) prefetch(column, later);
+    }
     const Chunk chunk = a.map.at(i);
     const bool wide = in_double(a.w, a.b, chunk.row);
     switch (a.row[chunk.row].action) {

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from looksam.hyper import Group, Radius, on_host
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Ascent, Descent
@@ -64,9 +66,9 @@ def _spent(plan: Plan, current: Pass, descent: Descent, ascents: tuple[Ascent, .
 
 def resolved(plan: Plan, groups: Sequence[Group]) -> Plan:
     """With the rules that take the place of the plan's where a group's ``normalization`` or ``strength`` is not 1."""
-    if any(_is_not_one(g.get("normalization", 1)) for g in groups):
+    if _is_not_one("normalization", groups):
         plan = plan._replace(passes=tuple(x._replace(ascent=x.ascent and _unified(x.ascent)) for x in plan.passes))
-    if any(_is_not_one(g.get("strength", 1)) for g in groups):
+    if _is_not_one("strength", groups):
         plan = plan._replace(descent=DESCENTS[plan.descent].blended or plan.descent)
     return plan
 
@@ -75,9 +77,13 @@ def _unified(ascent: str) -> str:
     return ASCENTS[ascent].unified or ascent
 
 
-def _is_not_one(x: Any) -> bool:
-    """A number on a device may be another."""
-    return bool(on_host(x) != 1)
+def _is_not_one(name: str, groups: Sequence[Group]) -> bool:
+    """In one of them. A number on a device may be another. Asked in every step."""
+    for g in groups:
+        x = g.get(name, 1)
+        if on_host(x) != 1 if isinstance(x, Tensor) else x != 1:
+            return True
+    return False
 
 
 class Variant(NamedTuple):
