@@ -108,7 +108,8 @@ C10_ALWAYS_INLINE const void* plain_elements(const c10::TensorImpl& x) {
 C10_ALWAYS_INLINE void* plain_elements_to_write(const c10::TensorImpl& x) {
   c10::StorageImpl* const storage = plain_storage(x);
   if (storage == nullptr) return nullptr;
-  return static_cast<char*>(storage->mutable_data()) + static_cast<std::size_t>(x.storage_offset()) * size_of_element(x);
+  return static_cast<char*>(storage->mutable_data()) +
+         static_cast<std::size_t>(x.storage_offset()) * size_of_element(x);
 }
 
 // How often a tensor has been written; an inference tensor does not count.

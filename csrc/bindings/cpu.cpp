@@ -43,8 +43,8 @@ void bump_version(const at::Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 
-// takes_part: of a row. By the dozen: every increment waits for all reads before it, so the counters of a dozen are read
-// together and then raised one by one.
+// takes_part: of a row. By the dozen: every increment waits for all reads before it, so the counters of a dozen are
+// read together and then raised one by one.
 template <class TakesPart>
 void bump_versions(const Tensors& tensors, const TakesPart& takes_part) {
   constexpr std::size_t kTogether = 12;

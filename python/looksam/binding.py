@@ -265,7 +265,8 @@ class Binding:
             if old.perturbed[row] and p not in stay:
                 _local(p.detach()).copy_(old["b"][row])
         for column in set(old) - {"w", *self._entries}:
-            kept = [None if row is None else old[column][row] for row in before]
+            stay_rows = [row if row is None or column != "b" or old.perturbed[row] else None for row in before]
+            kept = [None if row is None else old[column][row] for row in stay_rows]
             table[column] = [x if x is None else x.to(w.device) for x, w in zip(kept, table["w"], strict=True)]
         table.perturbed = [row is not None and old.perturbed[row] for row in before]
         return before
@@ -288,6 +289,7 @@ class Binding:
     def _set_state(self) -> None:
         """The columns of state are what the state holds now."""
         states = [self.state.get(p, {}) for p in self.params]
+        self._check_shapes(states)
         for name in self._entries:
             if name == "master_param":
                 continue
@@ -296,6 +298,20 @@ class Binding:
         with_norm = own_entries(self._with_norm)
         contents = [x for name in with_norm for x in self.table[name] if x is not None]
         self._snapshot = snapshot.take(self.groups, self.state, self._followed(), self._entries, contents)
+
+    def _check_shapes(self, states: list[State]) -> None:
+        """
+        Raises:
+            ValueError: a parameter has been given another shape than its state has.
+        """
+        for row, (p, state) in enumerate(zip(self.params, states, strict=True)):
+            for name in self._entries:
+                x = state.get(name)
+                if isinstance(x, Tensor) and not holds_scalars(name) and x.shape != p.shape:
+                    raise ValueError(
+                        f"parameter {self.number[row]} has the shape {tuple(p.shape)}, but its state {name!r} the shape "
+                        f"{tuple(x.shape)}: after resizing a parameter, delete opt.state[p] or make a new optimizer"
+                    )
 
     @property
     def _with_norm(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from looksam.hyper import FILTERS, Group
+from looksam.messages import shown
 
 Accepts = Callable[[Tensor], bool] | None
 
@@ -33,7 +34,7 @@ class Filters:
     def settle(self, groups: Sequence[Group]) -> None:
         """
         Raises:
-            ValueError: flags that are not one a parameter.
+            TypeError: neither a function nor flags. ValueError: flags that are not one a parameter.
         """
         for x in self._filters:
             x.settle(groups)
@@ -54,6 +55,10 @@ class _Filter:
 
     def _settle(self, i: int, group: Group, known: dict[Tensor, bool]) -> _Settled:
         given, params = group[self._name], list(group["params"])
+        if given is not None and not isinstance(given, list) and not callable(given):
+            raise TypeError(
+                f"{self._name} must be a function parameter -> bool, or one flag for each, not {shown(given)}"
+            )
         if not isinstance(given, list):
             group[self._name] = [self._says(given, p) for p in params]
             return _Settled(group[self._name], params, given)

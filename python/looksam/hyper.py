@@ -223,7 +223,7 @@ class GroupChecks:
     def hold(self, groups: list[Group]) -> bool:
         """Is everything there, and as it was when :meth:`follow` saw it? Costs next to nothing: asked in every step."""
         try:
-            now = [self._values(group) for group in groups]
+            now = [(len(group), *self._values(group)) for group in groups]
             for group in groups:
                 self._counts(group)
         except KeyError:
@@ -255,12 +255,14 @@ class GroupChecks:
         Raises:
             TypeError, ValueError: as :meth:`check`.
         """
-        never = (_NEVER,) * len(self._keys)
+        never = (0, *(_NEVER,) * len(self._keys))
         seen = self._seen if len(self._seen) == len(groups) else [never] * len(groups)
         for group, old in zip(groups, seen, strict=True):
-            values = zip(self._keys, self._values(group), old, strict=True)
+            if len(group) != old[0]:
+                check_keys(self._owner, group, self.names)
+            values = zip(self._keys, self._values(group), old[1:], strict=True)
             self._check_again(group, groups[0], [x for x, a, b in values if a is not b and x in self._watched])
-        self._seen = [self._values(group) for group in groups]
+        self._seen = [(len(group), *self._values(group)) for group in groups]
 
     def _check_again(self, group: Group, first: Group, changed: list[str]) -> None:
         if any(name in self._ranges for name in changed):

@@ -39,9 +39,9 @@ def did_you_mean(name: Any, names: Iterable[str]) -> str:
 
 
 def is_slip(name: str, other: str) -> bool:
-    """Is one the other but for a letter too many, too few, wrong, or in its neighbour's place? (Names of two letters are
-    all alike in that sense: they are none.)"""
-    if name == other or min(len(name), len(other)) < 3:
+    """Is one the other but for a letter too many, too few, wrong, or in its neighbour's place? (To names of two letters
+    too much is near: ``other`` is none of them.)"""
+    if name == other or len(name) < 2 or len(other) < 3:
         return False
     short, long = sorted((name, other), key=len)
     if len(long) == len(short):

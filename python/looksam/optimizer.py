@@ -451,7 +451,18 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
         A checkpoint of the base alone, or of another variant, gives the base's hyper-parameters and state; this
         variant's own stay, and its cycle begins anew.
+
+        Raises:
+            TypeError, ValueError: this is no state_dict of an optimizer. ValueError: as torch's.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict takes what state_dict() returned, not {shown(state_dict)}")
+        for name in ("param_groups", "state"):
+            if name not in state_dict:
+                keys = f"only the keys {', '.join(map(repr, state_dict))}"[:80] if state_dict else "nothing at all"
+                raise ValueError(
+                    f"load_state_dict takes what state_dict() of an optimizer returned; this dict has no {name!r}, but {keys}"
+                )
         ours, owner = self._base.ours, type(self).__name__
 
         def translate(given: dict[str, Any]) -> dict[str, Any]:
@@ -489,8 +500,19 @@ def _listed(params: Any) -> Any:
     """Parameters or groups in a list, as they are needed twice; torch has the errors for what is none of both.
 
     Raises:
-        TypeError: a model in the place of its parameters.
+        TypeError: a model, a dict or nothing in the place of parameters. ValueError: a group without any.
     """
     if isinstance(params, Module):
         raise TypeError(f"params must be parameters or groups of them, not {shown(params)}: give model.parameters()")
-    return list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params
+    if isinstance(params, Mapping):
+        remedy = "[group]" if "params" in params else "its .values(), or its .items() to keep the names"
+        raise TypeError(f"params must be a list of parameters or of groups, not a dict: give {remedy}")
+    if isinstance(params, Tensor):
+        return params
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be parameters or groups of them, not {shown(params)}: give model.parameters()")
+    params = list(params)
+    for i, group in enumerate(params):
+        if isinstance(group, Mapping) and "params" not in group:
+            raise ValueError(f"parameter group {i} has no 'params': give {{'params': model.parameters(), ...}}")
+    return params

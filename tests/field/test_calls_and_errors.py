@@ -392,6 +392,25 @@ MISTAKES: list[tuple[str, Any, type[Exception], str]] = [
         TypeError,
         "SAM: a parameter group has no 'roh'.*'rho'",
     ),
+    ("short key", lambda p: looksam.SAM([{"params": [p], "rh": 0.1}], "sgd"), TypeError, "'rh'.*'rho'"),
+    ("none", lambda p: looksam.SAM(None, "sgd"), TypeError, r"params must be.*not None: give model.parameters\(\)"),
+    ("names", lambda p: looksam.SAM({"w": p}, "sgd"), TypeError, r"not a dict: give its \.values\(\)"),
+    ("one group", lambda p: looksam.SAM({"params": [p]}, "sgd"), TypeError, r"not a dict: give \[group\]"),
+    ("no params", lambda p: looksam.SAM([{"rho": 0.1}], "sgd"), ValueError, "parameter group 0 has no 'params'"),
+    (
+        "filter",
+        lambda p: looksam.SAM([p], "sgd", adaptive=True, adaptive_filter="bias"),
+        TypeError,
+        r"adaptive_filter must be a function.*'bias' \(str\)",
+    ),
+    ("load None", lambda p: looksam.SAM([p], "sgd").load_state_dict(None), TypeError, r"state_dict\(\).*None"),
+    ("load {}", lambda p: looksam.SAM([p], "sgd").load_state_dict({}), ValueError, "no 'param_groups', but nothing"),
+    (
+        "load a model",
+        lambda p: looksam.SAM([p], "sgd").load_state_dict({"0.weight": p}),
+        ValueError,
+        "no 'param_groups', but only the keys '0.weight'",
+    ),
     (
         "loss",
         lambda p: looksam.SAM([p], "sgd").step(torch.ones(())),
@@ -410,10 +429,74 @@ def test_field_09_errors_name_class_argument_value_and_remedy(make: Any, error: 
 
 
 def test_field_09_keys_of_others_in_a_group_are_theirs() -> None:
-    """Those of timm, of schedulers, of the users' own loops."""
-    foreign = {"name": "head", "initial_lr": 0.1, "lr_scale": 0.5, "layer_id": 3, "max_lr": 1, "tag": object(), "x": 1}
-    optimizer = looksam.LookLayerSAM([{"params": [parameter()], **foreign}], "sgd", lr=0.1)
-    assert foreign.items() <= optimizer.param_groups[0].items()
+    """Those of timm, of schedulers, of the users' own loops, also where they come later."""
+    foreign = {
+        "name": "head",
+        "initial_lr": 0.1,
+        "lr_scale": 0.5,
+        "layer_id": 3,
+        "max_lr": 1,
+        "tag": object(),
+        "x": 1,
+        "lr0": 2,
+    }
+    model = network()
+    for groups in ([{"params": model.parameters(), **foreign}], model.parameters()):
+        optimizer = looksam.LookLayerSAM(groups, "sgd", lr=0.1)
+        optimizer.param_groups[0].update(foreign)
+        train(model, optimizer, 2)
+        assert foreign.items() <= optimizer.param_groups[0].items()
+
+
+def test_field_09_a_slip_in_a_group_that_comes_later_is_found_at_the_step() -> None:
+    model = network()
+    optimizer = looksam.SAM(model.parameters(), "sgd", lr=0.1)
+    train(model, optimizer, 1)
+    before = weights(model)
+    optimizer.param_groups[0]["roh"] = 0.1
+    with pytest.raises(TypeError, match=r"SAM: a parameter group has no 'roh'; did you mean 'rho'\?"):
+        train(model, optimizer, 1)
+    assert_same(before, weights(model))
+    del optimizer.param_groups[0]["roh"]
+    train(model, optimizer, 1)
+
+
+@on_backends
+@pytest.mark.parametrize("base", ["adamw", "wrapped rmsprop"])
+def test_field_09_a_resized_parameter_is_named_where_its_state_does_not_fit(backend: str, base: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = build(model.parameters(), "looksam", base, backend=backend)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, model.weight.shape[1])).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    model.weight.data = torch.ones(2, 5)
+    with pytest.raises(ValueError, match=r"parameter 0 has the shape \(2, 5\), but its state '\w+' the shape \(2, 3\)"):
+        optimizer.step(closure)
+    optimizer.state.pop(model.weight)
+    optimizer.step(closure)
+    optimizer.step(closure)
+
+
+@on_backends
+def test_field_09_a_parameter_without_state_may_be_resized(backend: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = looksam.SAM(model.parameters(), "sgd", lr=0.1, backend=backend)
+    for size in (3, 5):
+        model.weight.data = torch.ones(2, size)
+        for _ in range(2):
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = model(torch.ones(1, model.weight.shape[1])).square().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
 
 
 def test_field_09_an_unknown_option_of_a_class_that_takes_any_is_its_own() -> None:

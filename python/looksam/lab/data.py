@@ -72,13 +72,13 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     data = _load_source(config)
     if config.train_size is not None:
         if not 0 < config.train_size <= len(data.train_y):
-            raise DataError(f"--train-size {config.train_size}: {data.name} has {len(data.train_y)} training images")
+            raise ValueError(f"--train-size {config.train_size}: {data.name} has {len(data.train_y)} training images")
         # The subset does not depend on the run's seed: runs of one experiment share their data.
         kept = torch.randperm(len(data.train_y), generator=make_generator(0, "subset"))[: config.train_size]
         data = replace(data, train_x=data.train_x[kept], train_y=data.train_y[kept])
     if config.test_size is not None:
         if not 0 < config.test_size <= len(data.test_y):
-            raise DataError(f"--test-size {config.test_size}: {data.name} has {len(data.test_y)} test images")
+            raise ValueError(f"--test-size {config.test_size}: {data.name} has {len(data.test_y)} test images")
         kept = torch.randperm(len(data.test_y), generator=make_generator(0, "test-subset"))[: config.test_size]
         data = replace(data, test_x=data.test_x[kept], test_y=data.test_y[kept])
     if config.holdout:
@@ -94,7 +94,9 @@ def _hold_out(data: Dataset, part: float) -> Dataset:
     order = torch.randperm(len(data.train_y), generator=make_generator(0, "holdout"))
     held, kept = order[: round(part * len(order))], order[round(part * len(order)) :]
     if not len(held) or not len(kept):
-        raise DataError(f"--validation {part}: nothing is left of {len(order)} training images on one of the two sides")
+        raise ValueError(
+            f"--validation {part}: nothing is left of {len(order)} training images on one of the two sides"
+        )
     return replace(
         data, train_x=data.train_x[kept], train_y=data.train_y[kept],
         test_x=data.train_x[held], test_y=data.train_y[held],
@@ -112,14 +114,18 @@ def noisy_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Te
 
 
 def _load_source(config: DataConfig) -> Dataset:
+    """
+    Raises:
+        ValueError: options that do not go together. DataError: what is wrong with the data.
+    """
     if config.source in ("digits", "fashion-mnist") and config.image_size is not None:
-        raise DataError(
+        raise ValueError(
             f"--image-size {config.image_size}: {config.source} come in one size; it is for folders and tar files"
         )
     if config.source in ("digits", "fashion-mnist") and config.stream:
-        raise DataError(f"--stream: {config.source} fits in memory; it is for folders of images")
+        raise ValueError(f"--stream: {config.source} fits in memory; it is for folders of images")
     if config.source != "fashion-mnist" and config.directory is not None:
-        raise DataError(f"--data-dir {config.directory}: it says where Fashion-MNIST lies; give --data fashion-mnist")
+        raise ValueError(f"--data-dir {config.directory}: it says where Fashion-MNIST lies; give --data fashion-mnist")
     if config.source == "digits":
         return _digits()
     if config.source == "fashion-mnist":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,22 @@ class Plan:
         return jobs
 
 
+PATIENCE = 3.0
+"""Seconds."""
+
+
+@contextlib.contextmanager
+def announced(what: str, world: World) -> Iterator[None]:
+    """Says what is going on, should it take long: a folder may hold millions of files."""
+    timer = threading.Timer(PATIENCE, click.echo, [f"{what} ..."], {"err": True})
+    if world.rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: dict[str, Any], world: World) -> Plan:
     """Check the options, decode the data, clear the way for new results. Raises click.UsageError or DataError."""
     configs = build_configs(methods, seeds, values)
@@ -59,7 +77,8 @@ def make_plan(ctx: click.Context, methods: Sequence[str], seeds: int, values: di
         check_backend(values["backend"])
         different = [config for config in configs if config.seed == configs[0].seed]
         optimizers = {config.method: try_optimizer(config) for config in different}
-        data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
+        with announced(f"reading {configs[0].data.source}", world):
+            data = load_dataset(configs[0].data, configs[0].seed)  # decodes and caches here, and fails here if it must
         check_weights(different, data)
         batches = {config.batch_size: config for config in different}
         used = {size: try_model(config, data, world) for size, config in batches.items()}[configs[0].batch_size]
