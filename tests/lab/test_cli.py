@@ -380,8 +380,11 @@ def test_a_pipe_gets_a_line_of_each_run(compared):
     _, result = compared
     for method, seed in itertools.product(("sgd", "looksam-5"), (7, 8)):
         assert re.search(
-            rf"^{method}, seed {seed}: epoch 2/2, \d+\.\d %, [1-4]/4 runs, \d+ s$", result.output, re.MULTILINE
+            rf"^{method}, seed {seed}: epoch 2/2, \d+\.\d %, [1-4]/4 runs, \d+ s", result.output, re.MULTILINE
         )
+    for ended in (1, 2, 3):
+        assert re.search(rf"{ended}/4 runs, \d+ s, about \d+ s left$", result.output, re.MULTILINE)
+    assert re.search(r"4/4 runs, \d+ s$", result.output, re.MULTILINE)
 
 
 def test_the_report_says_what_was_used(compared):

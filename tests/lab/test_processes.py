@@ -51,6 +51,7 @@ def outcomes(tmp_path_factory):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "FutureWarning" not in done.stderr, done.stderr[-4000:]
     states = {case: [torch.load(folder / f"{case}.rank{rank}") for rank in (0, 1)] for case in CASES}
     return SimpleNamespace(folder=folder, output=done.stdout, **{k.replace("-", "_"): v for k, v in states.items()})
 

@@ -62,9 +62,20 @@ class Display:
         record = self.last.get(config)
         news = "" if record is None else f"epoch {record.epoch}/{config.epochs}, {100 * record.test_accuracy:.1f} %, "
         self.console.print(
-            f"{_name(config)}: {news}{self.ended}/{self.runs} runs, {self.spoke - self.began:.0f} s",
+            f"{_name(config)}: {news}{self.ended}/{self.runs} runs, {self.spoke - self.began:.0f} s{self.time_left()}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
+
+    def time_left(self) -> str:
+        """Judged by what is done, runs under way included; nothing where that is too little or all."""
+        under_way = sum(
+            self.last[x].epoch / x.epochs for x in self.rows if x in self.last and self.last[x].epoch < x.epochs
+        )
+        done = (self.ended + under_way) / self.runs
+        if not 0.02 < done < 1:
+            return ""
+        seconds = (self.spoke - self.began) * (1 / done - 1)
+        return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
 
     def row(self, config: TrainConfig) -> TaskID:
         if config not in self.rows:

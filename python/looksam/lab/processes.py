@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import Optimizer
 
 from .models import BLOCKS
 
 T = TypeVar("T")
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in signature(DDP).parameters else "broadcast_buffers"
+"""The name of DDP's option in this version of torch."""
 TORCHRUN = "torchrun --nproc-per-node N -m looksam.lab.cli"
 
 
@@ -64,7 +68,8 @@ class World:
             return model
         if not fsdp:
             # Running statistics are shared where they are used, see share_buffers: not in each of the forward passes.
-            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            options: dict[str, Any] = {BUFFERS: False}
+            return DDP(model, **options)
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
         for block in model.modules():
             if isinstance(block, BLOCKS):
