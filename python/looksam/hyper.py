@@ -279,7 +279,7 @@ def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
         TypeError: a key is one of the ``known`` names but for a letter. (Others belong to other code: ``name``,
             ``initial_lr``, ``lr_scale``, ...)
     """
-    names = {"params", "param_names", *known}
+    names = {"params", "param_names", *(name for name in known if "." not in name)}  # base.lr is no name for users
     for key in group:
         if key not in names and any(is_slip(key, name) for name in names):
             raise TypeError(f"{owner}: a parameter group has no {key!r}{did_you_mean(key, names)}")

@@ -125,6 +125,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
         self._filters = Filters(own)
         self._checks = self._checks_of(own)
+        if not isinstance(params, Iterable):  # after the errors of the other arguments, as in torch's classes
+            raise TypeError(f"params: {type(params).__name__!r} object is not iterable; give model.parameters()")
         super().__init__(params, own | self._base.defaults)
         self._base.share(self.param_groups, self.state)
         notice.first_optimizer((p.device for g in self.param_groups for p in g["params"]), backend)
@@ -500,17 +502,15 @@ def _listed(params: Any) -> Any:
     """Parameters or groups in a list, as they are needed twice; torch has the errors for what is none of both.
 
     Raises:
-        TypeError: a model, a dict or nothing in the place of parameters. ValueError: a group without any.
+        TypeError: a model or a dict in the place of parameters. ValueError: a group without any.
     """
     if isinstance(params, Module):
         raise TypeError(f"params must be parameters or groups of them, not {shown(params)}: give model.parameters()")
     if isinstance(params, Mapping):
         remedy = "[group]" if "params" in params else "its .values(), or its .items() to keep the names"
         raise TypeError(f"params must be a list of parameters or of groups, not a dict: give {remedy}")
-    if isinstance(params, Tensor):
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
         return params
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params must be parameters or groups of them, not {shown(params)}: give model.parameters()")
     params = list(params)
     for i, group in enumerate(params):
         if isinstance(group, Mapping) and "params" not in group:

@@ -393,7 +393,7 @@ MISTAKES: list[tuple[str, Any, type[Exception], str]] = [
         "SAM: a parameter group has no 'roh'.*'rho'",
     ),
     ("short key", lambda p: looksam.SAM([{"params": [p], "rh": 0.1}], "sgd"), TypeError, "'rh'.*'rho'"),
-    ("none", lambda p: looksam.SAM(None, "sgd"), TypeError, r"params must be.*not None: give model.parameters\(\)"),
+    ("none", lambda p: looksam.SAM(None, "sgd"), TypeError, r"params: \'NoneType\' object is not iterable; give model"),
     ("names", lambda p: looksam.SAM({"w": p}, "sgd"), TypeError, r"not a dict: give its \.values\(\)"),
     ("one group", lambda p: looksam.SAM({"params": [p]}, "sgd"), TypeError, r"not a dict: give \[group\]"),
     ("no params", lambda p: looksam.SAM([{"rho": 0.1}], "sgd"), ValueError, "parameter group 0 has no 'params'"),
