@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -461,18 +462,24 @@ def test_field_09_a_slip_in_a_group_that_comes_later_is_found_at_the_step() -> N
     train(model, optimizer, 1)
 
 
+def of_any_width(model: nn.Linear, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+    """A closure that follows the width that the layer has now."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(1, model.weight.shape[1])).square().sum()
+        loss.backward()
+        return loss
+
+    return closure
+
+
 @on_backends
 @pytest.mark.parametrize("base", ["adamw", "wrapped rmsprop"])
 def test_field_09_a_resized_parameter_is_named_where_its_state_does_not_fit(backend: str, base: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = build(model.parameters(), "looksam", base, backend=backend)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(torch.ones(1, model.weight.shape[1])).square().sum()
-        loss.backward()
-        return loss
-
+    closure = of_any_width(model, optimizer)
     optimizer.step(closure)
     model.weight.data = torch.ones(2, 5)
     with pytest.raises(ValueError, match=r"parameter 0 has the shape \(2, 5\), but its state '\w+' the shape \(2, 3\)"):
@@ -489,14 +496,7 @@ def test_field_09_a_parameter_without_state_may_be_resized(backend: str) -> None
     for size in (3, 5):
         model.weight.data = torch.ones(2, size)
         for _ in range(2):
-
-            def closure() -> Tensor:
-                optimizer.zero_grad()
-                loss = model(torch.ones(1, model.weight.shape[1])).square().sum()
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
+            optimizer.step(of_any_width(model, optimizer))
 
 
 def test_field_09_an_unknown_option_of_a_class_that_takes_any_is_its_own() -> None:
