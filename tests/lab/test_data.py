@@ -19,6 +19,8 @@ from looksam.lab.cli import main
 from looksam.lab.config import DataConfig
 from looksam.lab.data import DataError, load_dataset, noisy_labels, read_idx
 
+from .runs import write_pets
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -29,14 +31,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """Two classes; 3 training and 2 test images of 6x6 each, one of them grey, with distinct colours."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 3), ("test", 2)):
-        for label in ("cat", "dog"):
-            place = tmp_path / "pets" / split / label
-            place.mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-                Image.fromarray(pixels if index else pixels[..., 0]).save(place / f"{index}.png")
+    write_pets(tmp_path, 6, train=3, test=2)
     (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("not an image")
     return tmp_path / "pets"
 

@@ -2,33 +2,19 @@
 
 import math
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from looksam.lab.cli import COMMANDS, TOOLS, main
 from looksam.lab.recipes import RECIPES
 from looksam.lab.records import read_experiment
 from tests.nightly import NIGHTLY
 
+from .runs import write_pets
+
 pytestmark = pytest.mark.usefixtures("in_this_process")
 HEAVY = {"imagenet-vit-b16-looksam", "imagenet-vit-b16-looklayersam-lamb", "cifar100-wrn28-10-looksam"}
 nightly = pytest.mark.skipif(not NIGHTLY, reason="a model of 36 to 86 million parameters: nightly")
-
-
-def images(tmp_path, size):
-    """Two classes of four training and two test images."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 4), ("test", 2)):
-        for label in ("cat", "dog"):
-            place = tmp_path / "pets" / split / label
-            place.mkdir(parents=True)
-            for index in range(count):
-                Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
-                    place / f"{index}.png"
-                )
-    return tmp_path / "pets"
 
 
 def check(arguments, out):
@@ -42,12 +28,9 @@ def check(arguments, out):
 
 @pytest.mark.parametrize("recipe", [pytest.param(x, marks=nightly) if x in HEAVY else x for x in RECIPES])
 def test_a_recipe_makes_steps_on_images_of_its_size(recipe, tmp_path):
-    size = RECIPES[recipe].get("image_size", 32)
-    check(
-        ("compare", "--recipe", recipe, "--data", images(tmp_path, size), "--epochs", 1, "--batch-size", 4, "--seeds", 1,
-         "--warmup", 0),
-        tmp_path / "out",
-    )  # fmt: skip
+    pets = write_pets(tmp_path, RECIPES[recipe].get("image_size", 32), train=4, test=2)
+    options = ("--epochs", 1, "--batch-size", 4, "--seeds", 1, "--warmup", 0)
+    check(("compare", "--recipe", recipe, "--data", pets, *options), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in (*TOOLS, "train")])
@@ -59,7 +42,7 @@ def test_the_scale_gpu_makes_steps(name, tmp_path, perceptron):
             "--scale",
             "gpu",
             "--data",
-            images(tmp_path, 16),
+            write_pets(tmp_path, 16, train=4, test=2),
             "--epochs",
             1,
             "--seeds",
