@@ -1,7 +1,7 @@
 """Random element masks that are computed where they are used, from a counter: no state, no memory traffic.
 
 A kernel asks for element i of row p and gets the same bit on every backend, device and instruction set, whatever the
-number of threads. (The twins: csrc/core/masks.h and ``keeps`` in triton_kernels.py.)
+number of threads. (The twins: csrc/core/masks.h and ``keeps`` in backends/triton/elements.py.)
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def _probe() -> torch.nn.Parameter:
 
 class Base(NamedTuple):
     """Everything that is said of a base in Python. In C++ it is a struct in csrc/core/updates.h, in Triton a function in
-    backends/triton_kernels.py, with the same states and hyper-parameters in the same order."""
+    backends/triton/base_updates.py, with the same states and hyper-parameters in the same order."""
 
     update: Update | None
     """``None``: no update of its own; d goes over the first input, and the rest is left to another optimizer."""

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from looksam_kernels.backends import triton as backend
+from looksam_kernels.backends.triton import gpu
+from looksam_kernels.backends.triton.graphs import Graphs
+from looksam_kernels.backends.triton.launch import Launch
 
 Node = tuple[Callable[..., Any], Any, Any, Any]
 """Function, arguments, keyword arguments, result."""
@@ -33,17 +35,17 @@ class Gpu:
         """All that was made in captures, which nothing outside may read."""
         self.page_locked: set[int] = set()
         """Written once, by the host, and not by a graph."""
-        self._launch = backend._launch
-        monkeypatch.setattr(backend, "_launch", self.launch)
-        monkeypatch.setattr(backend, "_capturing", lambda device: self.graph is not None)
-        reserve = backend._Graphs.reserve
+        self._launch = Launch.__call__
+        monkeypatch.setattr(Launch, "__call__", lambda launch, *arguments: self.launch(launch, *arguments))
+        monkeypatch.setattr(gpu, "capturing", lambda device: self.graph is not None)
+        reserve = Graphs.reserve
 
-        def reserve_outside(graphs: Any, *arguments: Any) -> None:
+        def reserve_outside(graphs: Graphs, *arguments: Any) -> None:
             assert self.graph is None, "page-locked memory is asked for in a capture"
             reserve(graphs, *arguments)
             self.page_locked.add(graphs._room.untyped_storage().data_ptr())
 
-        monkeypatch.setattr(backend._Graphs, "reserve", reserve_outside)
+        monkeypatch.setattr(Graphs, "reserve", reserve_outside)
 
     def launch(self, launch: Any, grid: Any, device: Any, *arguments: Any) -> None:
         if self.graph is not None:

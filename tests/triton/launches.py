@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 
 import looksam_kernels as lk
 from looksam_kernels.backends import triton as backend
-from looksam_kernels.backends import triton_kernels
+from looksam_kernels.backends.triton import gpu, kernels
+from looksam_kernels.backends.triton.launch import Launch, compiler_options
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Sums
 from looksam_kernels.updates import BASES
 from tests.kernels.cases import RULE_GROUPS
@@ -56,7 +57,7 @@ def compile_launch(target: GPUTarget, kernel: Any, arguments: tuple[Any, ...], c
     absent = {name: None for name, x in zip(kernel.arg_names, arguments, strict=False) if x is None}
     signature |= dict.fromkeys(constexprs, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs={**absent, **constexprs})
-    return triton.compile(source, target=target, options=backend.compiler_options(target))
+    return triton.compile(source, target=target, options=compiler_options(target))
 
 
 def report(compiled: Any, kernel: Any, constexprs: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def main(name: str, what: str = "") -> None:
             seen.add(key)
             found.append(report(compile_launch(target, kernel, arguments, constexprs), kernel, constexprs))
 
-    backend._launch, backend._kernels = launch, lambda: triton_kernels  # type: ignore[assignment]
+    Launch.__call__, gpu.kernels = launch, lambda: kernels  # type: ignore[method-assign, assignment]
     backend.unavailable = lambda device: None  # type: ignore[assignment]
     evaluate_every_rule() if what == "rules" else launch_everything()
     print(json.dumps({"triton": triton.__version__, "launches": found}))

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 import looksam_kernels as lk
+from looksam_kernels.backends.triton import layout
+from looksam_kernels.backends.triton.graphs import Graphs
 from tests.kernels import cases
 from tests.kernels.cases import Row
 
 from .graphs import Gpu
 from .test_triton import DEVICE, in_a_new_process, looksam, table
 
-backend = pytest.importorskip("looksam_kernels.backends.triton")
+pytest.importorskip("triton")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning"),
@@ -65,8 +67,8 @@ def test_replays_have_the_bits_of_eager_steps(gpu: Gpu) -> None:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> int:
     """How much of a kind is kept, less than usual."""
-    forget = backend._forget_oldest
-    monkeypatch.setattr(backend, "_forget_oldest", lambda kept: forget(kept, limit=12))
+    forget = layout.forget_oldest
+    monkeypatch.setattr(layout, "forget_oldest", lambda kept: forget(kept, limit=12))
     return 12
 
 
@@ -148,7 +150,7 @@ def test_a_step_that_was_never_taken_eagerly_is_refused(gpu: Gpu) -> None:
 def test_more_captures_than_there_is_page_locked_memory_for_are_refused_until_an_eager_step(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend._Graphs, "COLUMNS", 12)
+    monkeypatch.setattr(Graphs, "COLUMNS", 12)
     made = table([(1,)] * 7)
     step(made)
     kept = []
@@ -192,7 +194,7 @@ def test_what_is_kept_of_a_table_is_bounded(forgetful: int) -> None:
 def test_memory_that_another_stream_reads_is_not_given_up_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = table(SHAPES)
     stream, recorded = [1], []
-    monkeypatch.setattr(backend, "_stream", lambda device: stream[0])
+    monkeypatch.setattr("looksam_kernels.backends.triton.gpu.stream", lambda device: stream[0])
     monkeypatch.setattr(Tensor, "record_stream", lambda x, on: recorded.append((x.data_ptr(), on)))
     looksam(made, "adamw")
     assert not recorded, "one stream needs none"
@@ -224,7 +226,8 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 driver.set_active(Driver())
-from looksam_kernels.backends import triton as backend, triton_kernels as k
+from looksam_kernels.backends.triton import kernels as k
+from looksam_kernels.backends.triton.launch import CHUNK, Launch
 
 torch.cuda.device = contextlib.nullcontext
 capturing = False
@@ -232,12 +235,12 @@ torch.cuda.is_current_stream_capturing = lambda: capturing
 column, chunks, sizes = (torch.zeros(2, dtype=d) for d in (torch.int64, torch.int32, torch.int64))
 
 launches = {
-    dtype: backend._Launch(k.restore, W=dtype, B=dtype, ALIGNED=True, CHUNK=backend.CHUNK)
+    dtype: Launch(k.restore, W=dtype, B=dtype, ALIGNED=True, CHUNK=CHUNK)
     for dtype in (tl.float32, tl.bfloat16)
 }
 
 def launch(dtype):
-    backend._launch(launches[dtype], (1,), torch.device("cuda"), column, column, chunks, sizes)
+    launches[dtype]((1,), torch.device("cuda"), column, column, chunks, sizes)
 
 launch(tl.float32)
 assert len(launched) == 1

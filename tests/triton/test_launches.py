@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import looksam
 from looksam.plans import Plan
+from looksam_kernels.backends.triton import gpu
+from looksam_kernels.backends.triton.launch import Launch
+from looksam_kernels.backends.triton.layout import Layout
 from looksam_kernels.formulas import ASCENTS, DESCENTS, KEEP_NORM, kept_norm
 
-backend = pytest.importorskip("looksam_kernels.backends.triton")
+pytest.importorskip("triton")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning"),
@@ -39,14 +42,14 @@ class Counting(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        monkeypatch.setattr(backend, "_launch", self.launch)
-        send = backend._Layout.send
+        monkeypatch.setattr(Launch, "__call__", lambda launch, *arguments: self.launch(launch, *arguments))
+        send = Layout.send
 
-        def counted_send(layout: Any, x: Any) -> Any:
+        def counted_send(layout: Layout, x: Any) -> Any:
             self.counts["copy to the device"] += 1
             return send(layout, x)
 
-        monkeypatch.setattr(backend._Layout, "send", counted_send)
+        monkeypatch.setattr(Layout, "send", counted_send)
 
     def launch(self, prepared: Any, grid: Any, device: Any, *arguments: Any) -> None:
         self.counts[prepared.kernel.__name__] += 1
@@ -66,7 +69,7 @@ class Counting(TorchDispatchMode):
 def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        backend._kernels()
+        gpu.kernels()
     return Counting(monkeypatch)
 
 

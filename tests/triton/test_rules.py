@@ -11,13 +11,14 @@ from torch import Tensor
 
 import looksam_kernels as lk
 from looksam_kernels import formulas
+from looksam_kernels.backends.triton import evaluation, rules
+from looksam_kernels.backends.triton.launch import RULE_BLOCK
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Direction, Sums
 from tests.kernels.cases import RULE_GROUPS
 
 from .test_triton import DEVICE
 
-backend = pytest.importorskip("looksam_kernels.backends.triton")
-triton_rules = pytest.importorskip("looksam_kernels.backends.triton_rules")
+pytest.importorskip("triton")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning"),
@@ -59,7 +60,7 @@ def test_every_rule_has_the_references_numbers(rule: str, extra: str, monkeypatc
     """In float64, up to the order in which totals are added: some ulps."""
     pairs = lk.ops.pairs_of(rule, clip=True, trust_ratio=True)
     expected = evaluated("reference", rule, 7, pairs, **EXTRAS[extra])
-    monkeypatch.setattr(backend.reference, "evaluate", None)  # nothing is left to it
+    monkeypatch.setattr(evaluation.reference, "evaluate", None)  # nothing is left to it
     found = evaluated("triton", rule, 7, pairs, **EXTRAS[extra])
     for a, b in zip(numbers(found), numbers(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
@@ -68,14 +69,14 @@ def test_every_rule_has_the_references_numbers(rule: str, extra: str, monkeypatc
 @pytest.mark.parametrize("norm_scope", ["global", "tensor"])
 def test_more_rows_than_the_kernel_takes_at_a_time(norm_scope: str) -> None:
     pairs, groups = (("g", "g"), ("q", "q"), ("g", "q")), [{**group, "norm_scope": norm_scope} for group in GROUPS]
-    rows = 2 * backend.RULE_BLOCK + 1
+    rows = 2 * RULE_BLOCK + 1
     a, b = (evaluated(x, "looksam_reuse", rows, pairs, groups, max_grad_norm=0.1) for x in ("triton", "reference"))
     torch.testing.assert_close(a.d, b.d, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_a_sum_that_is_not_finite_in_the_last_row(bad: float) -> None:
-    rows = backend.RULE_BLOCK + 1
+    rows = RULE_BLOCK + 1
     table = lk.TensorTable([torch.ones(1, device=DEVICE)] * rows, backend="triton")
     values = torch.ones(1, rows, dtype=torch.float64, device=DEVICE)
     values[0, -1] = bad
@@ -116,7 +117,7 @@ def that_asks(sums, hyper):
 def test_rules_of_ones_own(name: str, has_program: bool, own_rules: None) -> None:
     """What no program can do is left to the reference: the numbers are the same."""
     pairs = DESCENTS[name].pairs
-    assert (triton_rules.program(name, pairs, GROUPS, formulas.Scaling()) is not None) == has_program
+    assert (rules.program(name, pairs, GROUPS, formulas.Scaling()) is not None) == has_program
     a, b = (evaluated(x, name, 7, pairs) for x in ("triton", "reference"))
     torch.testing.assert_close(a.d, b.d, rtol=1e-13, atol=0, equal_nan=True)
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 import looksam_kernels as lk
+from looksam_kernels.backends import triton as backend
+from looksam_kernels.backends.triton import gpu
+from looksam_kernels.backends.triton.launch import Launch, compiler_options
 from looksam_kernels.updates import BASES
 from tests import bases
 
-backend = pytest.importorskip("looksam_kernels.backends.triton")
+pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -125,13 +128,13 @@ def test_a_triton_that_lacks_what_the_kernels_use_is_no_backend(
     (tmp_path / "__init__.py").write_text(f"__version__ = '{version}'\n")
     spec = importlib.util.spec_from_file_location("triton", tmp_path / "__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    backend._not_usable.cache_clear()
+    gpu._not_usable.cache_clear()
     try:
-        why = backend._not_usable()
+        why = gpu._not_usable()
         assert why is None if said is None else said in str(why)
         assert said is None or backend.unavailable(torch.device("cuda")) == why
     finally:
-        backend._not_usable.cache_clear()
+        gpu._not_usable.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
@@ -154,7 +157,7 @@ def test_gpus_of_every_maker_are_found(kind: str, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_compiler_options_go_by_the_name_of_tritons_backend(name: str, lanes: int, options: dict[str, int]) -> None:
-    assert backend.compiler_options(SimpleNamespace(backend=name, warp_size=lanes)) == options
+    assert compiler_options(SimpleNamespace(backend=name, warp_size=lanes)) == options
 
 
 # What it compiles -----------------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def test_compiler_options_go_by_the_name_of_tritons_backend(name: str, lanes: in
 def launches(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """What the compiler distinguishes in each launch: the kernel, the arguments' types, the constexprs."""
     seen: set[Any] = set()
-    launch = backend._launch
+    launch = Launch.__call__
 
     def text_of(x: Any) -> str:
         """A rule's function is made for each table."""
@@ -173,12 +176,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     def kind(x: Any) -> Any:
         return tuple(map(kind, x)) if isinstance(x, tuple) else getattr(x, "dtype", type(x))
 
-    def record(prepared: Any, grid: Any, device: Any, *arguments: Any) -> None:
+    def record(prepared: Launch, grid: Any, device: Any, *arguments: Any) -> None:
         constexprs = sorted((name, text_of(x)) for name, x in prepared.constexprs.items())
         seen.add((prepared.kernel.__name__, kind(arguments), str(constexprs)))
         launch(prepared, grid, device, *arguments)
 
-    monkeypatch.setattr(backend, "_launch", record)
+    monkeypatch.setattr(Launch, "__call__", record)
     return seen
 
 
@@ -209,7 +212,7 @@ def test_no_run_time_argument_of_a_kernel_is_specialised() -> None:
     code = (
         "import triton\n"
         "from triton.runtime.jit import JITFunction\n"
-        "from looksam_kernels.backends import triton_kernels as k\n"
+        "from looksam_kernels.backends.triton import kernels as k\n"
         "kernels = ('inner_products', 'add_partials', 'evaluate', 'perturb', 'restore', 'advance', 'step')\n"
         "kernels += ('finish_step', 'apply_lamb')\n"
         "for name in kernels:\n"
@@ -221,7 +224,7 @@ def test_no_run_time_argument_of_a_kernel_is_specialised() -> None:
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
 def test_the_cache_of_compiled_kernels_does_not_grow(device: str) -> None:
-    kernels = backend._kernels()
+    kernels = gpu.kernels()
     names = ("inner_products", "add_partials", "evaluate", "perturb", "advance", "step", "finish_step")
 
     def compiled() -> list[int]:

@@ -1,0 +1,94 @@
+"""Moves the weights, and back."""
+
+from __future__ import annotations
+
+from looksam_kernels.backends import Adaptive, reference
+from looksam_kernels.backends.triton import gpu
+from looksam_kernels.backends.triton.bucket import Bucket
+from looksam_kernels.backends.triton.by_reference import elsewhere, of_rows
+from looksam_kernels.backends.triton.launch import CHUNK, Launch
+from looksam_kernels.backends.triton.layout import Layout, eta_of, layout_of
+from looksam_kernels.formulas import Coefficients
+from looksam_kernels.masks import Mask
+from looksam_kernels.table import TensorTable
+
+
+def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
+    layout, inputs = layout_of(table), coefficients.inputs
+    takes_part = table.present(inputs[0])
+    layout.update(inputs)
+    buckets, odd = layout.split(["b", *inputs], takes_part, rows_from_b(layout))
+    c, eta = coefficients.d.contiguous(), eta_of(layout, adaptive)
+    key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
+    for bucket in buckets:
+        bucket.prepared(_perturb, inputs, eta is not None, mask is not None)(
+            (bucket.programs,),
+            table.device,
+            *layout.addresses("w", "b"),
+            layout.addresses(*inputs),
+            c,
+            eta,
+            key,
+            threshold,
+            bucket.chunks,
+            layout.sizes,
+            len(table),
+        )
+
+    def by_reference(part: TensorTable, rows: list[int]) -> None:
+        eta_of_part = None if adaptive is None else [adaptive[row] for row in rows]
+        reference.perturb(part, of_rows(coefficients, rows), eta_of_part, mask, rows)
+
+    elsewhere(table, odd, by_reference)
+    table.perturbed = [moved or part for moved, part in zip(table.perturbed, takes_part, strict=True)]
+
+
+def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, masked: bool) -> Launch:
+    w, b, *types = bucket.types("w", "b", *inputs)
+    return Launch(
+        gpu.kernels().perturb,
+        W=w,
+        B=b,
+        TYPES=tuple(types),
+        FROM_B=bucket.from_b,
+        STRETCHED=with_t,
+        MASKED=masked,
+        **bucket.walk(),
+    )
+
+
+def rows_from_b(layout: Layout) -> list[bool]:
+    """Which rows start from b: those that are perturbed, and those with a master copy."""
+    moved, masters = layout.table.perturbed, layout.masters()
+    return [x or y for x, y in zip(moved, masters, strict=True)] if any(moved) else masters
+
+
+def _int32(word: int) -> int:
+    """32 bits as the signed number that every kernel takes without being compiled again for larger ones."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def restore(table: TensorTable) -> None:
+    restore_rows(table, table.perturbed)
+
+
+def restore_rows(table: TensorTable, rows: list[bool]) -> None:
+    if not any(rows):
+        return
+    layout = layout_of(table)
+    layout.update(())
+    buckets, odd = layout.split(["b"], rows, rows)
+    for bucket in buckets:
+        bucket.prepared(_restoring)(
+            (bucket.programs,),
+            table.device,
+            *layout.addresses("w", "b"),
+            bucket.chunks,
+            layout.sizes,
+        )
+    elsewhere(table, odd, lambda part, _: reference.restore(part))
+
+
+def _restoring(bucket: Bucket) -> Launch:
+    w, b = bucket.types("w", "b")
+    return Launch(gpu.kernels().restore, W=w, B=b, ALIGNED=bucket.aligned, CHUNK=CHUNK)
