@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -130,27 +130,30 @@ def whole(make: Callable[[Arena], SharpnessAware], sharp: bool) -> Callable[[Are
     return build
 
 
-def plain_adamw(arena: Arena) -> SharpnessAware:
+def plain_adamw(arena: Arena, **options: Any) -> SharpnessAware:
     variant = Variant(sharp=PLAIN, between=PLAIN)
-    return SharpnessAware(arena.params, "adamw", variant, {}, backend=arena.backend, base_kwargs=BASE)
+    return SharpnessAware(arena.params, "adamw", variant, {}, backend=arena.backend, base_kwargs=BASE | options)
 
 
-def sam(arena: Arena) -> SharpnessAware:
-    return SAM(arena.params, "adamw", backend=arena.backend, **BASE)
+def sam(arena: Arena, **options: Any) -> SharpnessAware:
+    return SAM(arena.params, "adamw", backend=arena.backend, **BASE, **options)
 
 
 def looksam(arena: Arena) -> SharpnessAware:
     return LookSAM(arena.params, "adamw", k=5, backend=arena.backend, **BASE)
 
 
-def lamb(arena: Arena) -> SharpnessAware:
+def lamb(arena: Arena, **options: Any) -> SharpnessAware:
     """Without clipping, which not every peer has."""
-    return LAMB(arena.params, max_grad_norm=None, backend=arena.backend, **BASE)
+    return LAMB(arena.params, max_grad_norm=None, backend=arena.backend, **BASE, **options)
 
 
 def looklayersam(arena: Arena) -> SharpnessAware:
     return LookLayerSAM(arena.params, "lamb", k=5, max_grad_norm=None, backend=arena.backend, **BASE)
 
+
+UNCHECKED = {"nonfinite": "ignore"}
+"""The cases beside the checked ones: of the steps whose last gradient is read for the check alone."""
 
 STEPS = (
     Case(
@@ -195,6 +198,24 @@ STEPS = (
         "Look-LayerSAM reuse + LAMB",
         "R g; R g,q,w,m,v W m,v; R w,m,v W w",
         whole(looklayersam, sharp=False),
+    ),
+    Case(
+        "AdamW, unchecked",
+        "R w,g,m,v W w,m,v",
+        whole(partial(plain_adamw, **UNCHECKED), sharp=True),
+        columns=2,
+    ),
+    Case(
+        "SAM, unchecked",
+        "R g; R w,g W w,b; R b,s,m,v W w,m,v",
+        whole(partial(sam, **UNCHECKED), sharp=True),
+        columns=3,
+    ),
+    Case(
+        "LAMB, unchecked",
+        "R g,w,m,v W m,v; R w,m,v W w",
+        whole(partial(lamb, **UNCHECKED), sharp=True),
+        columns=2,
     ),
 )
 

@@ -389,7 +389,7 @@ class Descent(NamedTuple):
     inputs: tuple[str, ...]
     """The first input decides which rows take part."""
     pairs: tuple[Pair, ...]
-    """Sums that the formula needs; each input must stand in one, so that a non-finite value is seen."""
+    """Sums that are taken; each input must stand in one, so that a non-finite value is seen."""
     clip_pairs: tuple[Pair, ...] = ()
     """Further sums that ||d||^2 needs, when it is clipped."""
     writes: str | None = None
@@ -401,6 +401,8 @@ class Descent(NamedTuple):
     those outside have the first input for d."""
     blended: str | None = None
     """The rule that takes its place where a group's ``strength`` is not 1."""
+    only_checked: tuple[Pair, ...] = ()
+    """Those of ``pairs`` that the formula does not read: they show that an input is not finite, and serve to clip."""
 
 
 def _pairs(names: str) -> tuple[Pair, ...]:
@@ -429,26 +431,57 @@ ASCENTS = {
 }
 
 DESCENTS = {
-    "at_w": Descent(as_is, ("g",), _pairs("gg"), everywhere=True),
-    "at_perturbed": Descent(as_is, ("s",), _pairs("ss"), everywhere=True, blended="sam_blend"),
-    "sam_blend": Descent(sam_blend, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
+    "at_w": Descent(as_is, ("g",), _pairs("gg"), everywhere=True, only_checked=_pairs("gg")),
+    "at_perturbed": Descent(
+        as_is, ("s",), _pairs("ss"), everywhere=True, blended="sam_blend", only_checked=_pairs("ss")
+    ),
+    "sam_blend": Descent(
+        sam_blend, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True, only_checked=_pairs("gg ss")
+    ),
     "looksam_refresh": Descent(
         looksam_refresh, ("s", "g"), _pairs("gg gs"), _pairs("ss"), writes="q", blended="looksam_blend"
     ),
-    "looksam_blend": Descent(looksam_blend, ("s", "g"), _pairs("gg gs ss"), writes="q", whole=True),
+    "looksam_blend": Descent(
+        looksam_blend, ("s", "g"), _pairs("gg gs ss"), writes="q", whole=True, only_checked=_pairs("ss")
+    ),
     "looksam_reuse": Descent(looksam_reuse, ("g", "q"), _pairs("gg qq"), _pairs("gq")),
     "ssam": Descent(ssam, ("s",), _pairs("gg ss")),
-    "gsam": Descent(gsam, ("s", "g"), _pairs("gg gs ss"), whole=True),
-    "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
-    "wsam_coupled": Descent(wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True),
-    "crsam": Descent(crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr"), whole=True),
+    "gsam": Descent(gsam, ("s", "g"), _pairs("gg gs ss"), whole=True, only_checked=_pairs("gg")),
+    "wsam": Descent(wsam, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True, only_checked=_pairs("gg ss")),
+    "wsam_coupled": Descent(
+        wsam_coupled, ("s", "g"), _pairs("gg ss"), _pairs("gs"), whole=True, only_checked=_pairs("gg ss")
+    ),
+    "crsam": Descent(
+        crsam, ("r", "s", "g"), _pairs("gg ss rr"), _pairs("gs gr sr"), whole=True, only_checked=_pairs("gg ss rr")
+    ),
     "vasso_direction": Descent(
-        vasso_direction, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
+        vasso_direction,
+        ("s", "g", "m"),
+        _pairs("ss gg mm"),
+        _pairs("gs gm sm"),
+        writes="m",
+        whole=True,
+        only_checked=_pairs("ss gg"),
     ),
     "friendly_direction": Descent(
-        friendly_direction, ("s", "g", "m"), _pairs("ss gg mm"), _pairs("gs gm sm"), writes="m", whole=True
+        friendly_direction,
+        ("s", "g", "m"),
+        _pairs("ss gg mm"),
+        _pairs("gs gm sm"),
+        writes="m",
+        whole=True,
+        only_checked=_pairs("ss gg"),
     ),
-    "sampa": Descent(sampa, ("r", "s"), _pairs("ss rr"), _pairs("sr"), writes="y", whole=True, everywhere=True),
+    "sampa": Descent(
+        sampa,
+        ("r", "s"),
+        _pairs("ss rr"),
+        _pairs("sr"),
+        writes="y",
+        whole=True,
+        everywhere=True,
+        only_checked=_pairs("ss rr"),
+    ),
 }
 
 STORED = ("w", "q", "m", "y", "momentum_buffer")
@@ -696,6 +729,8 @@ def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:
 
 def _unscaled(sums: Sums, hyper: Hyper) -> Sums:
     """The sums of gradients without their loss scale."""
+    if not sums.pairs:
+        return sums
     powers = (sum(map(carries_scale, pair)) for pair in sums.pairs)
     return Sums(sums.pairs, torch.stack([x * hyper.inv_scale**n for n, x in zip(powers, sums.values, strict=True)]))
 
@@ -721,4 +756,4 @@ def _squares(inputs: tuple[str, ...], d: Sequence[Row], sums: Sums) -> Tensor:
 
 
 def _stacked(coefficients: Sequence[Row], sums: Sums) -> Tensor:
-    return torch.stack([torch.zeros_like(sums.values[0]) + c for c in coefficients])
+    return torch.stack([sums.values.new_zeros(sums.values.shape[1]) + c for c in coefficients])

@@ -84,6 +84,7 @@ def measure(
     max_grad_norm: float | None = None,
     trust_ratio: bool = False,
     inside: Sequence[bool] | None = None,
+    check: bool = True,
 ) -> tuple[Sums, Coefficients]:
     """:func:`sums` of what the rule needs and ``known`` does not hold yet, then :func:`coefficients`: one launch where
     the backend can.
@@ -93,6 +94,8 @@ def measure(
         all_reduce: adds the sums up over ranks before they become scalars.
         trust_ratio: as in :func:`coefficients`. To be given to the ascents of the step too: they measure ||w_p||^2.
         inside: as in :func:`coefficients`.
+        check: take also the sums that only show whether the inputs are finite. ``False``: ``found_inf`` is of the sums
+            that the rule itself needs, and a descent that needs none reads no gradient.
 
     Returns:
         All sums, the known ones included, and the coefficients.
@@ -100,7 +103,7 @@ def measure(
     Raises:
         ValueError: no such rule, or LARS's ||w_p||^2 is asked for when w is perturbed.
     """
-    needed = pairs_of(rule, clip=max_grad_norm is not None, trust_ratio=trust_ratio)
+    needed = pairs_of(rule, clip=max_grad_norm is not None, trust_ratio=trust_ratio, check=check)
     pairs = [p for p in needed if known is None or p not in known.pairs]
     if trust_ratio and ("w", "w") in pairs and any(table.perturbed):
         raise ValueError("LARS needs ||w_p|| from before the perturbation; give trust_ratio=True to the ascent too")
@@ -110,7 +113,7 @@ def measure(
         found, scalars = fused(table, rule, pairs, known, groups, adaptive, scaling)
         return found, _with_gaps(table, rule, found, scalars, groups, scaling, inside)
     found = sums(table, pairs, adaptive)
-    if all_reduce is not None:
+    if all_reduce is not None and pairs:
         found = all_reduce(found)
     if known is not None:
         found = known + found
@@ -211,8 +214,8 @@ def restore(table: TensorTable) -> None:
     table.perturbed = [False] * len(table)
 
 
-def pairs_of(rule: str, clip: bool = False, trust_ratio: bool = False) -> tuple[Pair, ...]:
-    """The sums that a rule needs, with those for clipping and for LARS's trust ratio if asked.
+def pairs_of(rule: str, clip: bool = False, trust_ratio: bool = False, check: bool = True) -> tuple[Pair, ...]:
+    """The sums that a rule needs, with those for clipping, for LARS's trust ratio and for the finite check if asked.
 
     Raises:
         ValueError: no such rule.
@@ -222,6 +225,8 @@ def pairs_of(rule: str, clip: bool = False, trust_ratio: bool = False) -> tuple[
     pairs = ASCENTS[rule].pairs if rule in ASCENTS else DESCENTS[rule].pairs
     if rule in DESCENTS and (clip or trust_ratio):
         pairs += DESCENTS[rule].clip_pairs
+    elif rule in DESCENTS and not check:
+        pairs = tuple(pair for pair in pairs if pair not in DESCENTS[rule].only_checked)
     return (*pairs, ("w", "w")) if trust_ratio and ("w", "w") not in pairs else pairs
 
 

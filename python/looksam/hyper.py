@@ -138,10 +138,11 @@ RANGES: dict[str, Range] = {
     "lambda1": finite(),
     "lambda2": finite(),
     "max_grad_norm": none_or_positive(),
+    "nonfinite": one_of("skip", "ignore"),
 }
-"""Of every hyper-parameter of a variant, and of the clipping. A class narrows one where its method asks for it."""
+"""Of every hyper-parameter of a variant, of clipping and finite check. A class narrows one where its method asks for it."""
 
-COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad_norm")
+COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad_norm", "nonfinite")
 """What all groups share. A class adds to it."""
 
 

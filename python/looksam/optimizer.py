@@ -73,7 +73,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
             the passes, ``model``, ``same_rng`` and ``m_sharpness``: see :class:`looksam.passes.PassRunner`. And
             ``perturb_filter``, a function parameter -> bool: the method is about these parameters, as if there were no others
             (default: all). The others are not perturbed and enter no norm of the method; in every step their direction is
-            the last gradient.
+            the last gradient. And ``nonfinite``: ``"skip"`` leaves a step out if one of its gradients is infinite or NaN;
+            ``"ignore"`` does not look, and updates the weights with what is there, as torch.optim does (with a GradScaler
+            every step is checked). The check reads the last gradient once more where no norm that the method, the clipping
+            or LARS needs has read it: steps of the base alone, second gradients of SAM. Elsewhere it costs nothing.
 
     State per parameter: the base's, and ``q``, ``q_norm_sq`` = ||q||^2 where the variant reuses a gradient component; the
     norm follows what other code does to ``q`` (but through ``q.data``, which leaves no trace). The place in the cycle of
@@ -115,11 +118,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
         owner, base_kwargs = type(self).__name__, dict(base_kwargs)
         self._passes = PassRunner(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
         filters = {"perturb_filter": base_kwargs.pop("perturb_filter", None)} if _perturbs(variant) else {}
-        hyper = {**hyper, **filters}
+        checked = {"nonfinite": base_kwargs.pop("nonfinite", "skip")}
+        hyper = {**hyper, **filters, **checked}
         params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
         ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(own_entries(self._written)))
-        mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *filters, *PASSES]
+        mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *filters, *checked, *PASSES]
         self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
         self._forget()
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
@@ -396,7 +400,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         return all(g is None or not g.any() for g in binding.gradients())
 
     def _finish(self, step: RunningStep, grad_scale: Tensor | None) -> None:
-        found_inf = step.update(grad_scale)
+        check = self._scaler is not None or grad_scale is not None or self.param_groups[0]["nonfinite"] == "skip"
+        found_inf = step.update(grad_scale, check)
         self._report(found_inf)
         self._step = None
         self._skipped.note(found_inf)

@@ -11,7 +11,7 @@ from typing_extensions import Never
 from looksam.messages import refuse
 from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, Variant
-from looksam.types import BackendName
+from looksam.types import BackendName, NonFinite
 
 
 class LAMB(SharpnessAware):
@@ -26,7 +26,7 @@ class LAMB(SharpnessAware):
         always_adapt: use the trust ratio in groups without weight decay too.
         trust_clip: r at most 1.
         bias_correction: without it m and v are used as they are, as in the implementations for BERT.
-        backend: see :class:`looksam.SharpnessAware`.
+        nonfinite, backend: see :class:`looksam.SharpnessAware`.
     """
 
     fused_base = "lamb"
@@ -43,6 +43,7 @@ class LAMB(SharpnessAware):
         trust_clip: bool = False,
         bias_correction: bool = True,
         maximize: bool = False,
+        nonfinite: NonFinite = "skip",
         backend: BackendName | None = None,
         **unknown: Never,
     ) -> None:
@@ -57,6 +58,7 @@ class LAMB(SharpnessAware):
             "trust_clip": trust_clip,
             "bias_correction": bias_correction,
             "maximize": maximize,
+            "nonfinite": nonfinite,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)
         super().__init__(params, "lamb", variant, {}, backend=backend, base_kwargs=base_kwargs)
@@ -75,7 +77,7 @@ class LARS(SharpnessAware):
         trust_clip: r = min(1, r / lr), so that a tensor's rate is the smaller of lr and r (LARC).
         always_adapt: use the trust ratio in groups without weight decay too.
         max_grad_norm: clips the global norm of the gradients before; ``None``: not.
-        backend: see :class:`looksam.SharpnessAware`.
+        nonfinite, backend: see :class:`looksam.SharpnessAware`.
     """
 
     fused_base = "lars"
@@ -94,6 +96,7 @@ class LARS(SharpnessAware):
         always_adapt: bool = False,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        nonfinite: NonFinite = "skip",
         backend: BackendName | None = None,
         **unknown: Never,
     ) -> None:
@@ -110,6 +113,7 @@ class LARS(SharpnessAware):
             "always_adapt": always_adapt,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
+            "nonfinite": nonfinite,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)
         super().__init__(params, "lars", variant, {}, backend=backend, base_kwargs=base_kwargs)
@@ -127,7 +131,7 @@ class Lion(SharpnessAware):
         weight_decay: decoupled, as torch.optim.AdamW's.
         max_grad_norm: clips the global norm of the gradients before; ``None``: not.
         maximize: ascend instead of descend.
-        backend: see :class:`looksam.SharpnessAware`.
+        nonfinite, backend: see :class:`looksam.SharpnessAware`.
     """
 
     fused_base = "lion"
@@ -140,6 +144,7 @@ class Lion(SharpnessAware):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        nonfinite: NonFinite = "skip",
         backend: BackendName | None = None,
         **unknown: Never,
     ) -> None:
@@ -150,6 +155,7 @@ class Lion(SharpnessAware):
             "weight_decay": weight_decay,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
+            "nonfinite": nonfinite,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)
         super().__init__(params, "lion", variant, {}, backend=backend, base_kwargs=base_kwargs)

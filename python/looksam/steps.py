@@ -126,11 +126,14 @@ class RunningStep:
         total = (gg if inside is None else gg * torch.tensor(inside, dtype=gg.dtype, device=gg.device)).sum()
         return total if grad_scale is None else total / grad_scale.to(total) ** 2
 
-    def update(self, grad_scale: Tensor | None) -> Tensor:
+    def update(self, grad_scale: Tensor | None, check: bool) -> Tensor:
         """Measures what is still unknown, combines, restores and updates.
 
+        Args:
+            check: leave the update out if a gradient is not finite. Else the gradients are not read for that alone.
+
         Returns:
-            1.0 if a gradient was not finite and the update was therefore left out, else 0.0.
+            1.0 if the update was left out, else 0.0.
         """
         binding, plan = self._binding, self.plan
         if self._passes.m_sharpness and self.perturbed:
@@ -139,7 +142,9 @@ class RunningStep:
             self._sums = self._sums and self._sums.stored()
         groups = self._groups()
         clip = groups[0]["max_grad_norm"] if self._base.clips else None
-        coefficients = self._measure(plan.descent, groups, grad_scale, None, clip)
+        coefficients = self._measure(plan.descent, groups, grad_scale, None, clip, check)
+        if not check:  # what the sums that are taken have shown does not count either
+            coefficients = coefficients._replace(found_inf=torch.zeros_like(coefficients.found_inf))
         self._base.update(binding, coefficients, groups)
         if plan.writes:
             binding.written()
@@ -184,6 +189,7 @@ class RunningStep:
         grad_scale: Tensor | None,
         etas: list[float | None] | None,
         max_grad_norm: float | None = None,
+        check: bool = True,
     ) -> Coefficients:
         """The scalars of a rule; sums and found_inf go on from one pass to the next."""
         self._sums, coefficients = ops.measure(
@@ -198,6 +204,7 @@ class RunningStep:
             max_grad_norm=max_grad_norm,
             trust_ratio=self._base.takes_trust_ratio,
             inside=self._binding.inside,
+            check=check,
         )
         self._found_inf = coefficients.found_inf
         return coefficients

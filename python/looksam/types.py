@@ -14,6 +14,7 @@ BaseName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "la
 """The fused bases."""
 BaseOptimizer = BaseName | type[Optimizer]
 NormScope = Literal["global", "tensor"]
+NonFinite = Literal["skip", "ignore"]
 LayerScale = Literal["trust_normalized", "trust", "trust_global", "unit"]
 ParameterFilter = Callable[[Tensor], bool]
 """Says of a parameter whether it is among those that are meant."""

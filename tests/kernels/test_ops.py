@@ -466,6 +466,28 @@ def test_measure_is_sums_then_coefficients(target: Target) -> None:
 
 
 @on_every_target
+def test_measure_without_the_check_needs_no_sums_where_the_rule_reads_none(target: Target) -> None:
+    rows = CASES["groups"]
+    cols = cases.columns(rows, target.device)
+    made = cases.table(rows, {**cols, "r": cols["s"]}, target.backend)
+    options = {"grad_scale": torch.tensor(8.0, device=target.device)}
+    without = [rule for rule in DESCENTS if not pairs_of(rule, check=False)]
+    assert without == ["at_w", "at_perturbed", "sam_blend", "wsam", "wsam_coupled", "crsam", "sampa"]
+    for rule in without:
+        sums, found = lk.measure(made, rule, RULE_GROUPS, check=False, **options)
+        _, checked = lk.measure(made, rule, RULE_GROUPS, **options)
+        assert sums.pairs == ()
+        assert sums.values.shape == (0, len(rows))
+        assert found.found_inf.item() == 0
+        for name in ("d", "q", "post"):
+            mine, theirs = getattr(found, name), getattr(checked, name)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs), (rule, name)
+    found = lk.measure(made, "at_w", RULE_GROUPS, check=False, found_inf=torch.ones((), device=target.device))[1]
+    assert found.found_inf.item() == 1
+
+
+@on_every_target
 def test_all_reduce_sees_the_new_sums_once(target: Target) -> None:
     rows = CASES["groups"]
     made = cases.table(rows, cases.columns(rows, target.device), target.backend)
@@ -477,6 +499,7 @@ def test_all_reduce_sees_the_new_sums_once(target: Target) -> None:
 
     _, alone = lk.measure(made, "sam", RULE_GROUPS)
     _, reduced = lk.measure(made, "sam", RULE_GROUPS, all_reduce=all_reduce)
+    lk.measure(made, "at_w", RULE_GROUPS, all_reduce=all_reduce, check=False)
     assert seen == [(("g", "g"),)]
     assert torch.allclose(reduced.d, alone.d / 2, rtol=1e-12)
 

@@ -56,6 +56,8 @@ def sums_with(layout: Layout, reading: Reading, known: Tensor | None, adaptive: 
     known = None if known is None else known.to(torch.float64).contiguous()
     before = 0 if known is None else len(known)
     count = before + len(reading.pairs)
+    if count == 0:
+        return torch.empty(0, len(table), dtype=torch.float64, device=table.device)
     eta = eta_of(layout, adaptive) if any(reading.stretched) else None
     buckets, odd = layout.split(reading.used, _any_present(table, reading.used), [False] * len(table))
     if sum(bucket.size for bucket in buckets) == len(table):
