@@ -47,6 +47,9 @@ def test_bytes_are_those_of_the_passes() -> None:
         "LAMB": 40,
         "Look-LayerSAM refresh + LAMB": 80,
         "Look-LayerSAM reuse + LAMB": 48,
+        "AdamW, unchecked": 28,
+        "SAM, unchecked": 48,
+        "LAMB, unchecked": 40,
     }
 
 
