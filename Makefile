@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-warn-co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test nightly bench docs lint format dist-check release-check clean
+.PHONY: help demo test nightly bench bench-check docs lint format dist-check release-check clean
 .PHONY: gpu gpu-first gpu-second
 
 help: ## list the targets
@@ -30,6 +30,9 @@ nightly: ## make test over more cases, random ones among them: every GPU archite
 
 bench: .venv/installed ## measure every op and step beside its peers; BENCH_ARGS=--quick passes options on
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-check: .venv/installed ## compare the ratios of now with the committed results of this kind of machine; two minutes, quiet
+	@$(BIN)/python -m benchmarks.check $(CHECK_ARGS)
 
 docs: .venv-docs/installed ## build the documentation into site/; LOOKSAM_REPOSITORY_URL puts a link at its top
 	@PATH="$(CURDIR)/.venv-docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet

@@ -3,6 +3,8 @@
 ===================================================  ====================================================================
 ``make bench``                                       all lists and cases; writes ``benchmarks/results/<cpu>-<date>.json``
                                                      and the table made from it
+``make bench-check``                                 ratios of now against the committed ones of this kind of machine
+``python -m benchmarks.communication``               what a step sends, and the figure of its time over the number of GPUs
 ``python -m benchmarks --quick``                     a short run of half a minute; ``--help`` has the choices
 ``python -m benchmarks --shapes vit-b --only SAM``   one list, some cases
 ``python -m benchmarks --device cuda``               on a GPU, with launches, synchronisations and host time

@@ -38,6 +38,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeat", type=int, default=5, help="turns of each round at least (%(default)s)")
     add("--compile", default="vit-s", help="lists where torch.compile competes: a minute or two each (%(default)s)")
     add("--memory", type=float, default=6.0, help="GB that the contenders of one round may hold (%(default)s)")
+    add("--alone", action="store_true", help="no peers but torch's fused AdamW")
     add("--out", type=Path, help="folder of the result file and its table (benchmarks/results)")
     add("--quick", action="store_true", help="ResNet-18 and the overhead only, few turns, no torch.compile, no file")
     args = parser.parse_args(argv)
@@ -160,6 +161,8 @@ class Bench:
         return list(records.values())
 
     def invited(self, peer: str, name: str) -> bool:
+        if self.args.alone:
+            return False
         if peer != COMPILED or name in self.args.compile:
             return True
         self.leave_out(name, peer, "compiling takes a minute or two for each list; --compile names the lists")
