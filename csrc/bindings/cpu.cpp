@@ -6,6 +6,7 @@
 
 #include "../cpu/ops.h"
 #include "arguments.h"
+#include "places.h"
 #include "snapshot.h"
 
 namespace looksam {
@@ -543,6 +544,7 @@ PYBIND11_MODULE(_C, module) {
       .def("restore", &Table::restore);
   module.def("rules", &looksam::rule_names);
   module.def("first_misfit", &looksam::first_misfit);
+  looksam::bind_places(module);
   looksam::bind_snapshot(module);
   module.def("isas", [] {
     std::vector<std::string> names;

@@ -37,9 +37,12 @@ CUDA_CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-DLOOKSAM_MODULE=_cuda")
 NVCC_FLAGS = ("-O3",)
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
-SOURCES = {CPU: ("bindings/cpu.cpp", "bindings/snapshot.cpp", "cpu/*.cpp"), CUDA: ("bindings/cuda.cpp", "cuda/*.cu")}
+SOURCES = {
+    CPU: ("bindings/cpu.cpp", "bindings/places.cpp", "bindings/snapshot.cpp", "cpu/*.cpp"),
+    CUDA: ("bindings/cuda.cpp", "cuda/*.cu"),
+}
 HEADERS = {
-    CPU: ("bindings/arguments.h", "bindings/snapshot.h", "core/*.h", "cpu/*.h"),
+    CPU: ("bindings/arguments.h", "bindings/places.h", "bindings/snapshot.h", "core/*.h", "cpu/*.h"),
     CUDA: (
         "bindings/arguments.h",
         "bindings/session.h",

@@ -160,6 +160,19 @@ def test_compiler_options_go_by_the_name_of_tritons_backend(name: str, lanes: in
     assert compiler_options(SimpleNamespace(backend=name, warp_size=lanes)) == options
 
 
+def test_gradients_whose_numbers_are_not_those_in_memory_take_the_reference() -> None:
+    """Negated when they are read, in one of two rows."""
+    found = []
+    for name in ("triton", "reference"):
+        made = table([(4,), (4,)], name)
+        made["g"] = [torch.complex(made["g"][0], made["g"][0]).conj().imag, made["g"][1]]
+        assert made["g"][0].is_neg()
+        looksam(made, "adamw")
+        found.append([x.clone() for name in ("w", "q", "exp_avg") for x in made[name]])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # What it compiles -----------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What the device must know of a column: where its tensors are, and what kind they are."""
+"""What the device must know of a column: where its tensors are, and of what kind they are."""
 
 from __future__ import annotations
 
@@ -17,31 +17,28 @@ class Trait(NamedTuple):
     order: tuple[int, ...] | None
 
 
-class Form(NamedTuple):
-    """What the traits of a column follow from, but for the shapes, which are the parameters'."""
-
-    present: list[bool]
-    dtypes: list[torch.dtype]
-    strides: list[tuple[int, ...]]
-    misaligned: list[int]
-
-
 class Column(NamedTuple):
-    seen: list[int]
-    """The address of each row when it was last looked at; 0 where there is no tensor."""
-    form: Form
+    """As the device knows it."""
+
     traits: tuple[Trait | None, ...]
     kind: int
     """A number for the traits: columns with the same traits have the same."""
     addresses: Tensor
 
 
-def trait_of(x: Tensor, scalar: bool) -> Trait:
+def traits_of(tensors: Sequence[Tensor | None], scalar: bool) -> tuple[Trait | None, ...]:
+    return tuple(None if x is None else _trait(x, scalar) for x in tensors)
+
+
+def _trait(x: Tensor, scalar: bool) -> Trait:
     return Trait(x.dtype, x.data_ptr() % 16 == 0, () if scalar else _memory_order(x))
 
 
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """Which element lies where: the strides of the dimensions longer than 1; ``None`` if x is not dense."""
+    """Which element lies where: the strides of the dimensions longer than 1; ``None`` if x is not dense, or if its numbers are
+    not those in memory: negated when they are read, or zeros that are nowhere."""
+    if x.is_neg() or (x.data_ptr() == 0 and x.numel() > 0):
+        return None
     strides = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
     expected = 1
     for stride, size in sorted(strides):
@@ -49,7 +46,3 @@ def _memory_order(x: Tensor) -> tuple[int, ...] | None:
             return None
         expected *= size
     return tuple(stride for stride, _ in strides) if x.numel() > 0 else ()
-
-
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))

@@ -13,6 +13,7 @@ from looksam_kernels.backends.triton.launch import RULE_BLOCK, Launch
 from looksam_kernels.backends.triton.layout import Layout, forget_oldest, layout_of
 from looksam_kernels.backends.triton.reductions import reading_of, sums_with
 from looksam_kernels.backends.triton.rules import Program
+from looksam_kernels.backends.triton.upload import as_numbers
 from looksam_kernels.formulas import (
     ASCENTS,
     DESCENTS,
@@ -74,18 +75,18 @@ def _rule(
 ) -> tuple[Program, Launch] | None:
     """The rule's program and the launch that runs it; ``None`` where the reference has to evaluate it."""
     entry = ASCENTS[rule] if rule in ASCENTS else DESCENTS[rule]
-    scale, before = (None if x is None else x.dtype for x in (scaling.grad_scale, scaling.found_inf))
-    key = (entry, pairs, scaling.max_grad_norm is None, scaling.trust_ratio, scale, before)
-    if key in layout.rules:
-        found = layout.rules[key]
-        if found is None or found[0].fits(groups):
-            return found
+    scale, before = scaling.grad_scale, scaling.found_inf
+    types = (None if scale is None else scale.dtype, None if before is None else before.dtype)
+    key = (rule, pairs, scaling.max_grad_norm is None, scaling.trust_ratio, types)
+    known = layout.rules.get(key)
+    if known is not None and known[0] is entry and (known[1] is None or known[1][0].fits(groups)):
+        return known[1]
     program = rules.program(rule, pairs, groups, scaling)
     found = None
     if program is not None:
         function = rules.function(program.source)
         found = program, Launch(gpu.kernels().evaluate, PAIRS=len(pairs), RULE=function, BLOCK=RULE_BLOCK)
-    layout.rules[key] = found
+    layout.rules[key] = entry, found
     forget_oldest(layout.rules)
     return found
 
@@ -102,13 +103,13 @@ def _evaluate(
     if found is None:
         return reference.evaluate(rule, sums, _Hyper(layout, groups, scaling.grad_scale), scaling)
     (program, launch), device, rows = found, layout.device, len(layout.table)
-    scale, before = (None if x is None else x.to(device).reshape(()) for x in (scaling.grad_scale, scaling.found_inf))
+    scale, before = _number_on(scaling.grad_scale, device), _number_on(scaling.found_inf, device)
     numbers = torch.empty(sum(program.counts), rows, dtype=torch.float64, device=device)
     found_inf = torch.empty((), dtype=torch.float32, device=device)
     launch(
         (1,),
         device,
-        sums.values.to(torch.float64).contiguous(),
+        as_numbers(sums.values),
         hyper,
         layout.group,
         scale,
@@ -118,7 +119,8 @@ def _evaluate(
         rows,
         len(groups),
     )
-    d, q, post, trust = numbers.split(program.counts)
+    only_d = program.counts[0] == len(numbers)
+    d, q, post, trust = (numbers,) * 4 if only_d else torch.split_with_sizes(numbers, program.counts)
     writes = DESCENTS[rule].writes if rule in DESCENTS else None
     return Coefficients(
         inputs_of(rule),
@@ -129,3 +131,7 @@ def _evaluate(
         writes or "q",
         trust[0] if program.counts[3] else None,
     )
+
+
+def _number_on(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return x if x is None or (x.device == device and x.dim() == 0) else x.to(device).reshape(())

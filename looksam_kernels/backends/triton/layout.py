@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import operator
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +15,23 @@ from torch import Tensor
 from looksam_kernels.backends import Adaptive
 from looksam_kernels.backends.triton import gpu
 from looksam_kernels.backends.triton.bucket import Bucket
-from looksam_kernels.backends.triton.columns import Column, Form, Trait, addresses_of, trait_of
+from looksam_kernels.backends.triton.columns import Column, Trait, traits_of
 from looksam_kernels.backends.triton.graphs import Graphs
 from looksam_kernels.backends.triton.launch import CHUNK, Launch
+from looksam_kernels.backends.triton.places import MOVED, OTHER, SAME, Places, places
 from looksam_kernels.backends.triton.rules import LIMIT, Program, Read
-from looksam_kernels.backends.triton.upload import Mail, Numbers, any_on_device, scalar_on, values_of
+from looksam_kernels.backends.triton.upload import (
+    IMMUTABLE,
+    Mail,
+    Numbers,
+    any_on_device,
+    as_tensor,
+    is_same,
+    scalar_on,
+    sizes_of,
+    source_of,
+    values_of,
+)
 from looksam_kernels.formulas import Groups, Scaling
 from looksam_kernels.table import TensorTable, holds_scalars
 
@@ -33,8 +43,8 @@ class Layout:
     seen in a capture is copied in the graph and forgotten after the op, since the next may be another graph's.
     """
 
-    def __init__(self, table: TensorTable, graphs: Graphs) -> None:
-        self.table, self.device, self.graphs = table, table.device, graphs
+    def __init__(self, table: TensorTable, handle: Handle) -> None:
+        self.table, self.device, self.handle, self.graphs = table, table.device, handle, handle.graphs
         self.capturing = False
         """Is the op under way being captured?"""
         self.stream: Any = None
@@ -42,14 +52,22 @@ class Layout:
         """Is neither a capture under way nor more than one stream in use?"""
         self.streams: set[Any] = set()
         """On which ops ran: memory belongs to one, and may be given up while another still reads it."""
-        self.w = addresses_of(table["w"])
+        self.w = places()
+        self.w.look(table["w"])
         self.columns: dict[str, Column] = {}
+        self.version = 0
+        """Another number whenever a column is of another kind."""
         self.numbers: dict[tuple[Read, ...], Numbers] = {}
         """Of all that have been read so far, by what they are: they are sent together, with the first op that a change meets."""
         self.seen_in_capture: dict[Any, Any] = {}
         """Columns and numbers, by the op under way."""
+        self.every = [True] * len(table)
+        self.none = [False] * len(table)
+        """All rows, and none."""
         self._masters: tuple[tuple[int, int], list[bool]] | None = None
-        self.rules: OrderedDict[Any, tuple[Program, Launch] | None] = OrderedDict()
+        self._last_split: dict[tuple[str, ...], _Split] = {}
+        self._scratch: dict[Any, Tensor] = {}
+        self.rules: OrderedDict[Any, tuple[Any, tuple[Program, Launch] | None]] = OrderedDict()
         self.kinds: OrderedDict[Any, int] = OrderedDict()
         self.new_kind = itertools.count()
         self.buckets: OrderedDict[Any, tuple[list[Bucket], list[int]]] = OrderedDict()
@@ -92,6 +110,15 @@ class Layout:
             forget_oldest(self.copies)
         return copy
 
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """float64 memory that nothing reads after the op: where all ops follow each other in one stream, the same again."""
+        if not self.plain:
+            return torch.empty(shape, dtype=torch.float64, device=self.device)
+        key = (name, shape)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(shape, dtype=torch.float64, device=self.device)
+        return self._scratch[key]
+
     def send(self, x: Tensor) -> Tensor:
         """A copy on the device, without waiting for it."""
         if self.capturing:
@@ -112,15 +139,23 @@ class Layout:
             The hyper-parameters ``reads``, float64 [names, groups].
         """
         mail: Mail = []
+        dirty, changed, seen = self.table.dirty, self.handle.changed, self.columns
         for name in ("w", "b", *names):
-            self._look_at(name, mail)
+            if name not in seen or name in dirty or name in changed:
+                self._look_at(name, mail)
+        source = source_of(groups, scaling and scaling.max_grad_norm)
+        known = self.numbers.get(reads)
+        if known is not None and is_same(source, known.source):
+            self.deliver(mail)
+            self.read(known.on_device)
+            return known.on_device
         values = values_of(reads, groups, scaling)
-        self._compare(reads, values, mail)
+        self._compare(reads, values, source, mail)
         if scaling is not None and not self.capturing:
             for others in self.numbers:
                 if others != reads and LIMIT not in others:
                     with contextlib.suppress(KeyError):  # of other groups than these
-                        self._compare(others, values_of(others, groups, None), mail)
+                        self._compare(others, values_of(others, groups, None), [None, *source[1:]], mail)
         self.deliver(mail)
         if any_on_device(values):
             return torch.stack([scalar_on(x, self.device) for x in values])
@@ -132,39 +167,51 @@ class Layout:
     def _look_at(self, name: str, mail: Mail) -> None:
         if name in self.seen_in_capture:
             return
-        known = self.columns.get(name)
-        if known is None or name in self.table.dirty:
-            rows, present = self.table[name], self.table.present(name)
-            there = rows if all(present) else [x for x in rows if x is not None]
-            places = addresses_of(there)
-            misaligned = [place & 15 for place in places] if functools.reduce(operator.or_, places, 0) & 15 else []
-            form = Form(present, [x.dtype for x in there], [x.stride() for x in there], misaligned)
-            if len(there) < len(rows):
-                each = iter(places)
-                places = [next(each) if x else 0 for x in present]
-            if known is None or form != known.form:
-                traits = tuple(None if x is None else trait_of(x, holds_scalars(name)) for x in rows)
-                kind = self.kind(traits)
-            else:
-                traits, kind = known.traits, known.kind
-            if known is None or kind != known.kind or places != known.seen:
-                kept = self.seen_in_capture if self.capturing else self.columns
-
-                def store(part: Tensor) -> None:
-                    kept[name] = Column(places, form, traits, kind, part)
-
-                mail.append((array("q", places), store))
-            if not self.capturing:
+        known, handle, tensors = self.columns.get(name), self.handle, self.table[name]
+        if self.capturing:
+            here = places()
+            here.look(tensors)
+            traits = traits_of(tensors, holds_scalars(name))
+            kind, kept = self.kind(traits), self.seen_in_capture
+            is_known = known is not None and kind == known.kind and name not in handle.changed
+            if is_known and here.addresses() == handle.places[name].addresses():
+                return
+        else:
+            if known is None or name in self.table.dirty:
+                handle.look(name, tensors)
                 self.table.dirty.discard(name)
-
-    def _compare(self, reads: tuple[Read, ...], values: list[Any], mail: Mail) -> None:
-        known = self.seen_in_capture.get(reads) or self.numbers.get(reads)
-        if any_on_device(values) or (known is not None and known.seen == values):
-            return
-        kept = self.seen_in_capture if self.capturing else self.numbers
+            change = handle.changed.get(name, SAME) if known is not None else OTHER
+            if change == SAME:
+                return
+            traits, kind, kept = (), 0, self.columns
+            if known is not None and change == MOVED:
+                traits, kind = known.traits, known.kind
+            else:
+                traits = traits_of(tensors, holds_scalars(name))
+                kind = self.kind(traits)
+            here = handle.places[name]
 
         def store(part: Tensor) -> None:
-            kept[reads] = Numbers(values, part.view(torch.float64))
+            kept[name] = Column(traits, kind, part)
+            if kept is self.columns:
+                handle.changed.pop(name, None)
+                self.version += known is None or kind != known.kind
+
+        mail.append((here.addresses(), store))
+
+    def _compare(self, reads: tuple[Read, ...], values: list[Any], source: list[Any], mail: Mail) -> None:
+        known = self.seen_in_capture.get(reads) or self.numbers.get(reads)
+        if any_on_device(values):
+            return
+        if known is not None and known.seen == values:
+            if not self.capturing and IMMUTABLE.issuperset(map(type, source)):
+                self.numbers[reads] = known._replace(source=source)
+            return
+        kept = self.seen_in_capture if self.capturing else self.numbers
+        remembered = source if IMMUTABLE.issuperset(map(type, source)) else []
+
+        def store(part: Tensor) -> None:
+            kept[reads] = Numbers(values, part.view(torch.float64), remembered)
 
         mail.append((array("d", values), store))
 
@@ -172,15 +219,11 @@ class Layout:
         """In one copy; in a capture, where the same numbers are kept once for all graphs, each by itself."""
         if not mail:
             return
-        nothing = self.sizes.new_empty(0)
         if self.capturing:
-            sent = [
-                self.graphs.send(torch.frombuffer(x, dtype=torch.int64), self.device) if x else nothing for x, _ in mail
-            ]
+            sent = [self.graphs.send(as_tensor([x]), self.device) for x in mail]
         else:
-            data = bytearray().join(memoryview(x).cast("B") for x, _ in mail)
-            every = self.send(torch.frombuffer(data, dtype=torch.int64)) if data else nothing
-            sent = list(every.split([len(x) for x, _ in mail]))
+            every = self.send(as_tensor(mail))
+            sent = [every] if len(mail) == 1 else [*torch.split_with_sizes(every, sizes_of(mail))]
         for (_, store), part in zip(mail, sent, strict=True):
             store(part)
 
@@ -198,17 +241,31 @@ class Layout:
         return self.kinds[traits]
 
     def addresses(self, *names: str) -> tuple[Tensor, ...]:
+        columns = self.columns
+        if self.plain:
+            return tuple([columns[name].addresses for name in names])
         return tuple([self.column(name).addresses for name in names])
 
     def split(
-        self, names: Sequence[str], rows: Sequence[bool], from_b: Sequence[bool]
+        self, names: tuple[str, ...], rows: Sequence[bool], from_b: Sequence[bool]
     ) -> tuple[list[Bucket], list[int]]:
         """The chosen rows in buckets by their tensors in these columns, and the rows that no kernel can walk through.
 
-        Rows not ``from_b`` still write b where b is among the names.
+        Rows not ``from_b`` still write b where b is among the names. Neither list of flags is written after this.
         """
+        last = self._last_split.get(names) if self.plain else None
+        if last is None or last.rows is not rows or last.from_b is not from_b or last.version != self.version:
+            found = self._split(names, rows, from_b)
+            if self.plain:
+                self._last_split[names] = last = _Split(rows, from_b, self.version, *found)
+            return found
+        return last.buckets, last.odd
+
+    def _split(
+        self, names: tuple[str, ...], rows: Sequence[bool], from_b: Sequence[bool]
+    ) -> tuple[list[Bucket], list[int]]:
         columns = {name: self.column(name) for name in dict.fromkeys(["w", "b", *names])}
-        key = (tuple(names), tuple(column.kind for column in columns.values()), bytes(rows), bytes(from_b))
+        key = (names, tuple(column.kind for column in columns.values()), bytes(rows), bytes(from_b))
         if key in self.buckets:
             buckets, odd = self.buckets[key]
             for bucket in buckets:
@@ -262,24 +319,71 @@ def forget_oldest(kept: OrderedDict[Any, Any], limit: int = 64) -> None:
         kept.popitem(last=False)
 
 
-class _Handle:
+class _Split(NamedTuple):
+    """What :meth:`Layout.split` last made of some columns."""
+
+    rows: Sequence[bool]
+    from_b: Sequence[bool]
+    version: int
+    buckets: list[Bucket]
+    odd: list[int]
+
+
+class Handle:
     """What the backend keeps for a table."""
 
     def __init__(self) -> None:
         self.layout: Layout | None = None
         self.graphs = Graphs()
+        self.places: dict[str, Places] = {}
+        self.changed: dict[str, int] = {}
+        """The columns whose addresses on the device are out of date, and how much has changed."""
+
+    def look(self, name: str, tensors: list[Tensor | None]) -> None:
+        if name not in self.places:
+            self.places[name] = places()
+        self._note(name, self.places[name].look(tensors))
+
+    def take(self, name: str, params: Sequence[Tensor], weights: list[Tensor]) -> bool | list[bool] | None:
+        """As ``take_gradients`` of the backend."""
+        if name not in self.places:
+            self.places[name] = places()
+        taken = self.places[name].take(params, weights)
+        if taken is None:
+            return None
+        self._note(name, taken[0])
+        return taken[1]
+
+    def get(self, name: str) -> list[Tensor | None]:
+        """The tensors that were taken."""
+        return self.places[name].tensors()
+
+    def release(self, name: str) -> None:
+        """Lets go of them."""
+        if name in self.places:
+            self.places[name].release()
+
+    def _note(self, name: str, change: int) -> None:
+        if change != SAME:
+            self.changed[name] = max(change, self.changed.get(name, SAME))
+
+
+def handle_of(table: TensorTable) -> Handle:
+    if table.handle is None:
+        table.handle = Handle()
+    handle: Handle = table.handle
+    return handle
 
 
 def layout_of(table: TensorTable) -> Layout:
     """To be called once an op, first."""
-    if table.handle is None:
-        table.handle = _Handle()
-    handle: _Handle = table.handle
-    capturing = gpu.capturing(table.device)
-    if handle.layout is None or handle.layout.w != addresses_of(table["w"]):
+    handle, capturing = handle_of(table), gpu.capturing(table.device)
+    if handle.layout is not None and handle.layout.w.look(table["w"]) != SAME:
+        handle.layout = None
+    if handle.layout is None:
         if capturing:
             raise RuntimeError(f"these parameters are new to the Triton backend where they are now: {gpu.WARM_UP}")
-        handle.layout = Layout(table, handle.graphs)
+        handle.layout = Layout(table, handle)
     handle.layout.begin(capturing)
     return handle.layout
 

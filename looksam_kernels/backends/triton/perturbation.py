@@ -17,7 +17,7 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
     layout, inputs = layout_of(table), coefficients.inputs
     takes_part = table.present(inputs[0])
     layout.update(inputs)
-    buckets, odd = layout.split(["b", *inputs], takes_part, rows_from_b(layout))
+    buckets, odd = layout.split(("b", *inputs), takes_part, rows_from_b(layout))
     c, eta = coefficients.d.contiguous(), eta_of(layout, adaptive)
     key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
     for bucket in buckets:
@@ -40,7 +40,10 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
         reference.perturb(part, of_rows(coefficients, rows), eta_of_part, mask, rows)
 
     elsewhere(table, odd, by_reference)
-    table.perturbed = [moved or part for moved, part in zip(table.perturbed, takes_part, strict=True)]
+    if any(table.perturbed):
+        table.perturbed = [moved or part for moved, part in zip(table.perturbed, takes_part, strict=True)]
+    else:
+        table.perturbed = list(takes_part)
 
 
 def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, masked: bool) -> Launch:
@@ -60,7 +63,9 @@ def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, masked: bool
 def rows_from_b(layout: Layout) -> list[bool]:
     """Which rows start from b: those that are perturbed, and those with a master copy."""
     moved, masters = layout.table.perturbed, layout.masters()
-    return [x or y for x, y in zip(moved, masters, strict=True)] if any(moved) else masters
+    if not any(moved):
+        return masters
+    return layout.every if all(moved) else [x or y for x, y in zip(moved, masters, strict=True)]
 
 
 def _int32(word: int) -> int:
@@ -77,7 +82,7 @@ def restore_rows(table: TensorTable, rows: list[bool]) -> None:
         return
     layout = layout_of(table)
     layout.update(())
-    buckets, odd = layout.split(["b"], rows, rows)
+    buckets, odd = layout.split(("b",), chosen := list(rows), chosen)
     for bucket in buckets:
         bucket.prepared(_restoring)(
             (bucket.programs,),

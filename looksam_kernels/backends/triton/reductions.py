@@ -14,6 +14,7 @@ from looksam_kernels.backends.triton.bucket import Bucket
 from looksam_kernels.backends.triton.by_reference import elsewhere
 from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.layout import Layout, eta_of, layout_of
+from looksam_kernels.backends.triton.upload import as_numbers
 from looksam_kernels.formulas import Pair, Sums, kept_norm, stretched
 from looksam_kernels.table import TensorTable
 
@@ -40,7 +41,7 @@ class Reading:
             None if i == self.cached else (names.index(x), names.index(y)) for i, (x, y) in enumerate(pairs)
         )
         with_t, with_norm = any(self.stretched), self.cached >= 0
-        self.used = list(
+        self.used = tuple(
             dict.fromkeys([*self.columns, *(["w"] if with_t else []), *(["g", self.norm] if with_norm else [])])
         )
 
@@ -53,13 +54,13 @@ def reading_of(pairs: tuple[Pair, ...]) -> Reading:
 def sums_with(layout: Layout, reading: Reading, known: Tensor | None, adaptive: Adaptive) -> Tensor:
     """The known sums, and then those of the pairs: float64 [known + pairs, rows]."""
     table = layout.table
-    known = None if known is None else known.to(torch.float64).contiguous()
+    known = None if known is None else as_numbers(known)
     before = 0 if known is None else len(known)
     count = before + len(reading.pairs)
     if count == 0:
         return torch.empty(0, len(table), dtype=torch.float64, device=table.device)
     eta = eta_of(layout, adaptive) if any(reading.stretched) else None
-    buckets, odd = layout.split(reading.used, _any_present(table, reading.used), [False] * len(table))
+    buckets, odd = layout.split(reading.used, _any_present(table, reading.used), layout.none)
     if sum(bucket.size for bucket in buckets) == len(table):
         values = torch.empty(count, len(table), dtype=torch.float64, device=table.device)
     else:  # rows that no launch writes
@@ -67,7 +68,7 @@ def sums_with(layout: Layout, reading: Reading, known: Tensor | None, adaptive: 
         if known is not None:
             values[:before] = known
     for bucket in buckets:
-        partials = torch.empty(len(reading.pairs), bucket.programs, dtype=torch.float64, device=table.device)
+        partials = layout.scratch("partials", len(reading.pairs), bucket.programs)
         if reading.columns:
             bucket.prepared(_inner_products, reading, eta is not None)(
                 (bucket.programs,),
@@ -128,7 +129,7 @@ def _any_present(table: TensorTable, columns: Sequence[str]) -> list[bool]:
     found = [False] * len(table)
     for column in columns:
         present = table.present(column)
-        if all(present):
+        if table.is_full(column):
             return present
         found = [x or y for x, y in zip(found, present, strict=True)]
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from looksam_kernels.backends import reference
@@ -24,16 +23,21 @@ from looksam_kernels.updates import BASES, hyper_of
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
     inputs = coefficients.inputs
     takes_part = table.present(inputs[0])
-    if any(table.perturbed):
+    if not table.is_full(inputs[0]) and any(table.perturbed):
         restore_rows(table, [moved and not part for moved, part in zip(table.perturbed, takes_part, strict=True)])
     layout = layout_of(table)
-    written = [coefficients.writes, f"{coefficients.writes}_norm_sq"] if coefficients.q is not None else []
-    used = [*inputs, *written, *BASES[base].states, *(["step"] if base != "grad" else [])]
+    used = _columns_of(base, inputs, None if coefficients.q is None else coefficients.writes)
     hyper = layout.update(used, groups, _reads_of(base))
     buckets, odd = layout.split(used, takes_part, rows_from_b(layout))
     for bucket in buckets:
         _step(layout, bucket, base, coefficients, hyper, len(groups))
     elsewhere(table, odd, lambda part, rows: reference.step(part, base, of_rows(coefficients, rows), groups))
+
+
+@functools.cache
+def _columns_of(base: str, inputs: tuple[str, ...], writes: str | None) -> tuple[str, ...]:
+    written = [] if writes is None else [writes, f"{writes}_norm_sq"]
+    return (*inputs, *written, *BASES[base].states, *(["step"] if base != "grad" else []))
 
 
 @functools.cache
@@ -91,8 +95,8 @@ def _step(layout: Layout, bucket: Bucket, base: str, coefficients: Coefficients,
     launches: _StepLaunches = bucket.prepared(_step_launches, base, inputs, writes)
     found_inf, trust = coefficients.found_inf, coefficients.trust
     two_phases, factor_count = base == "lamb", gpu.kernels().UPDATES[base].factors
-    factors = torch.empty(factor_count, rows, dtype=torch.float64, device=device)
-    partials = torch.empty(3, bucket.programs, dtype=torch.float64, device=device)
+    factors = layout.scratch("factors", factor_count, rows)
+    partials = layout.scratch("partials", 3, bucket.programs)
     w, b = layout.addresses("w", "b")
     of_inputs, of_states = layout.addresses(*inputs), layout.addresses(*states)
     q, norm = layout.addresses(writes, f"{writes}_norm_sq") if writes is not None else (w, w)
@@ -135,7 +139,7 @@ def _step(layout: Layout, bucket: Bucket, base: str, coefficients: Coefficients,
     )
     if not launches.keeps_norm and not two_phases:
         return
-    trust_ratio = torch.empty(rows, dtype=torch.float64, device=device)
+    trust_ratio = layout.scratch("trust ratio", rows)
     launches.finish(
         (bucket.size,),
         device,
