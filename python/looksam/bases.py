@@ -45,8 +45,8 @@ class Fused(NamedTuple):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The names in a group that a step of ours reads."""
-        return self.ours.in_groups | self.defaults.keys()
+        """The names in a group that a step of ours reads: not the place in the cycle, which changes in every step."""
+        return (self.ours.in_groups - {"phase"}) | self.defaults.keys()
 
     @property
     def inner(self) -> None:
@@ -158,7 +158,7 @@ class Wrapped:
 
     @property
     def reads(self) -> frozenset[str]:
-        return self.ours.in_groups | {"lr", "maximize"}
+        return (self.ours.in_groups - {"phase"}) | {"lr", "maximize"}
 
     @property
     def ranges(self) -> dict[str, Range]:

@@ -165,7 +165,7 @@ def test_gradients_whose_numbers_are_not_those_in_memory_take_the_reference() ->
     found = []
     for name in ("triton", "reference"):
         made = table([(4,), (4,)], name)
-        made["g"] = [torch.complex(made["g"][0], made["g"][0]).conj().imag, made["g"][1]]
+        made["g"] = [torch._neg_view(made["g"][0]), made["g"][1]]
         assert made["g"][0].is_neg()
         looksam(made, "adamw")
         found.append([x.clone() for name in ("w", "q", "exp_avg") for x in made[name]])
