@@ -2,13 +2,16 @@
 
 ``python -m benchmarks.host`` runs reuse, sharp and plain steps over many small tensors in loops of their own, in turns
 with torch's fused AdamW, and prints the fastest time of each, its ratio to AdamW's in the same run, and the Python
-functions that one step calls. ``--tensors 4000`` shows what a tensor costs.
+functions that one step calls. ``--tensors 4000`` shows what a tensor costs. ``--backend triton`` leaves the kernels out (they
+would run in Triton's interpreter): what is timed is the host's work up to each launch. ``--no-extension`` is that of a machine
+without the compiled extension.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +81,24 @@ def _ours(cls: Any, params: list[Parameter], backend: str | None, warm_up: int =
     return Loop(lambda: optimizer.step(closure), closure)
 
 
+def leave_out_launches() -> None:
+    """Triton's kernels do not run, but for what the host reads of them: no gradient is infinite."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before torch's own AdamW imports triton
+    from looksam_kernels.backends.triton.launch import Launch
+
+    def launch(prepared: Launch, grid: Any, device: Any, *arguments: Any) -> None:
+        if prepared.kernel.__name__ == "evaluate":
+            arguments[6].zero_()
+
+    Launch.__call__ = launch  # type: ignore[method-assign]
+
+
+def leave_out_extension() -> None:
+    from looksam_kernels.backends import native
+
+    native._C = None
+
+
 def microseconds(loop: Loop, steps: int) -> float:
     """Of one step, on average over a loop of them."""
     loop.closure.seconds = 0.0
@@ -135,7 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--threads", type=int, default=1, help="CPU threads, the same for all contenders (%(default)s)")
     add("--seconds", type=float, default=10.0, help="measuring time (%(default)s)")
     add("--steps", type=int, default=50, help="steps of one loop (%(default)s)")
+    add("--no-extension", action="store_true", help="as without the compiled extension")
     args = parser.parse_args(argv)
+    if args.backend == "triton":
+        leave_out_launches()
+    if args.no_extension:
+        leave_out_extension()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     for line in lines(args.tensors, args.backend, args.seconds, args.steps):

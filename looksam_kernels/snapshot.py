@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain, compress
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +53,8 @@ def take(
 
 
 class PlainSnapshot:
-    """The one without the extension, and for a state that is not made of dicts."""
+    """The one without the extension, and for a state that is not made of dicts. Everything of one kind is read of all tensors
+    before the next, which costs a third of reading tensor by tensor."""
 
     def __init__(
         self,
@@ -63,23 +66,54 @@ class PlainSnapshot:
     ) -> None:
         self._weights, self._entries, self._contents = weights, entries, contents
         self._params = [list(g["params"]) for g in groups]
-        self._places = [_place(w) for w in weights]
+        self._places = _places(weights)
         self._state = self._read(state)
+        self._whole = _Whole(state, frozenset(entries)) if _is_plain(state) else None
         self.written()
 
     def changes(self, groups: Groups, state: States, weights: Sequence[Tensor] | None) -> int:
         params = [g["params"] for g in groups]
-        places = [_place(w) for w in (self._weights if weights is None else weights)]
         found = 0 if len(params) == len(self._params) and all(map(_same, params, self._params)) else PARAMS
-        found |= 0 if places == self._places else PLACES
-        found |= 0 if _same(self._read(state), self._state) else STATE
-        return found | (0 if self._versions == [_version(x) for x in self._contents] else CONTENTS)
+        found |= 0 if _places(self._weights if weights is None else weights) == self._places else PLACES
+        found |= 0 if self._is_state(state) else STATE
+        return found | (0 if self._versions == _versions(self._contents) else CONTENTS)
 
     def written(self) -> None:
-        self._versions = [_version(x) for x in self._contents]
+        self._versions = _versions(self._contents)
+
+    def _is_state(self, state: States) -> bool:
+        """Where something else than before is in the state, it may still be in entries that are not followed."""
+        return (self._whole is not None and self._whole.holds(state)) or _same(self._read(state), self._state)
 
     def _read(self, state: States) -> list[Any]:
         return [x for p, s in _of_params(state) for x in (p, s, *(s.get(name) for name in self._entries))]
+
+
+class _Whole:
+    """A state that is made of dicts, for parameters alone: all names and values in the order in which they stand there."""
+
+    def __init__(self, state: States, entries: frozenset[str]) -> None:
+        self._params, self._of_param = [*state], [*state.values()]
+        self._names = [*chain.from_iterable(self._of_param)]
+        self._followed = [name in entries for name in self._names]
+        self._values = self._values_of(self._of_param)
+
+    def holds(self, state: States) -> bool:
+        """Has it the same names, and the same objects under those that are followed?"""
+        of_param = [*state.values()]
+        return (
+            _same(state, self._params)
+            and _same(of_param, self._of_param)
+            and [*chain.from_iterable(of_param)] == self._names
+            and _same(self._values_of(of_param), self._values)
+        )
+
+    def _values_of(self, of_param: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return [*compress(chain.from_iterable(map(dict.values, of_param)), self._followed)]  # type: ignore[arg-type]
+
+
+def _is_plain(state: States) -> bool:
+    return all(isinstance(p, Tensor) and isinstance(s, dict) for p, s in state.items())
 
 
 def _of_params(state: States) -> Iterator[tuple[Tensor, MutableMapping[str, Any]]]:
@@ -108,7 +142,10 @@ def any_shared(tensors: Sequence[Tensor | None]) -> bool:
     compiled = native.compiled()
     if compiled is not None:
         return bool(compiled.any_shared(tensors))
-    return any(x is not None and x.layout is torch.strided and _is_shared(x) for x in tensors)
+    dense = [x for x in tensors if x is not None and x.layout is torch.strided]
+    storages = [*map(Tensor.untyped_storage, dense)]
+    uses = map(torch._C._storage_Use_Count, [x._cdata for x in storages])
+    return max(uses, default=0) > 2  # its tensor's, and that of the question
 
 
 def first_same_place(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> int:
@@ -116,8 +153,8 @@ def first_same_place(tensors: Sequence[Tensor | None], others: Sequence[Tensor |
     compiled = native.compiled()
     if compiled is not None:
         return int(compiled.first_same_place(tensors, others))
-    pairs = enumerate(zip(tensors, others, strict=True))
-    return next((i for i, (x, y) in pairs if x is not None and y is not None and x.data_ptr() == y.data_ptr() != 0), -1)
+    starts = [[0 if x is None else x.data_ptr() for x in column] for column in (tensors, others)]
+    return next((row for row, (x, y) in enumerate(zip(*starts, strict=True)) if x == y != 0), -1)
 
 
 def observed() -> bool:
@@ -126,19 +163,29 @@ def observed() -> bool:
     return compiled is None or bool(compiled.has_observers())
 
 
-def _is_shared(x: Tensor) -> bool:
-    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # its tensor's, and that of the question
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each has been written; an inference tensor does not count."""
+    try:
+        return [x._version for x in tensors]
+    except RuntimeError:
+        return [0 if x.is_inference() else x._version for x in tensors]
 
 
-def _version(x: Tensor) -> int:
-    """How often it has been written; an inference tensor does not count."""
-    return 0 if x.is_inference() else x._version
+def _places(tensors: Sequence[Tensor]) -> list[Any]:
+    """Where each lives and how its elements lie there. An address belongs to one device; where there is none, the device is
+    asked for."""
+    try:
+        addresses = [*map(Tensor.data_ptr, tensors)] if {*map(type, tensors)} <= DENSE else [*map(address, tensors)]
+    except RuntimeError:  # functorch: there is no storage
+        addresses = [*map(address, tensors)]
+    devices = [x.device for x in tensors] if 0 in addresses else []
+    return [addresses, devices, [x.dtype for x in tensors], [x.shape for x in tensors], [*map(Tensor.stride, tensors)]]
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    return address(x), x.dtype, x.device, x.shape, x.stride()
+DENSE = frozenset((Tensor, torch.nn.Parameter))
+"""The classes whose tensors have memory, or raise if they are asked for it."""
 
 
 def _same(a: Iterable[Any], b: Sequence[Any]) -> bool:
-    a = list(a)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    a = a if isinstance(a, list) else list(a)
+    return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -11,6 +11,7 @@ from torch import Tensor
 from looksam_kernels import backends
 from looksam_kernels.memory import readable
 
+NOTHING = type(None)
 PLAIN = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 Column = list[Any]
 """A tensor or ``None`` a row."""
@@ -177,7 +178,7 @@ def device_of(w: Tensor) -> torch.device:
 def all_fit(tensors: Column, weights: Column, scalar: bool) -> bool:
     """Does every tensor plainly fit its parameter? Each attribute is read of all before the next, which costs half as much
     as row by row."""
-    if any(x is None for x in tensors) or any(w is None for w in weights):
+    if NOTHING in {*map(type, tensors), *map(type, weights)}:
         pairs = [(x, w) for x, w in zip(tensors, weights, strict=True) if x is not None and w is not None]
         tensors, weights = [x for x, _ in pairs], [w for _, w in pairs]
     return bool(

@@ -46,6 +46,16 @@ class Places {
     return py::make_tuple(difference, there);
   }
 
+  // Is one of these, a tensor a row, at another address than when it was looked at?
+  bool moved(const py::list& tensors) const {
+    if (tensors.size() != now_.addresses.size()) return true;
+    for (std::size_t row = 0; row < tensors.size(); ++row) {
+      const py::handle x = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(row));
+      if (reinterpret_cast<std::intptr_t>(unpack(x).mutable_data_ptr()) != now_.addresses[row]) return true;
+    }
+    return false;
+  }
+
   // Those that `take` has kept, None in rows without one.
   py::list tensors() const {
     py::list listed(taken_.size());
@@ -107,6 +117,7 @@ void bind_places(py::module_& module) {
   py::class_<Places>(module, "Places")
       .def(py::init<>())
       .def("look", &Places::look)
+      .def("moved", &Places::moved)
       .def("take", &Places::take)
       .def("tensors", &Places::tensors)
       .def("release", &Places::release)

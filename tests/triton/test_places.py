@@ -71,6 +71,15 @@ def test_other_bytes_beyond_a_multiple_of_16(make: Callable[[], Any]) -> None:
     assert [places.look([x]) for x in (first, second, third)] == [OTHER, MOVED, OTHER]
 
 
+def test_what_has_moved(make: Callable[[], Any]) -> None:
+    places, before = make(), [torch.zeros(4), torch.zeros(8), torch.zeros(0)]
+    places.look(before)
+    assert not places.moved(before)
+    assert not places.moved([x.view(-1) for x in before])
+    assert places.moved([before[0], torch.zeros(8), before[2]])
+    assert places.moved(before[:2])
+
+
 @pytest.mark.parametrize("absent", [(), (1,), (0, 1, 2)])
 def test_gradients_are_taken(absent: tuple[int, ...], make: Callable[[], Any]) -> None:
     params = [torch.nn.Parameter(torch.ones(n, 2)) for n in (1, 2, 3)]

@@ -20,6 +20,8 @@ class Bucket(NamedTuple):
     """int32 [2, programs]: the row of each program, and which of the row's chunks it is."""
     first_chunk: Tensor
     """int32 [members + 1]: the programs of the k-th member are those from first_chunk[k] to first_chunk[k + 1]."""
+    programs: int
+    """How many chunks."""
     dtypes: dict[str, torch.dtype | None]
     aligned: bool
     from_b: bool
@@ -45,10 +47,6 @@ class Bucket(NamedTuple):
         if key not in self.launches:
             self.launches[key] = make(self, *how)
         return self.launches[key]
-
-    @property
-    def programs(self) -> int:
-        return self.chunks.shape[1]
 
     @property
     def master(self) -> bool:

@@ -299,6 +299,7 @@ class Layout:
             self.send(rows.to(torch.int32)),
             self.send(chunks.to(torch.int32)),
             self.send(first.to(torch.int32)),
+            len(place),
             dict(dtypes),
             aligned,
             from_b,
@@ -378,7 +379,7 @@ def handle_of(table: TensorTable) -> Handle:
 def layout_of(table: TensorTable) -> Layout:
     """To be called once an op, first."""
     handle, capturing = handle_of(table), gpu.capturing(table.device)
-    if handle.layout is not None and handle.layout.w.look(table["w"]) != SAME:
+    if handle.layout is not None and handle.layout.w.moved(table["w"]):
         handle.layout = None
     if handle.layout is None:
         if capturing:

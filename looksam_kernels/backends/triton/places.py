@@ -23,6 +23,9 @@ class Places(Protocol):
     def look(self, tensors: list[Tensor | None]) -> int:
         """``SAME``, ``MOVED`` or ``OTHER``, held against the last time; ``OTHER`` the first time."""
 
+    def moved(self, tensors: list[Tensor]) -> bool:
+        """Is one of these, a tensor a row, at another address than when it was looked at?"""
+
     def take(self, params: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[int, bool | list[bool]] | None:
         """Looks at p.grad of each, and keeps it until :meth:`release`.
 
@@ -73,6 +76,9 @@ class PlainPlaces:
         if before[1] != kinds:
             return OTHER
         return SAME if before[0] == addresses else MOVED
+
+    def moved(self, tensors: list[Tensor]) -> bool:
+        return [*map(Tensor.data_ptr, tensors)] != self._addresses
 
     def take(self, params: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[int, bool | list[bool]] | None:
         taken = [p.grad for p in params]
