@@ -1,6 +1,7 @@
 """Compiles ahead of time, for GPUs that are not there, every launch that the ops make; prints what came out as JSON.
 
-Usage: python launches.py cuda:90 | hip:gfx942 [rules]; with ``rules`` the kernel that evaluates a rule, for every rule
+Usage: python launches.py cuda:90 | hip:gfx942 [ops | rules [CHUNK THREADS REGISTERS]]; ``rules``: the kernel that evaluates a
+rule, for every rule. The sizes: in place of the table's (looksam_kernels/backends/triton/tuning.py)
 
 The host code runs as it is, on CPU tensors, but a launch is compiled instead of run. So the element types, the
 constexprs and the arguments are the ones that a GPU would see.
@@ -8,6 +9,7 @@ constexprs and the arguments are the ones that a GPU would see.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -26,7 +28,8 @@ from triton.compiler import ASTSource
 import looksam_kernels as lk
 from looksam_kernels.backends import triton as backend
 from looksam_kernels.backends.triton import gpu, kernels
-from looksam_kernels.backends.triton.launch import Launch, compiler_options
+from looksam_kernels.backends.triton.launch import Launch
+from looksam_kernels.backends.triton.tuning import Tuning, compiler_options, use_tuning
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Sums
 from looksam_kernels.updates import BASES
 from tests.kernels.cases import RULE_GROUPS
@@ -135,7 +138,7 @@ def evaluate_every_rule() -> None:
         )
 
 
-def main(name: str, what: str = "") -> None:
+def main(name: str, what: str = "ops", *sizes: str) -> None:
     system, _, architecture = name.partition(":")
     target = GPUTarget("cuda", int(architecture), 32) if system == "cuda" else GPUTarget("hip", architecture, 64)
     found, seen = [], set()
@@ -152,8 +155,10 @@ def main(name: str, what: str = "") -> None:
             found.append(report(compile_launch(target, kernel, arguments, constexprs), kernel, constexprs))
 
     Launch.__call__, gpu.kernels = launch, lambda: kernels  # type: ignore[method-assign, assignment]
+    gpu.target = lambda device: target
     backend.unavailable = lambda device: None  # type: ignore[assignment]
-    evaluate_every_rule() if what == "rules" else launch_everything()
+    with use_tuning(Tuning(*map(int, sizes))) if sizes else contextlib.nullcontext():
+        evaluate_every_rule() if what == "rules" else launch_everything()
     print(json.dumps({"triton": triton.__version__, "launches": found}))
 
 

@@ -227,7 +227,7 @@ class Driver:
 
 driver.set_active(Driver())
 from looksam_kernels.backends.triton import kernels as k
-from looksam_kernels.backends.triton.launch import CHUNK, Launch
+from looksam_kernels.backends.triton.launch import Launch
 
 torch.cuda.device = contextlib.nullcontext
 capturing = False
@@ -235,7 +235,7 @@ torch.cuda.is_current_stream_capturing = lambda: capturing
 column, chunks, sizes = (torch.zeros(2, dtype=d) for d in (torch.int64, torch.int32, torch.int64))
 
 launches = {
-    dtype: Launch(k.restore, W=dtype, B=dtype, ALIGNED=True, CHUNK=CHUNK)
+    dtype: Launch(k.restore, W=dtype, B=dtype, ALIGNED=True, CHUNK=2048)
     for dtype in (tl.float32, tl.bfloat16)
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import looksam_kernels as lk
 from looksam_kernels import formulas
 from looksam_kernels.backends.triton import evaluation, rules
-from looksam_kernels.backends.triton.launch import RULE_BLOCK
+from looksam_kernels.backends.triton.tuning import RULE_BLOCK
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Direction, Sums
 from tests.kernels.cases import RULE_GROUPS
 

@@ -16,7 +16,8 @@ from torch import Tensor
 import looksam_kernels as lk
 from looksam_kernels.backends import triton as backend
 from looksam_kernels.backends.triton import gpu
-from looksam_kernels.backends.triton.launch import Launch, compiler_options
+from looksam_kernels.backends.triton.launch import Launch
+from looksam_kernels.backends.triton.tuning import TABLE, Tuning, compiler_options, tuning_of, use_tuning
 from looksam_kernels.updates import BASES
 from tests import bases
 
@@ -157,7 +158,31 @@ def test_gpus_of_every_maker_are_found(kind: str, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_compiler_options_go_by_the_name_of_tritons_backend(name: str, lanes: int, options: dict[str, int]) -> None:
-    assert compiler_options(SimpleNamespace(backend=name, warp_size=lanes)) == options
+    assert compiler_options(SimpleNamespace(backend=name, arch=None, warp_size=lanes)) == options
+
+
+def test_sizes_are_those_of_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a table's first op stay: the results have the same bits only with the same chunks."""
+    monkeypatch.setitem(TABLE, ("hip", "gfx942"), Tuning(64, 32))
+    monkeypatch.setattr(gpu, "target", lambda device: SimpleNamespace(backend="hip", arch="gfx942", warp_size=32))
+    made, other = table([(100,), (4, 8)]), table([(100,), (4, 8)], "reference")
+    for x in (made, other):
+        looksam(x, "adamw")
+    assert made.handle.layout.chunks == 3
+    for x, y in zip((*made["w"], *made["q"]), (*other["w"], *other["q"]), strict=True):
+        torch.testing.assert_close(x, y)
+    with use_tuning(Tuning(32, 32)):
+        assert tuning_of(gpu.target(made.device)).chunk == 32
+        again = table([(100,), (4, 8)])
+        looksam(again, "adamw")
+        looksam(made, "adamw")
+    assert (again.handle.layout.chunks, made.handle.layout.chunks) == (5, 3)
+
+
+def test_threads_divide_the_chunks_of_every_architecture() -> None:
+    for tuning in TABLE.values():
+        assert tuning.width * tuning.threads == tuning.chunk
+        assert tuning.chunk & (tuning.chunk - 1) == 0
 
 
 def test_gradients_whose_numbers_are_not_those_in_memory_take_the_reference() -> None:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from looksam_kernels.backends.triton.launch import CHUNK
-
 
 class Bucket(NamedTuple):
     size: int
@@ -20,6 +18,8 @@ class Bucket(NamedTuple):
     """int32 [2, programs]: the row of each program, and which of the row's chunks it is."""
     first_chunk: Tensor
     """int32 [members + 1]: the programs of the k-th member are those from first_chunk[k] to first_chunk[k + 1]."""
+    chunk: int
+    """Elements of a program."""
     programs: int
     """How many chunks."""
     dtypes: dict[str, torch.dtype | None]
@@ -58,4 +58,4 @@ class Bucket(NamedTuple):
         import triton.language as tl
 
         wide = torch.float64 in (self.dtypes["w"], self.dtypes["b"])
-        return {"ACC": tl.float64 if wide else tl.float32, "ALIGNED": self.aligned, "CHUNK": CHUNK}
+        return {"ACC": tl.float64 if wide else tl.float32, "ALIGNED": self.aligned, "CHUNK": self.chunk}

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from looksam_kernels.backends import Adaptive, reference
 from looksam_kernels.backends.triton import gpu, rules
-from looksam_kernels.backends.triton.launch import RULE_BLOCK, Launch
+from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.layout import Layout, forget_oldest, layout_of
 from looksam_kernels.backends.triton.reductions import reading_of, sums_with
 from looksam_kernels.backends.triton.rules import Program
+from looksam_kernels.backends.triton.tuning import RULE_BLOCK
 from looksam_kernels.backends.triton.upload import as_numbers
 from looksam_kernels.formulas import (
     ASCENTS,

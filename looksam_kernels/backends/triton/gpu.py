@@ -86,3 +86,13 @@ def stream(device: torch.device) -> Any:
 
 def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def target(device: torch.device) -> Any:
+    """Triton's name for what kernels are compiled for; ``None`` where they are interpreted."""
+    if device.type == "cpu":
+        return None
+    from triton.runtime import driver
+
+    with torch.get_device_module(device).device(device):
+        return driver.active.get_current_target()

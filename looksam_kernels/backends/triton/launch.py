@@ -8,24 +8,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels.backends.triton import gpu
-
-CHUNK = 2048
-"""Elements of a program, a power of two: 8 a thread, one 16-byte word of bfloat16. With 16 Triton 3.6 spills registers."""
-THREADS = 256
-ROWS_BLOCK = 128
-"""Rows of a program of ``advance``."""
-RULE_BLOCK = 512
-"""Rows that ``evaluate`` takes at a time."""
-
-
-def compiler_options(target: Any) -> dict[str, int]:
-    """Of a Triton target, by the name of its backend: cuda, hip (AMD) or xpu (Intel).
-
-    Said outright, the limit of 128 registers, with which two programs share a processor, is one that ptxas fits into; its
-    own is the same, but there Adan on bfloat16 spills with Triton 3.8. Other compilers have no such option.
-    """
-    options = {"num_warps": THREADS // target.warp_size}
-    return options | {"maxnreg": 128} if target.backend == "cuda" else options
+from looksam_kernels.backends.triton.tuning import compiler_options
 
 
 class Launch:
@@ -55,7 +38,7 @@ class Launch:
         if key in self.compiled:
             self.compiled[key][(*grid, 1, 1)[:3]](*arguments, *self.trailing)
             return
-        options = self.constexprs | compiler_options(_target())
+        options = self.constexprs | compiler_options(gpu.target(device))
         if gpu.capturing(device) and not _is_loaded(self.kernel, *arguments, **options):
             name = self.kernel.fn.__name__
             raise RuntimeError(f"the Triton kernel {name!r} would be loaded in a capture: {gpu.WARM_UP}")
@@ -64,13 +47,6 @@ class Launch:
 
 def _is_interpreted(kernel: Any) -> bool:
     return not hasattr(kernel, "device_caches")
-
-
-def _target() -> Any:
-    """Of the current device."""
-    from triton.runtime import driver
-
-    return driver.active.get_current_target()
 
 
 def _is_loaded(kernel: Any, *arguments: Any, **constexprs: Any) -> bool:

@@ -17,9 +17,10 @@ from looksam_kernels.backends.triton import gpu
 from looksam_kernels.backends.triton.bucket import Bucket
 from looksam_kernels.backends.triton.columns import Column, Trait, traits_of
 from looksam_kernels.backends.triton.graphs import Graphs
-from looksam_kernels.backends.triton.launch import CHUNK, Launch
+from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.places import MOVED, OTHER, SAME, Places, places
 from looksam_kernels.backends.triton.rules import LIMIT, Program, Read
+from looksam_kernels.backends.triton.tuning import tuning_of
 from looksam_kernels.backends.triton.upload import (
     IMMUTABLE,
     Mail,
@@ -73,7 +74,8 @@ class Layout:
         self.buckets: OrderedDict[Any, tuple[list[Bucket], list[int]]] = OrderedDict()
         self.copies: OrderedDict[Any, Tensor] = OrderedDict()
         self.numel = [w.numel() for w in table["w"]]
-        self.chunks = sum(-(-n // CHUNK) for n in self.numel)
+        self.chunk = tuning_of(gpu.target(self.device)).chunk
+        self.chunks = sum(-(-n // self.chunk) for n in self.numel)
         self.sizes = self.on_device(self.numel, torch.int64)
         self.group = self.on_device(table.group, torch.int32)
 
@@ -289,7 +291,7 @@ class Layout:
         return buckets, odd
 
     def _bucket(self, members: list[int], dtypes: Any, aligned: bool, from_b: bool) -> Bucket:
-        counts = torch.tensor([-(-self.numel[row] // CHUNK) for row in members])
+        counts = torch.tensor([-(-self.numel[row] // self.chunk) for row in members])
         first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         row = torch.tensor(members).repeat_interleave(counts)
         place = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(counts)
@@ -299,6 +301,7 @@ class Layout:
             self.send(rows.to(torch.int32)),
             self.send(chunks.to(torch.int32)),
             self.send(first.to(torch.int32)),
+            self.chunk,
             len(place),
             dict(dtypes),
             aligned,

@@ -6,7 +6,7 @@ from looksam_kernels.backends import Adaptive, reference
 from looksam_kernels.backends.triton import gpu
 from looksam_kernels.backends.triton.bucket import Bucket
 from looksam_kernels.backends.triton.by_reference import elsewhere, of_rows
-from looksam_kernels.backends.triton.launch import CHUNK, Launch
+from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.layout import Layout, eta_of, layout_of
 from looksam_kernels.formulas import Coefficients
 from looksam_kernels.masks import Mask
@@ -96,4 +96,4 @@ def restore_rows(table: TensorTable, rows: list[bool]) -> None:
 
 def _restoring(bucket: Bucket) -> Launch:
     w, b = bucket.types("w", "b")
-    return Launch(gpu.kernels().restore, W=w, B=b, ALIGNED=bucket.aligned, CHUNK=CHUNK)
+    return Launch(gpu.kernels().restore, W=w, B=b, ALIGNED=bucket.aligned, CHUNK=bucket.chunk)

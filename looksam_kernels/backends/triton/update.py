@@ -11,10 +11,11 @@ from looksam_kernels.backends import reference
 from looksam_kernels.backends.triton import gpu
 from looksam_kernels.backends.triton.bucket import Bucket
 from looksam_kernels.backends.triton.by_reference import elsewhere, of_rows
-from looksam_kernels.backends.triton.launch import ROWS_BLOCK, Launch
+from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.layout import Layout, layout_of
 from looksam_kernels.backends.triton.perturbation import restore_rows, rows_from_b
 from looksam_kernels.backends.triton.rules import Read
+from looksam_kernels.backends.triton.tuning import ROWS_BLOCK
 from looksam_kernels.formulas import Coefficients, Groups
 from looksam_kernels.table import TensorTable
 from looksam_kernels.updates import BASES, hyper_of
