@@ -76,7 +76,12 @@ def lines(ratios: Mapping[Tuning, Sequence[float]], target: Any) -> Iterator[str
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__)
     parser.add_argument("--device", default="cuda", help="of torch, with an index if need be (%(default)s)")
-    parser.add_argument("--shapes", default="vit-s", choices=LISTS, help="parameter list; every candidate holds state of its own (%(default)s)")
+    parser.add_argument(
+        "--shapes",
+        default="vit-s",
+        choices=LISTS,
+        help="parameter list; every candidate holds state of its own (%(default)s)",
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="measuring time of each step (%(default)s)")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
