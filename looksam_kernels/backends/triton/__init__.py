@@ -19,7 +19,7 @@ from looksam_kernels.backends import native
 from looksam_kernels.backends.triton import gpu
 from looksam_kernels.backends.triton.evaluation import coefficients, measure
 from looksam_kernels.backends.triton.gpu import only_on_request, unavailable
-from looksam_kernels.backends.triton.layout import handle_of
+from looksam_kernels.backends.triton.handle import handle_of
 from looksam_kernels.backends.triton.perturbation import perturb, restore
 from looksam_kernels.backends.triton.reductions import sums
 from looksam_kernels.backends.triton.update import step

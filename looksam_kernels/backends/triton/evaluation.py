@@ -10,7 +10,8 @@ from torch import Tensor
 from looksam_kernels.backends import Adaptive, reference
 from looksam_kernels.backends.triton import gpu, rules
 from looksam_kernels.backends.triton.launch import Launch
-from looksam_kernels.backends.triton.layout import Layout, forget_oldest, layout_of
+from looksam_kernels.backends.triton.layout import Layout, layout_of
+from looksam_kernels.backends.triton.memory import forget_oldest
 from looksam_kernels.backends.triton.reductions import reading_of, sums_with
 from looksam_kernels.backends.triton.rules import Program
 from looksam_kernels.backends.triton.tuning import RULE_BLOCK

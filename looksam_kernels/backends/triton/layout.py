@@ -14,11 +14,13 @@ from torch import Tensor
 
 from looksam_kernels.backends import Adaptive
 from looksam_kernels.backends.triton import gpu
-from looksam_kernels.backends.triton.bucket import Bucket
+from looksam_kernels.backends.triton.bucket import Bucket, Dtypes, alike_rows, places_of
 from looksam_kernels.backends.triton.columns import Column, Trait, traits_of
 from looksam_kernels.backends.triton.graphs import Graphs
+from looksam_kernels.backends.triton.handle import Handle, handle_of
 from looksam_kernels.backends.triton.launch import Launch
-from looksam_kernels.backends.triton.places import MOVED, OTHER, SAME, Places, places
+from looksam_kernels.backends.triton.memory import Memory, forget_oldest
+from looksam_kernels.backends.triton.places import MOVED, OTHER, SAME, places
 from looksam_kernels.backends.triton.rules import LIMIT, Program, Read
 from looksam_kernels.backends.triton.tuning import tuning_of
 from looksam_kernels.backends.triton.upload import (
@@ -37,22 +39,15 @@ from looksam_kernels.formulas import Groups, Scaling
 from looksam_kernels.table import TensorTable, holds_scalars
 
 
-class Layout:
+class Layout(Memory):
     """Where the tensors of a table are, as far as the device must know. Made anew when a parameter moves.
 
-    What is on the device is not written again: new numbers get new memory, and a graph holds on to the old. What is first
-    seen in a capture is copied in the graph and forgotten after the op, since the next may be another graph's.
+    What is first seen in a capture is copied in the graph and forgotten after the op, since the next may be another graph's.
     """
 
     def __init__(self, table: TensorTable, handle: Handle) -> None:
-        self.table, self.device, self.handle, self.graphs = table, table.device, handle, handle.graphs
-        self.capturing = False
-        """Is the op under way being captured?"""
-        self.stream: Any = None
-        self.plain = True
-        """Is neither a capture under way nor more than one stream in use?"""
-        self.streams: set[Any] = set()
-        """On which ops ran: memory belongs to one, and may be given up while another still reads it."""
+        super().__init__(table.device, handle.graphs)
+        self.table, self.handle = table, handle
         self.w = places()
         self.w.look(table["w"])
         self.columns: dict[str, Column] = {}
@@ -67,12 +62,10 @@ class Layout:
         """All rows, and none."""
         self._masters: tuple[tuple[int, int], list[bool]] | None = None
         self._last_split: dict[tuple[str, ...], _Split] = {}
-        self._scratch: dict[Any, Tensor] = {}
         self.rules: OrderedDict[Any, tuple[Any, tuple[Program, Launch] | None]] = OrderedDict()
         self.kinds: OrderedDict[Any, int] = OrderedDict()
         self.new_kind = itertools.count()
         self.buckets: OrderedDict[Any, tuple[list[Bucket], list[int]]] = OrderedDict()
-        self.copies: OrderedDict[Any, Tensor] = OrderedDict()
         self.numel = [w.numel() for w in table["w"]]
         self.chunk = tuning_of(gpu.target(self.device)).chunk
         self.chunks = sum(-(-n // self.chunk) for n in self.numel)
@@ -80,52 +73,11 @@ class Layout:
         self.group = self.on_device(table.group, torch.int32)
 
     def begin(self, capturing: bool) -> None:
-        """An op."""
-        self.capturing = capturing
+        super().begin(capturing)
         self.seen_in_capture.clear()
-        self.stream = gpu.stream(self.device)
-        self.streams.add(self.stream)
-        self.plain = not capturing and len(self.streams) == 1
         if not capturing:
             self.graphs.reserve(8 * (Graphs.COLUMNS * len(self.numel) + self.chunks), self.device)
         self.read(self.sizes, self.group)
-
-    def read(self, *kept: Tensor) -> None:
-        """The op under way reads memory that may be given up before it has run."""
-        if self.plain:
-            return
-        for x in kept:
-            if self.capturing:
-                self.graphs.hold(x)
-            else:
-                x.record_stream(self.stream)
-
-    def on_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """Numbers on the device, sent when they change."""
-        key = (dtype, tuple(values))
-        if key in self.copies:
-            self.read(self.copies[key])
-            return self.copies[key]
-        copy = self.send(torch.tensor(values, dtype=dtype))
-        if not self.capturing:
-            self.copies[key] = copy
-            forget_oldest(self.copies)
-        return copy
-
-    def scratch(self, name: str, *shape: int) -> Tensor:
-        """float64 memory that nothing reads after the op: where all ops follow each other in one stream, the same again."""
-        if not self.plain:
-            return torch.empty(shape, dtype=torch.float64, device=self.device)
-        key = (name, shape)
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(shape, dtype=torch.float64, device=self.device)
-        return self._scratch[key]
-
-    def send(self, x: Tensor) -> Tensor:
-        """A copy on the device, without waiting for it."""
-        if self.capturing:
-            return self.graphs.send(x, self.device)
-        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
     def update(
         self,
@@ -273,41 +225,21 @@ class Layout:
             for bucket in buckets:
                 self.read(bucket.members, bucket.chunks, bucket.first_chunk)
         else:
-            alike: dict[Any, list[int]] = {}
-            odd = []
-            for row in (row for row, chosen in enumerate(rows) if chosen):
-                traits = {name: c.traits[row] for name, c in columns.items() if name in ("w", *names) or from_b[row]}
-                walked = [t for name, t in traits.items() if t is not None and not holds_scalars(name)]
-                orders = {t.order for t in walked}
-                if len(orders) > 1 or None in orders or self.table["w"][row].device != self.device:
-                    odd.append(row)
-                    continue
-                dtypes = tuple((name, t.dtype if (t := traits.get(name)) else None) for name in columns)
-                alike.setdefault((dtypes, all(t.aligned for t in walked), from_b[row]), []).append(row)
+            weights = self.table["w"]
+            chosen = [row for row, is_chosen in enumerate(rows) if is_chosen]
+            here = [row for row in chosen if weights[row].device == self.device]
+            alike, odd = alike_rows(columns, names, from_b, here)
+            odd += [row for row in chosen if weights[row].device != self.device]
             buckets = [self._bucket(members, *kind) for kind, members in alike.items()]
             if not self.capturing:
                 self.buckets[key] = buckets, odd
                 forget_oldest(self.buckets)
         return buckets, odd
 
-    def _bucket(self, members: list[int], dtypes: Any, aligned: bool, from_b: bool) -> Bucket:
-        counts = torch.tensor([-(-self.numel[row] // self.chunk) for row in members])
-        first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        row = torch.tensor(members).repeat_interleave(counts)
-        place = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(counts)
-        rows, chunks = torch.tensor(members), torch.stack([row, place])
-        return Bucket(
-            len(members),
-            self.send(rows.to(torch.int32)),
-            self.send(chunks.to(torch.int32)),
-            self.send(first.to(torch.int32)),
-            self.chunk,
-            len(place),
-            dict(dtypes),
-            aligned,
-            from_b,
-            {},
-        )
+    def _bucket(self, members: list[int], dtypes: Dtypes, aligned: bool, from_b: bool) -> Bucket:
+        chunks = [-(-self.numel[row] // self.chunk) for row in members]
+        rows, places, first = (self.send(x.to(torch.int32)) for x in places_of(members, chunks))
+        return Bucket(len(members), rows, places, first, self.chunk, sum(chunks), dict(dtypes), aligned, from_b, {})
 
     def masters(self) -> list[bool]:
         """Which rows have a master copy."""
@@ -318,11 +250,6 @@ class Layout:
         return self._masters[1]
 
 
-def forget_oldest(kept: OrderedDict[Any, Any], limit: int = 64) -> None:
-    if len(kept) > limit:
-        kept.popitem(last=False)
-
-
 class _Split(NamedTuple):
     """What :meth:`Layout.split` last made of some columns."""
 
@@ -331,52 +258,6 @@ class _Split(NamedTuple):
     version: int
     buckets: list[Bucket]
     odd: list[int]
-
-
-class Handle:
-    """What the backend keeps for a table."""
-
-    def __init__(self) -> None:
-        self.layout: Layout | None = None
-        self.graphs = Graphs()
-        self.places: dict[str, Places] = {}
-        self.changed: dict[str, int] = {}
-        """The columns whose addresses on the device are out of date, and how much has changed."""
-
-    def look(self, name: str, tensors: list[Tensor | None]) -> None:
-        if name not in self.places:
-            self.places[name] = places()
-        self._note(name, self.places[name].look(tensors))
-
-    def take(self, name: str, params: Sequence[Tensor], weights: list[Tensor]) -> bool | list[bool] | None:
-        """As ``take_gradients`` of the backend."""
-        if name not in self.places:
-            self.places[name] = places()
-        taken = self.places[name].take(params, weights)
-        if taken is None:
-            return None
-        self._note(name, taken[0])
-        return taken[1]
-
-    def get(self, name: str) -> list[Tensor | None]:
-        """The tensors that were taken."""
-        return self.places[name].tensors()
-
-    def release(self, name: str) -> None:
-        """Lets go of them."""
-        if name in self.places:
-            self.places[name].release()
-
-    def _note(self, name: str, change: int) -> None:
-        if change != SAME:
-            self.changed[name] = max(change, self.changed.get(name, SAME))
-
-
-def handle_of(table: TensorTable) -> Handle:
-    if table.handle is None:
-        table.handle = Handle()
-    handle: Handle = table.handle
-    return handle
 
 
 def layout_of(table: TensorTable) -> Layout:
