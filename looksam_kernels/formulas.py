@@ -61,7 +61,7 @@ class Coefficients(NamedTuple):
     to w after the base update (``None``: nothing is). ``trust[p]``, shape [rows], is LARS's trust ratio: d holds it
     already, the weight decay has still to be multiplied by it (``None``: the base is another). ``found_inf`` is 1.0 if
     any sum was not finite (float32, shape []): then perturb moves nothing and step leaves every tensor as it was before
-    the perturbation.
+    the perturbation. ``kept[p]``, shape [rows], is the number that step writes to the column ``keeps`` (``None``: none).
     """
 
     inputs: tuple[str, ...]
@@ -71,6 +71,8 @@ class Coefficients(NamedTuple):
     post: Tensor | None = None
     writes: str = "q"
     trust: Tensor | None = None
+    kept: Tensor | None = None
+    keeps: str = ""
 
 
 class Scaling(NamedTuple):
@@ -84,6 +86,11 @@ class Scaling(NamedTuple):
 
 class Hyper:
     """Reads the groups' hyper-parameters as one number a row, float64 where it exists (numbers and tensors, each step anew)."""
+
+    limit: Any = None
+    """max_grad_norm, for rules that clip by themselves."""
+    inside: Tensor | None = None
+    """For rules that tell the rows apart by themselves: which are moved; ``None``: all."""
 
     def __init__(
         self, groups: Groups, group: Sequence[int], device: torch.device, grad_scale: Tensor | None = None
@@ -128,12 +135,12 @@ def ratio(a: Row, b: Tensor) -> Tensor:
 
 def sam(sums: Sums, hyper: Hyper) -> Tensor:
     """c = rho / (||g|| + perturb_eps), 0 if ||g|| = 0. SAM, Foret et al. 2021."""
-    return _over_norm(hyper.row("rho"), sums.total("g", "g").sqrt(), hyper)
+    return over_norm(hyper.row("rho"), sums.total("g", "g").sqrt(), hyper)
 
 
 def asam(sums: Sums, hyper: Hyper) -> Tensor:
     """c = rho / (||T g|| + perturb_eps) with e = c T^2 g. ASAM, Kwon et al. 2021."""
-    return _over_norm(hyper.row("rho"), sums.total("Tg", "Tg").sqrt(), hyper)
+    return over_norm(hyper.row("rho"), sums.total("Tg", "Tg").sqrt(), hyper)
 
 
 def sam_unified(sums: Sums, hyper: Hyper) -> Tensor:
@@ -149,35 +156,32 @@ def asam_unified(sums: Sums, hyper: Hyper) -> Tensor:
 
 def esam(sums: Sums, hyper: Hyper) -> Tensor:
     """c = rho / (beta (||g|| + perturb_eps)), where a mask keeps each element with probability beta. ESAM, Du et al. 2022."""
-    return _over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("g", "g").sqrt(), hyper)
+    return over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("g", "g").sqrt(), hyper)
 
 
 def esam_adaptive(sums: Sums, hyper: Hyper) -> Tensor:
     """c = rho / (beta (||T g|| + perturb_eps)) with e = c T^2 (b g), b the mask."""
-    return _over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("Tg", "Tg").sqrt(), hyper)
+    return over_norm(hyper.row("rho") / hyper.row("beta"), sums.total("Tg", "Tg").sqrt(), hyper)
 
 
 def trust_normalized(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho L_p / ||L g||, so that ||e|| = rho. LayerSAM, Liu et al. 2022."""
-    scale = _layer_ratio(sums, hyper)
-    return _over_norm(hyper.row("rho") * scale, (scale.square() * sums.of("g", "g")).sum().sqrt(), hyper)
+    return layer_lengths("trust_normalized", sums.of("g", "g"), sums, hyper)
 
 
 def trust(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho L_p, so that ||e_p|| = rho ||w_p||."""
-    return hyper.row("rho") * _layer_ratio(sums, hyper)
+    return layer_lengths("trust", sums.of("g", "g"), sums, hyper)
 
 
 def trust_global(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho L_p / ||g||."""
-    return _over_norm(hyper.row("rho") * _layer_ratio(sums, hyper), sums.total("g", "g").sqrt(), hyper)
+    return layer_lengths("trust_global", sums.of("g", "g"), sums, hyper)
 
 
 def unit(sums: Sums, hyper: Hyper) -> Tensor:
     """c_p = rho / ||g_p||; tensors outside the layer filter take SAM's rho / ||g||."""
-    gg = sums.of("g", "g")
-    norm = torch.where(hyper.row("layer_scaled") > 0, gg, gg.sum()).sqrt()
-    return _over_norm(hyper.row("rho"), norm, hyper)
+    return layer_lengths("unit", sums.of("g", "g"), sums, hyper)
 
 
 def opposite(sums: Sums, hyper: Hyper) -> Tensor:
@@ -203,7 +207,7 @@ def friendly_adaptive(sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
 
 def along_previous(sums: Sums, hyper: Hyper) -> Tensor:
     """e = rho y / (||y|| + perturb_eps), y the gradient of the step before. SAMPa, Xie et al. 2024."""
-    return _over_norm(hyper.row("rho"), sums.total("y", "y").sqrt(), hyper)
+    return over_norm(hyper.row("rho"), sums.total("y", "y").sqrt(), hyper)
 
 
 def extrapolate(sums: Sums, hyper: Hyper) -> Tensor:
@@ -220,12 +224,12 @@ def extrapolate_sgd(sums: Sums, hyper: Hyper) -> tuple[Row, ...]:
 
 def _partly_over_norm(norm: Tensor, hyper: Hyper) -> Tensor:
     rho, part = hyper.row("rho"), hyper.row("normalization")
-    return torch.where(norm > 0, rho * (1 - part), 0.0) + _over_norm(rho * part, norm, hyper)
+    return torch.where(norm > 0, rho * (1 - part), 0.0) + over_norm(rho * part, norm, hyper)
 
 
 def _over_combination(c: tuple[Row, ...], inputs: tuple[str, ...], sums: Sums, hyper: Hyper) -> tuple[Tensor, ...]:
     rho, norm = hyper.row("rho"), direction_norm(inputs, c, sums)
-    return tuple(_over_norm(rho * x, norm, hyper) for x in c)
+    return tuple(over_norm(rho * x, norm, hyper) for x in c)
 
 
 def _weight_of_new(weight: Tensor, sums: Sums) -> Tensor:
@@ -233,26 +237,40 @@ def _weight_of_new(weight: Tensor, sums: Sums) -> Tensor:
     return torch.where(sums.of("m", "m") > 0, weight, 1.0)
 
 
-def _over_norm(numerator: Tensor, norm: Tensor, hyper: Hyper) -> Tensor:
+def over_norm(numerator: Tensor, norm: Tensor, hyper: Hyper) -> Tensor:
     return torch.where(norm > 0, numerator / (norm + hyper.common("perturb_eps", 0.0)), 0.0)
 
 
-def _layer_ratio(sums: Sums, hyper: Hyper) -> Tensor:
-    """L_p = ||w_p|| / ||g_p||; 1 where ||w_p|| = 0 and for tensors outside the layer filter; 0 where g_p = 0."""
-    ww, gg = sums.of("w", "w"), sums.of("g", "g")
-    scale = torch.where((ww > 0) & (hyper.row("layer_scaled") > 0), ratio(ww, gg).sqrt(), 1.0)
-    return torch.where(gg > 0, scale, 0.0)
+def layer_lengths(layer_scale: str, xx: Tensor, sums: Sums, hyper: Hyper) -> Tensor:
+    """c_p of LayerSAM's e_p = c_p x_p, from ||x_p||^2 and ||w_p||^2."""
+    rho = hyper.row("rho")
+    if layer_scale == "unit":
+        return over_norm(rho, torch.where(hyper.row("layer_scaled") > 0, xx, xx.sum()).sqrt(), hyper)
+    scale = _layer_ratio(xx, sums, hyper)
+    if layer_scale == "trust":
+        return rho * scale
+    norm_sq = xx if layer_scale == "trust_global" else scale.square() * xx
+    return over_norm(rho * scale, norm_sq.sum().sqrt(), hyper)
+
+
+def _layer_ratio(xx: Tensor, sums: Sums, hyper: Hyper) -> Tensor:
+    """L_p = ||w_p|| / ||x_p||; 1 where ||w_p|| = 0 and for tensors outside the layer filter; 0 where x_p = 0."""
+    ww = sums.of("w", "w")
+    scale = torch.where((ww > 0) & (hyper.row("layer_scaled") > 0), ratio(ww, xx).sqrt(), 1.0)
+    return torch.where(xx > 0, scale, 0.0)
 
 
 # Descent: d = sum_i d_i x_i, and q = sum_i q_i x_i where it is written --------------------------------------------
 
 
 class Direction(NamedTuple):
-    """Coefficients of each input in d, in what is written, and in what is added to w after the base update."""
+    """Coefficients of each input in d, in what is written, and in what is added to w after the base update; and a number a
+    row that is kept."""
 
     d: tuple[Row, ...]
     q: tuple[Row, ...] | None = None
     post: tuple[Row, ...] | None = None
+    kept: Row | None = None
 
 
 def as_is(sums: Sums, hyper: Hyper) -> Direction:
@@ -290,13 +308,13 @@ def looksam_reuse(sums: Sums, hyper: Hyper) -> Direction:
 
 def ssam(sums: Sums, hyper: Hyper) -> Direction:
     """d = (||g|| / (||s|| + perturb_eps)) s. SSAM, Tan et al. 2024."""
-    return Direction(d=(_over_norm(sums.total("g", "g").sqrt(), sums.total("s", "s").sqrt(), hyper),))
+    return Direction(d=(over_norm(sums.total("g", "g").sqrt(), sums.total("s", "s").sqrt(), hyper),))
 
 
 def gsam(sums: Sums, hyper: Hyper) -> Direction:
     """d = (1 + alpha c) s - alpha g, c = <g,s> / (||s||^2 + perturb_eps): SAM's direction, less what of g is orthogonal to s. GSAM,
     Zhuang et al. 2022."""
-    c = _over_norm(sums.total("g", "s"), sums.total("s", "s"), hyper)
+    c = over_norm(sums.total("g", "s"), sums.total("s", "s"), hyper)
     return Direction(d=(1 + hyper.row("alpha") * c, -hyper.row("alpha")))
 
 
@@ -403,6 +421,9 @@ class Descent(NamedTuple):
     """The rule that takes its place where a group's ``strength`` is not 1."""
     only_checked: tuple[Pair, ...] = ()
     """Those of ``pairs`` that the formula does not read: they show that an input is not finite, and serve to clip."""
+    along: str | None = None
+    """The column along which the weights rest perturbed between the steps. The rule clips d by itself, tells the rows that are
+    moved from the others (``hyper.inside``), and gives the number that is kept in :func:`scale_of` this column."""
 
 
 def _pairs(names: str) -> tuple[Pair, ...]:
@@ -484,10 +505,20 @@ DESCENTS = {
     ),
 }
 
-STORED = ("w", "q", "m", "y", "momentum_buffer")
+STORED = ("w", "q", "m", "y", "momentum_buffer", "exp_avg")
 """Columns without a loss scale in them; all others are gradients of this step, which contain it."""
 WRITTEN = ("q", "m", "y")
 """Those that descents write."""
+
+
+def scale_of(column: str) -> str:
+    """The column of numbers, one a row, that says how far along ``column`` the weights rest: u = w + scale x. It enters the
+    sums as its pair with itself, whose value is the number."""
+    return f"{column}_scale"
+
+
+def is_scale(column: str) -> bool:
+    return column.endswith("_scale")
 
 
 def stretched(column: str) -> str | None:
@@ -497,13 +528,12 @@ def stretched(column: str) -> str | None:
 
 def carries_scale(column: str) -> bool:
     """Is the loss scale in it?"""
-    return (stretched(column) or column) not in STORED
+    return (stretched(column) or column) not in STORED and not is_scale(column)
 
 
 MAX_INPUTS = 3
 
-_BUILT_IN = frozenset((*ASCENTS, *DESCENTS))
-"""They have twins in the backends; the others are evaluated here, from the backends' sums."""
+_built_in = {*ASCENTS, *DESCENTS}
 
 Formula = TypeVar("Formula", bound=Callable[[Sums, Hyper], Any])
 
@@ -551,7 +581,7 @@ def rule(
 
     def register(formula: Formula) -> Formula:
         name = getattr(formula, "__name__", "")
-        if name in _BUILT_IN:
+        if name in _built_in:
             raise ValueError(f"there is a rule {name!r} already; give the function another name")
         ASCENTS.pop(name, None)
         DESCENTS.pop(name, None)
@@ -595,11 +625,29 @@ def evaluate(
     inside: Sequence[bool] | None = None,
 ) -> Coefficients:
     """The coefficients of a rule, for gradients as they are, loss scale and all."""
-    combined, trust = coefficients_of(name, sums, hyper, found_inf, scaling, present, inside)
+    (*combined, kept), trust = coefficients_of(name, sums, hyper, found_inf, scaling, present, inside)
     d, q, post = (None if x is None else _stacked(x, sums) for x in combined)
     assert d is not None
-    writes = DESCENTS[name].writes if name in DESCENTS else None
-    return Coefficients(inputs_of(name), d, q, found_inf, post, writes or "q", trust)
+    kept = None if kept is None else _stacked([kept], sums)[0]
+    return Coefficients(
+        inputs_of(name), d, q, found_inf, post, writes_of(name) or "q", trust, kept, keeps_of(name) or ""
+    )
+
+
+def writes_of(name: str) -> str | None:
+    return DESCENTS[name].writes if name in DESCENTS else None
+
+
+def keeps_of(name: str) -> str | None:
+    """The column of numbers, one a row, that a step by this rule writes."""
+    along = DESCENTS[name].along if name in DESCENTS else None
+    return None if along is None else scale_of(along)
+
+
+def build_in(name: str, rule: Descent) -> None:
+    """Adds a rule of this package that stands elsewhere (:mod:`looksam_kernels.one_pass`)."""
+    DESCENTS[name] = rule
+    _built_in.add(name)
 
 
 def inputs_of(name: str) -> tuple[str, ...]:
@@ -669,6 +717,8 @@ def _descent(
     Rows that lack a gradient of a rule which needs all, and those outside, have the first input for d, and keep what it
     makes a mean of. ||d|| is over all rows.
     """
+    if rule.along is not None:
+        return _resting(rule, sums, hyper, scaling, present, inside), None
     direction = rule.formula(sums if inside is None else _of_rows(sums, hyper.upload(inside, torch.bool)), hyper)
     if direction.post is not None and rule.writes in rule.inputs:
         raise ValueError(
@@ -678,7 +728,7 @@ def _descent(
         direction = _with_gaps(rule, direction, sums, hyper, present)
     if inside is not None:
         direction = _alone(rule, direction, sums, ~hyper.upload(inside, torch.bool), keeps=False)
-    d, q, post = direction
+    d, q, post, _ = direction
     if scaling.max_grad_norm is not None:
         shrink = ratio(scaling.max_grad_norm, direction_norm(rule.inputs, d, sums)).clamp(max=1)
         d = tuple(x * shrink for x in d)
@@ -689,6 +739,21 @@ def _descent(
     q = None if q is None else _for_scaled(rule.inputs, q, hyper)
     post = None if post is None else _for_scaled(rule.inputs, [x * hyper.sign() for x in post], hyper)
     return Direction(d, q, post), trust
+
+
+def _resting(
+    rule: Descent, sums: Sums, hyper: Hyper, scaling: Scaling, present: Presence | None, inside: Sequence[bool] | None
+) -> Direction:
+    """Of a rule whose weights rest perturbed: it clips, and knows which rows are moved. ``maximize`` as in :func:`_descent`."""
+    hyper.limit = scaling.max_grad_norm
+    for rows in (inside, present and present[rule.inputs[0]]):
+        if rows is not None:
+            flags = hyper.upload(rows, torch.bool)
+            hyper.inside = flags if hyper.inside is None else hyper.inside & flags
+    d, q, post, kept = rule.formula(sums, hyper)
+    assert post is not None
+    d, post = (_for_scaled(rule.inputs, [x * hyper.sign() for x in rows], hyper) for rows in (d, post))
+    return Direction(d, None if q is None else _for_scaled(rule.inputs, q, hyper), post, kept)
 
 
 def _with_gaps(rule: Descent, direction: Direction, sums: Sums, hyper: Hyper, present: Presence) -> Direction:
@@ -707,7 +772,7 @@ def _alone(rule: Descent, direction: Direction, sums: Sums, alone: Tensor, keeps
         each = zip(rule.inputs, _stacked(rows, sums), strict=True)
         return tuple(torch.where(alone, 1.0 if x == column else 0.0, c) for x, c in each)
 
-    d, q, post = direction
+    d, q, post, _ = direction
     if q is not None and (rule.writes in rule.inputs or not keeps):
         q = only(rule.writes, q)
     return Direction(only(rule.inputs[0], d), q, None if post is None else only(None, post))
@@ -720,6 +785,9 @@ def gaps(rule: str, present: Callable[[str], list[bool]]) -> Presence | None:
         there = present(first)
         if any(x and not g for name in others for x, g in zip(present(name), there, strict=True)):
             return {first: there}
+    elif DESCENTS[rule].along is not None:
+        first = DESCENTS[rule].inputs[0]
+        return {first: there} if False in (there := present(first)) else None
     elif DESCENTS[rule].whole:
         rows = {x: present(x) for x in DESCENTS[rule].inputs if x not in STORED}
         if any(there != rows[DESCENTS[rule].inputs[0]] for there in rows.values()):

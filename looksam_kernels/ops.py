@@ -14,6 +14,7 @@ from torch import Tensor
 from looksam_kernels import formulas, updates
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
+from looksam_kernels.numbers import scalar_dtype
 from looksam_kernels.table import TensorTable
 from looksam_kernels.updates import BASES, STATE_NEEDS, own
 from looksam_kernels.updates import states as states
@@ -104,6 +105,10 @@ def measure(
         ValueError: no such rule, or LARS's ||w_p||^2 is asked for when w is perturbed.
     """
     needed = pairs_of(rule, clip=max_grad_norm is not None, trust_ratio=trust_ratio, check=check)
+    kept = formulas.keeps_of(rule)
+    if kept is not None and (known is None or (kept, kept) not in known.pairs):
+        numbers = Sums(((kept, kept),), _numbers(table, kept)[None])
+        known = numbers if known is None else known + numbers
     pairs = [p for p in needed if known is None or p not in known.pairs]
     if trust_ratio and ("w", "w") in pairs and any(table.perturbed):
         raise ValueError("LARS needs ||w_p|| from before the perturbation; give trust_ratio=True to the ascent too")
@@ -144,8 +149,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     For each row p that has the first input: w is read from b where p is perturbed or has a master copy, ``step`` goes
     up by one, the base update (formulas below) runs with d and writes w, its states, and the master copy. In the same
     pass ``coefficients.q`` writes its column in the rows that have one, q <- sum_i q_i x_i, and ||q_p||^2 to ``q_norm_sq``
-    where there is such a column, and ``coefficients.post`` adds to the new w: w += sum_i post_i x_i. Inputs that are
-    ``None`` count as 0.
+    where there is such a column, and ``coefficients.post`` adds to the new w: w += sum_i post_i x_i, with the x_i of before
+    the step. Inputs that are ``None`` count as 0. ``coefficients.kept`` goes to the rows of its column.
     Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is restored and
     nothing else changes, device-side counters included.
 
@@ -180,6 +185,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
         raise ValueError(f"the table has no column {coefficients.writes!r}, which is to be written")
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
+    if coefficients.kept is not None:
+        _keep(table, coefficients.keeps, coefficients.kept, coefficients.found_inf, takes_part)
 
 
 step.__doc__ = (step.__doc__ or "").replace("{bases}", updates.formulas().replace("\n", "\n    "))
@@ -247,6 +254,20 @@ def _with_gaps(
         return found
     hyper = formulas.Hyper(groups, table.group, table.device, scaling.grad_scale)
     return formulas.evaluate(rule, sums, hyper, found.found_inf, scaling, present, inside)
+
+
+def _numbers(table: TensorTable, column: str) -> Tensor:
+    """A column of 0-dim tensors as one, shape [rows]; 0 where a row has none."""
+    zero = torch.zeros((), dtype=scalar_dtype(table.device), device=table.device)
+    return torch.stack([zero if x is None else x.to(zero) for x in table[column]] or [zero])[: len(table)]
+
+
+def _keep(table: TensorTable, column: str, values: Tensor, found_inf: Tensor, rows: Sequence[bool]) -> None:
+    """Writes the numbers of these rows, unless a sum was not finite."""
+    new = torch.where(found_inf.to(values.device) > 0, _numbers(table, column).to(values), values).unbind()
+    written = [(x, new[row]) for row, x in enumerate(table[column]) if x is not None and rows[row]]
+    for x, value in written:
+        x.copy_(value)
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:

@@ -19,8 +19,8 @@ Column = list[Any]
 
 def holds_scalars(column: str) -> bool:
     """Has the column one number a row (0-dim tensors)? ``step``, the update count, float32; ``q_norm_sq``, the cached
-    ||q_p||^2, float64."""
-    return column == "step" or column.endswith("_norm_sq")
+    ||q_p||^2, float64; ``<x>_scale``, how far along x the weights rest, float64."""
+    return column == "step" or column.endswith(("_norm_sq", "_scale"))
 
 
 class TensorTable:

@@ -274,12 +274,21 @@ struct Combination {
     return out;
   }
 
-  void add_to(T* out, const T* const* x, int size, Tile<T>& tile) const {
-    const T* added = of(x, size, tile);
+  // The values in `tile`, for inputs that are about to be written.
+  const T* copy_of(const T* const* x, int size, Tile<T>& tile) const {
+    const T* found = of(x, size, tile);
+    if (found == tile.at) return found;
     LOOKSAM_VECTORIZE
-    for (int i = 0; i < size; ++i) out[i] += added[i];
+    for (int i = 0; i < size; ++i) tile.at[i] = found[i];
+    return tile.at;
   }
 };
+
+template <class T>
+void add(T* out, const T* x, int size) {
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) out[i] += x[i];
+}
 
 // The inputs from one offset on; those that are not of the arithmetic's type are converted into `tile`.
 template <class T>
@@ -398,14 +407,15 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
   const bool master = is_master(a.b, a.w, chunk.row);
   InnerProduct qq, ww, uu;
   qq.clear(), ww.clear(), uu.clear();
-  Tile<T> input_tile[kMaxInputs], d_tile, q_tile, origin_tile, out_tile, state_tile[kMaxStates];
+  Tile<T> input_tile[kMaxInputs], d_tile, q_tile, post_tile, origin_tile, out_tile, state_tile[kMaxStates];
 
   for (int begin = 0; begin < chunk.size; begin += kTile) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
     const std::int64_t offset = chunk.offset + begin;
     const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
     const T* d = direction.of(x.at, size, d_tile);
-    // Before anything is written: what is written may be one of the inputs.
+    // Before anything is written: what is written, a state or w may be one of the inputs.
+    const T* added = post.terms > 0 && !two_phases ? post.copy_of(x.at, size, post_tile) : nullptr;
     const T* q = a.q != nullptr && a.written.has(chunk.row) ? second.of(x.at, size, q_tile) : nullptr;
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
@@ -427,7 +437,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
         ww.add(w, w, size);
         uu.add(out, out, size);
       } else {
-        if (post.terms > 0) post.add_to(out, x.at, size, d_tile);
+        if (added != nullptr) add(out, added, size);
         target.put_new(out, size);
       }
     }
@@ -480,7 +490,7 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
     for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], u[i], trust_ratio, h);
     if (post.terms > 0) {
       const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
-      post.add_to(out, x.at, size, post_tile);
+      add(out, post.of(x.at, size, post_tile), size);
     }
     target.put_new(out, size);
   }

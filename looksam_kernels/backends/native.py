@@ -115,7 +115,7 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
 
 
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
-    _synced(table).step(base, *coefficients, groups, table.perturbed)
+    _synced(table).step(base, *coefficients[:7], groups, table.perturbed)  # what is kept, ops.py writes
 
 
 def restore(table: TensorTable) -> None:

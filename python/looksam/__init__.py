@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from looksam.aesam import AESAM, AELookSAM
     from looksam.esam import ESAM
+    from looksam.one_pass import MSAM, S2SAM
     from looksam.optimizer import SharpnessAware
     from looksam.passes import frozen_running_stats
     from looksam.plans import rule
@@ -39,6 +40,8 @@ __all__ = [
     "GSAM",
     "LAMB",
     "LARS",
+    "MSAM",
+    "S2SAM",
     "SAM",
     "SSAM",
     "VARIANTS",
@@ -57,7 +60,7 @@ __all__ = [
     "rule",
 ]
 
-_MODULES = ("aesam", "esam", "optimizer", "passes", "plans", "sampa", "standalone", "variants")
+_MODULES = ("aesam", "esam", "one_pass", "optimizer", "passes", "plans", "sampa", "standalone", "variants")
 
 
 def __getattr__(name: str) -> Any:

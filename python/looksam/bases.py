@@ -387,6 +387,18 @@ def resolve(
     return _wrapped(base, kwargs, ours, example or {})
 
 
+def fused_name(base_optimizer: Any, kwargs: Mapping[str, Any], owner: str) -> str | None:
+    """The name of the fused base that :func:`resolve` would return, and ``None`` for a class that would be wrapped.
+
+    Raises:
+        ValueError, TypeError: as :func:`resolve`, of ``base_optimizer`` alone.
+    """
+    base = _name_or_class(base_optimizer, {**kwargs}, owner)
+    if base == "adam" and kwargs.get("decoupled_weight_decay"):
+        return "adamw"
+    return base if isinstance(base, str) else None
+
+
 def _name_or_class(base_optimizer: Any, kwargs: Group, owner: str) -> str | type[Optimizer]:
     """The name of a fused base, or a class to wrap."""
     if isinstance(base_optimizer, str):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from looksam import hyper
 from looksam.hyper import FILTERS, Group
@@ -62,12 +63,22 @@ class Binding:
         source: whose ``param_groups`` and ``state`` are followed.
         base: whose state stands in the table beside the variant's.
         written: the columns of state that the variant writes.
+        numbers: further entries of each state, 0-dim tensors.
         backend: ``"native"``, ``"triton"``, ``"reference"``; default: the fastest that is there.
     """
 
-    def __init__(self, source: Source, base: StateOfBase, written: Sequence[str], backend: str | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        base: StateOfBase,
+        written: Sequence[str],
+        backend: str | None,
+        numbers: Sequence[str] = (),
+    ) -> None:
         self._source, self._base, self._written, self._backend = source, base, written, backend
-        self._entries = (*base.columns, *own_entries(written), *(("master_param",) if base.columns else ()))
+        self._numbers = tuple(numbers)
+        masters = ("master_param",) if base.columns else ()
+        self._entries = (*base.columns, *own_entries(written), *self._numbers, *masters)
         self._reads = base.reads
         self.params: list[Tensor] = []
         """Those that take part, one a row of the table: each once, and none that cannot train as it is."""
@@ -193,6 +204,12 @@ class Binding:
             self._table["w"] = self.weights()
             ops.restore(self._table)
 
+    def weights_changed(self, model: Module | None) -> None:
+        """To be called after our own writes to the weights outside of a step: copies that others keep are out of date."""
+        self.masters.written()
+        torch.clear_autocast_cache()
+        self.shards.reshard(model)
+
     def written(self) -> None:
         """To be called after our own writes to the state."""
         if self._snapshot is not None:
@@ -282,6 +299,9 @@ class Binding:
             missing[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             if writes in KEEP_NORM:
                 missing[f"{writes}_norm_sq"] = torch.zeros((), dtype=scalar_dtype(p.device), device=p.device)
+        for name in self._numbers:
+            if state.get(name) is None:
+                missing[name] = torch.zeros((), dtype=scalar_dtype(p.device), device=p.device)
         if missing:
             self.state.setdefault(p, {}).update(missing)
         return bool(missing)

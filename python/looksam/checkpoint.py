@@ -140,7 +140,7 @@ def _state_of_base(state: Any, in_state: Collection[str]) -> Any:
     return {outer(inner(name), in_state): x for name, x in state.items() if name not in theirs | set(in_state)}
 
 
-HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t"} - {"max_grad_norm", "perturb_filter", "nonfinite"}
+HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t", "train_mode"} - {"max_grad_norm", "perturb_filter", "nonfinite"}
 """The names by which the groups of variants differ."""
 ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta")),
@@ -149,7 +149,7 @@ ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("SAM", "LookSAM"), ("normalization", "strength")),
 ]
 """The hyper-parameters that classes got after their first release, one after the other: older checkpoints lack them."""
-STATE = ("q", "q_norm_sq", "m", "y")
+STATE = ("q", "q_norm_sq", "m", "y", *(f"{x}_scale" for x in ("y", "momentum_buffer", "exp_avg")))
 """What variants keep for each parameter."""
 
 

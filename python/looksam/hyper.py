@@ -90,6 +90,11 @@ def one_of(*names: str) -> Range:
     return Range(lambda x: isinstance(x, str), "a name", lambda x, _: x in names, text)
 
 
+def none_or_one_of(*names: str) -> Range:
+    text = f"{one_of(*names).text}, or None"
+    return Range(lambda x: x is None or isinstance(x, str), "a name", lambda x, _: x is None or x in names, text)
+
+
 def at_most_its(other: str, low: float) -> Range:
     def accepts(x: Any, group: Group) -> bool:
         high = on_host(group[other])

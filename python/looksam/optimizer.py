@@ -28,6 +28,7 @@ from looksam.steps import RunningStep
 from looksam.trainers import count_step
 from looksam.types import BackendName, BaseOptimizer, Closure
 from looksam_kernels import notice
+from looksam_kernels.formulas import scale_of
 
 Loss = TypeVar("Loss")
 P = ParamSpec("P")
@@ -93,6 +94,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
     """Those that all groups share."""
     counted: ClassVar[tuple[str, ...]] = ("phase",)
     """What the groups, all alike, carry from step to step."""
+    perturbed_at_rest: ClassVar[bool] = False
+    """Are the weights perturbed between the steps? Then ``eval()`` and ``train()`` move them: :mod:`looksam.one_pass`."""
     per_sample: ClassVar[bool] = False
     """Does the closure return the losses of single samples, and leave backward to the optimizer?"""
 
@@ -122,7 +125,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         hyper = {**hyper, **filters, **checked}
         params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
-        ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(own_entries(self._written)))
+        ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(self._own_state))
         mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *filters, *checked, *PASSES]
         self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
         self._forget()
@@ -358,13 +361,23 @@ class SharpnessAware(ScaledGradients, Optimizer):
 
     def _bound(self) -> Binding:
         if self._binding is None:
-            self._binding = Binding(weakref.proxy(self), self._base, self._written, self._requested)
+            self._binding = Binding(weakref.proxy(self), self._base, self._written, self._requested, self._numbers)
         return self._binding
 
     @property
     def _written(self) -> list[str]:
         """The columns of state that the variant's plans write."""
         return [x for x in dict.fromkeys(plan.writes for plan in self.variant[:2]) if x is not None]
+
+    @property
+    def _numbers(self) -> list[str]:
+        """The numbers that they keep in the state of each parameter."""
+        return [scale_of(x) for x in dict.fromkeys(plan.along for plan in self.variant[:2]) if x is not None]
+
+    @property
+    def _own_state(self) -> list[str]:
+        """The entries of the state that are the variant's."""
+        return [*own_entries(self._written), *self._numbers]
 
     @hooks.around
     def _complete(self) -> None:
@@ -500,7 +513,7 @@ PASSES = ("model", "same_rng", "m_sharpness")
 
 
 def _perturbs(variant: Variant) -> bool:
-    return any(x.ascent is not None for plan in variant[:2] for x in plan.passes)
+    return any(plan.along is not None or any(x.ascent is not None for x in plan.passes) for plan in variant[:2])
 
 
 def _listed(params: Any) -> Any:

@@ -43,6 +43,11 @@ class Plan(NamedTuple):
         return DESCENTS[self.descent].everywhere
 
     @property
+    def along(self) -> str | None:
+        """The column of the state along which the weights rest perturbed after the step; ``None``: they do not."""
+        return DESCENTS[self.descent].along
+
+    @property
     def writes(self) -> str | None:
         """The column of the state that the update writes."""
         return DESCENTS[self.descent].writes

@@ -146,7 +146,7 @@ class RunningStep:
         if not check:  # what the sums that are taken have shown does not count either
             coefficients = coefficients._replace(found_inf=torch.zeros_like(coefficients.found_inf))
         self._base.update(binding, coefficients, groups)
-        if plan.writes:
+        if plan.writes or plan.along:
             binding.written()
         self._weights_changed()
         self._end()

@@ -8,6 +8,7 @@ from typing import Any
 from looksam.aesam import AESAM, AELookSAM
 from looksam.esam import ESAM
 from looksam.hyper import RANGES, Group, within
+from looksam.one_pass import MSAM, S2SAM
 from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, REUSE, Pass, Plan, Variant, sharp_plan
 from looksam.sampa import SAMPa
@@ -454,6 +455,8 @@ VARIANTS: dict[str, type[SharpnessAware]] = {
         ESAM,
         AESAM,
         AELookSAM,
+        MSAM,
+        S2SAM,
     )
 }
 """The sharpness-aware optimizers by lower-case name."""

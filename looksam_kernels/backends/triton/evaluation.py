@@ -26,6 +26,8 @@ from looksam_kernels.formulas import (
     Scaling,
     Sums,
     inputs_of,
+    keeps_of,
+    writes_of,
 )
 from looksam_kernels.table import TensorTable
 
@@ -122,16 +124,17 @@ def _evaluate(
         len(groups),
     )
     only_d = program.counts[0] == len(numbers)
-    d, q, post, trust = (numbers,) * 4 if only_d else torch.split_with_sizes(numbers, program.counts)
-    writes = DESCENTS[rule].writes if rule in DESCENTS else None
+    d, q, post, trust, kept = (numbers,) * 5 if only_d else torch.split_with_sizes(numbers, program.counts)
     return Coefficients(
         inputs_of(rule),
         d,
         q if program.counts[1] else None,
         found_inf,
         post if program.counts[2] else None,
-        writes or "q",
+        writes_of(rule) or "q",
         trust[0] if program.counts[3] else None,
+        kept[0] if program.counts[4] else None,
+        keeps_of(rule) or "",
     )
 
 

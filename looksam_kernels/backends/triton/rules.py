@@ -67,8 +67,8 @@ class Program(NamedTuple):
     reads: tuple[Read, ...]
     fixed: tuple[tuple[str, Any, Any], ...]
     """Name, default and value of the common hyper-parameters that are no numbers: with others it is another program."""
-    counts: tuple[int, int, int, int]
-    """How many of its numbers a row are coefficients of d, of what is written, of what is added, and trust ratios."""
+    counts: tuple[int, int, int, int, int]
+    """How many of its numbers a row are coefficients of d, of what is written, of what is added, trust ratios, and kept."""
 
     def fits(self, groups: Groups) -> bool:
         return all(_fixed(groups, name, default) == value for name, default, value in self.fixed)
@@ -88,16 +88,20 @@ def program(rule: str, pairs: tuple[Pair, ...], groups: Groups, scaling: Scaling
     found_inf: Any = trace.symbol("found_inf")
     try:
         hyper = _Symbols(trace, inv_scale)
-        (d, q, post), trust = formulas.coefficients_of(
+        (d, q, post, kept), trust = formulas.coefficients_of(
             rule, sums, hyper, found_inf, scaling._replace(max_grad_norm=limit)
         )
     except Exception:
         return None  # the reference runs the formula itself, and raises what is to be raised
-    each = [d, q or (), post or (), () if trust is None else (trust,)]
+    each = [d, q or (), post or (), () if trust is None else (trust,), () if kept is None else (kept,)]
     results = [trace.of(x) for rows in each for x in rows]
-    counts = [len(rows) for rows in each]
     source = "".join(f"{line}\n" for line in (HEAD, *(f"    {x}" for x in trace.lines([x.index for x in results]))))
-    return Program(source, tuple(trace.reads), tuple(trace.fixed), (counts[0], counts[1], counts[2], counts[3]))
+    return Program(source, tuple(trace.reads), tuple(trace.fixed), _counts(each))
+
+
+def _counts(each: Sequence[Sequence[Any]]) -> tuple[int, int, int, int, int]:
+    d, q, post, trust, kept = map(len, each)
+    return d, q, post, trust, kept
 
 
 @functools.lru_cache(maxsize=256)
