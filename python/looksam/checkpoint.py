@@ -81,7 +81,8 @@ def from_another_variant(
     """
     base = groups[0].keys() - in_groups
     others = [names - base for names in known]
-    if all("phase" not in g or _is_of(mine, _of_variant(g, base), others) for g in given["param_groups"]):
+    same = all("phase" not in g or _is_of(mine, _of_variant(g, base), others) for g in given["param_groups"])
+    if same and not _rests_elsewhere(given, in_state):
         return given
     if len(given["param_groups"]) != len(groups):
         return given  # torch has the error
@@ -98,6 +99,13 @@ def from_another_variant(
         ],
         "state": {key: _state_of_base(state, in_state) for key, state in given["state"].items()},
     }
+
+
+def _rests_elsewhere(given: StateDict, in_state: Collection[str]) -> bool:
+    """Are the weights perturbed along a column that this variant does not have?"""
+    states = [state for state in given["state"].values() if isinstance(state, dict)]
+    at_rest = any("train_mode" in group for group in given["param_groups"])
+    return at_rest and any(name in SCALES and name not in in_state for state in states for name in state)
 
 
 def generations(variant: type, names: Set[str]) -> list[frozenset[str]]:
@@ -149,7 +157,9 @@ ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("SAM", "LookSAM"), ("normalization", "strength")),
 ]
 """The hyper-parameters that classes got after their first release, one after the other: older checkpoints lack them."""
-STATE = ("q", "q_norm_sq", "m", "y", *(f"{x}_scale" for x in ("y", "momentum_buffer", "exp_avg")))
+SCALES = ("y_scale", "momentum_buffer_scale", "exp_avg_scale")
+"""How far along a column the weights rest."""
+STATE = ("q", "q_norm_sq", "m", "y", *SCALES)
 """What variants keep for each parameter."""
 
 

@@ -55,6 +55,20 @@ class OnePass(SharpnessAware):
         if self._passes.model is not None:
             Reminder(self).watch(self._passes.model)
 
+    @classmethod
+    def _checked(cls, base_optimizer: Any, kwargs: Mapping[str, Any]) -> str:
+        """The name of the fused base.
+
+        Raises:
+            ValueError: the method does not work with it.
+        """
+        assert cls.bases is not None
+        name = fused_name(base_optimizer, kwargs, cls.__name__)
+        if name not in cls.bases:
+            given = repr(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer.__name__
+            raise ValueError(f"{cls.__name__} works over {', '.join(map(repr, cls.bases))}, not over {given}")
+        return name
+
     def _forget(self) -> None:
         super()._forget()
         self._left: dict[Tensor, tuple[Tensor, int]] = {}
@@ -159,6 +173,8 @@ class MSAM(OnePass):
         ValueError: another base, SGD without momentum or with dampening. The others: :class:`looksam.SAM`.
     """
 
+    bases = tuple(MOMENTS)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -170,16 +186,31 @@ class MSAM(OnePass):
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        base = _supported(type(self).__name__, base_optimizer, base_kwargs, MOMENTS)
+        base = self._checked(base_optimizer, base_kwargs)
         hyper = {"rho": rho, "perturb_eps": perturb_eps, "layer_scale": layer_scale, "layer_filter": layer_filter}
         super().__init__(params, base_optimizer, f"msam_{base}", hyper, backend, base_kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if getattr(self._base, "name", None) == "sgd" and (not group["momentum"] or group["dampening"]):
+        try:
+            self._check_momentum()
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError("MSAM over sgd needs its momentum, undamped: give momentum=0.9, and no dampening")
+            raise
+
+    def _begun(self) -> RunningStep:
+        self._check_momentum()
+        return super()._begun()
+
+    def _check_momentum(self) -> None:
+        """
+        Raises:
+            ValueError: a group without momentum, or with one that is no plain sum.
+        """
+        if self._plan.along == "momentum_buffer":
+            for group in self.param_groups:
+                if not group.get("momentum", 1.0) or group.get("dampening"):
+                    raise ValueError("MSAM over sgd needs its momentum, undamped: give momentum=0.9, and no dampening")
 
 
 class S2SAM(OnePass):
@@ -204,6 +235,8 @@ class S2SAM(OnePass):
         ValueError: another base. The others: :class:`looksam.SAM`.
     """
 
+    bases = tuple(DECAY_IS_COUPLED)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -215,20 +248,7 @@ class S2SAM(OnePass):
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
-        base = _supported(type(self).__name__, base_optimizer, base_kwargs, DECAY_IS_COUPLED)
+        base = self._checked(base_optimizer, base_kwargs)
         rule = "s2sam_coupled" if DECAY_IS_COUPLED[base] else "s2sam_decoupled"
         hyper = {"rho": rho, "perturb_eps": perturb_eps, "layer_scale": layer_scale, "layer_filter": layer_filter}
         super().__init__(params, base_optimizer, rule, hyper, backend, base_kwargs)
-
-
-def _supported(owner: str, base_optimizer: Any, kwargs: Mapping[str, Any], bases: Mapping[str, Any]) -> str:
-    """The name of the fused base.
-
-    Raises:
-        ValueError: the method does not work with it.
-    """
-    name = fused_name(base_optimizer, kwargs, owner)
-    if name not in bases:
-        given = repr(base_optimizer) if isinstance(base_optimizer, str) else base_optimizer.__name__
-        raise ValueError(f"{owner} works over {', '.join(map(repr, bases))}, not over {given}")
-    return name

@@ -94,6 +94,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
     """Those that all groups share."""
     counted: ClassVar[tuple[str, ...]] = ("phase",)
     """What the groups, all alike, carry from step to step."""
+    bases: ClassVar[tuple[str, ...] | None] = None
+    """The names of the fused bases that it works over; ``None``: all, and every class."""
     perturbed_at_rest: ClassVar[bool] = False
     """Are the weights perturbed between the steps? Then ``eval()`` and ``train()`` move them: :mod:`looksam.one_pass`."""
     per_sample: ClassVar[bool] = False

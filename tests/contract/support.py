@@ -21,6 +21,9 @@ VARIANTS = looksam.VARIANTS
 REUSING = ["looksam", "looklayersam"]
 PERIODIC = [name for name, cls in VARIANTS.items() if "k" in inspect.signature(cls).parameters]
 DECIDING = ["aesam", "aelooksam"]
+AT_REST = [name for name, cls in VARIANTS.items() if cls.perturbed_at_rest]
+"""One pass a step; the weights rest perturbed."""
+SHARP = [name for name in VARIANTS if name not in AT_REST]
 IN_TWO_CALLS = [name for name in VARIANTS if name not in ("crsam", "sampa", "esam")]
 OPTIONS: dict[str, dict[str, Any]] = {
     "esam": {"gamma": 1.0},
@@ -49,19 +52,36 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 WRAPPED = tuple(name for name, (base, _) in BASES.items() if not isinstance(base, str))
 
+
+def works(variant: str, base: str) -> bool:
+    """Does this variant work over this base of :data:`BASES`?"""
+    return VARIANTS[variant].bases is None or base in VARIANTS[variant].bases
+
+
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 on_variants = pytest.mark.parametrize("variant", VARIANTS)
 HOST_FREE = [name for name in VARIANTS if name not in ("esam", *DECIDING)]
 """AE-SAM and AE-LookSAM read one number a step, to decide whether it is sharp; ESAM's closure is another."""
-on_variants_without_host_reads = pytest.mark.parametrize("variant", HOST_FREE)
-on_periodic_variants = pytest.mark.parametrize("variant", PERIODIC)
 on_variants_in_two_calls = pytest.mark.parametrize("variant", IN_TWO_CALLS)
+on_variants_without_host_reads = pytest.mark.parametrize("variant", HOST_FREE)
+on_host_free_pairs = pytest.mark.parametrize(
+    ("variant", "base"), [(v, b) for v in HOST_FREE for b in ("sgd", "adamw", "lamb") if works(v, b)]
+)
+on_periodic_variants = pytest.mark.parametrize("variant", PERIODIC)
+on_sharp_variants = pytest.mark.parametrize("variant", SHARP)
+on_sharp_variants_in_two_calls = pytest.mark.parametrize("variant", [name for name in SHARP if name in IN_TWO_CALLS])
 on_bases = pytest.mark.parametrize("base", BASES)
+
+on_products = pytest.mark.parametrize(
+    ("variant", "base"), [(variant, base) for variant in VARIANTS for base in BASES if works(variant, base)]
+)
+"""Every variant over every base that it works over."""
 
 PAIRS = list(
     dict.fromkeys(
         (
-            *((variant, base) for variant in VARIANTS for base in ("sgd", "wrapped rmsprop")),
+            *((variant, base) for variant in SHARP for base in ("sgd", "wrapped rmsprop")),
+            *((variant, base) for variant in AT_REST for base in ("sgd", "adamw")),
             *((variant, base) for variant in ("looksam", "wsam") for base in BASES),
         )
     )
@@ -71,6 +91,7 @@ update: where it makes no difference how the two meet, the whole product, which 
 more."""
 
 on_pairs = pytest.mark.parametrize(("variant", "base"), PAIRS)
+on_sharp_pairs = pytest.mark.parametrize(("variant", "base"), [(v, b) for v, b in PAIRS if v in SHARP])
 on_pairs_in_two_calls = pytest.mark.parametrize(("variant", "base"), [(v, b) for v, b in PAIRS if v in IN_TWO_CALLS])
 
 
@@ -85,7 +106,7 @@ def build(params: Any, variant: str = "looksam", base: str = "sgd", **kwargs: An
 
 def passes(variant: str, step: int, k: int = 2) -> int:
     """How often the closure is called in this step, counted from 0."""
-    cheap = variant in PERIODIC and step % k != 0
+    cheap = variant in AT_REST or (variant in PERIODIC and step % k != 0)
     return 1 if cheap else 3 if variant == "crsam" else 2
 
 

@@ -34,10 +34,10 @@ from tests.contract.support import (
     network,
     on_backends,
     on_bases,
+    on_host_free_pairs,
     on_pairs,
+    on_sharp_variants_in_two_calls,
     on_variants,
-    on_variants_in_two_calls,
-    on_variants_without_host_reads,
     states,
     train,
     weights,
@@ -516,7 +516,7 @@ def test_contract_18_awkward_gradients(backend: str, variant: str, base: str) ->
 
 
 @on_backends
-@on_variants_in_two_calls
+@on_sharp_variants_in_two_calls
 def test_contract_18_abandon_restores_a_tensor_whose_gradient_is_gone(backend: str, variant: str) -> None:
     params = [nn.Parameter(torch.linspace(1, 2, 3)), nn.Parameter(torch.tensor(0.5))]
     optimizer = build(params, variant, "sgd", lr=0.01, backend=backend)
@@ -613,8 +613,7 @@ class NoHostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@on_variants_without_host_reads
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+@on_host_free_pairs
 def test_contract_20_no_value_is_read_by_the_host(variant: str, base: str) -> None:
     """The steps that the tests on a GPU run without synchronisation and capture in graphs, where every operation is torch's."""
     model = network()
@@ -635,8 +634,7 @@ def test_contract_20_no_value_is_read_by_the_host(variant: str, base: str) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@on_variants_without_host_reads
-@pytest.mark.parametrize("base", ["sgd", "adamw", "lamb"])
+@on_host_free_pairs
 def test_contract_20_no_host_sync(variant: str, base: str) -> None:
     model = network().cuda()
     optimizer = (

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 import looksam
 from looksam_kernels import snapshot
-from tests.contract.support import Closure, assert_same, build, network, on_backends, states, train, weights
+from tests.contract.support import (
+    Closure,
+    assert_same,
+    build,
+    network,
+    on_backends,
+    on_sharp_variants,
+    states,
+    train,
+    weights,
+)
 
 on_some_bases = pytest.mark.parametrize("base", ["sgd", "adamw", "lamb", "wrapped rmsprop", "wrapped adagrad"])
 
@@ -131,7 +141,7 @@ class EveryName(torch.optim.Optimizer):
 
 
 @on_backends
-@pytest.mark.parametrize("variant", looksam.VARIANTS)
+@on_sharp_variants
 def test_contract_41_no_name_collides(backend: str, variant: str) -> None:
     """As over SGD; with a scheduler; and through a checkpoint."""
     model, plain = network(dtype=torch.float64), network(dtype=torch.float64)

@@ -20,9 +20,8 @@ from tests.contract.support import (
     build,
     network,
     on_backends,
-    on_bases,
     on_pairs,
-    on_variants,
+    on_products,
     passes,
     states,
     train,
@@ -63,8 +62,7 @@ def fault(at: int, when: str, seen: list[str]) -> Iterator[None]:
 
 
 @on_backends
-@on_variants
-@on_bases
+@on_products
 @pytest.mark.parametrize("step", [0, 1, 2], ids=["first", "cheap", "sharp"])
 def test_fault_at_every_point_of_a_step(backend: str, variant: str, base: str, step: int) -> None:
     model, other = network(), network()

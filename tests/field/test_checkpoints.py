@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import looksam
-from tests.contract.support import PAIRS, PERIODIC, VARIANTS, build, network, train
+from tests.contract.support import PAIRS, PERIODIC, VARIANTS, build, network, train, works
 
 PLAIN = {"lamb": looksam.LAMB, "lars": looksam.LARS, "lion": looksam.Lion}
 
@@ -156,11 +156,12 @@ def test_field_09_a_checkpoint_of_another_variant_gives_the_base(saves: str, loa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> None:
     model = network()
-    optimizer = build(model.parameters(), variant, "rmsprop")
+    base = "rmsprop" if works(variant, "rmsprop") else "adamw"
+    optimizer = build(model.parameters(), variant, base)
     train(model, optimizer, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(model.parameters(), variant, "rmsprop").load_state_dict(optimizer.state_dict())
+        build(model.parameters(), variant, base).load_state_dict(optimizer.state_dict())
 
 
 OLDER = [

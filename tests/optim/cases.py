@@ -42,6 +42,10 @@ class Method:
         return self.k or 1
 
     @property
+    def is_layerwise(self) -> bool:
+        return self.optimizer in (looksam.LayerSAM, looksam.LookLayerSAM) or "layer_scale" in self.options
+
+    @property
     def in_two_calls(self) -> bool:
         return self.independent not in (independent.CRSAM, independent.SAMPa)
 
@@ -84,6 +88,8 @@ FRIENDLY = (
     {"rho": 0.2, "sigma": 0.0, "lambda_": 1.0},
 )
 LAMBDAS = ({"rho": 0.3, "lambda_": 0.2}, {"rho": 0.1, "lambda_": 0.9}, {"rho": 0.2, "lambda_": 0.0})
+RHOS = ({"rho": 0.3}, {"rho": 0.1}, {"rho": 0.2})
+LAYER_SCALES = ("trust_normalized", "trust", "trust_global", "unit")
 ADAPTIVE = ({"rho": 0.5, "eta": 0.01}, {"rho": 0.4, "eta": 0.1}, {"rho": 0.2, "adaptive": False})
 ADAPTIVE_FRIENDLY = tuple({**h, **f} for h, f in zip(FRIENDLY, ADAPTIVE, strict=True))
 ADAPTIVE_ALPHAS = tuple({**h, "alpha": a} for h, a in zip(ADAPTIVE, (0.7, 0.3, 1.2), strict=True))
@@ -151,6 +157,25 @@ METHODS = {
     ),
 }
 
+METHODS |= {
+    name: Method(optimizer, hyper=RHOS, options=options, independent=it, k=None, passes=1, bases=over)
+    for optimizer, it, over in (
+        (looksam.MSAM, independent.MSAM, ("sgd-momentum", "sgd-momentum-clip", "adam", "adamw")),
+        (
+            looksam.S2SAM,
+            independent.S2SAM,
+            ("sgd", "sgd-clip", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "lion"),
+        ),
+    )
+    for name, options in (
+        (optimizer.__name__.lower(), {"perturb_eps": 0.01}),
+        (f"{optimizer.__name__.lower()}-only", {"perturb_filter": some}),
+        *((f"{optimizer.__name__.lower()}-{scale}", {"layer_scale": scale}) for scale in LAYER_SCALES),
+        (f"{optimizer.__name__.lower()}-filter", {"layer_scale": "trust_global", "layer_filter": layer_filter}),
+    )
+}
+"""With one pass."""
+
 _FEW = ("sgd-clip", "adamw", "lars", "Adafactor")
 UNIFIED = ({"rho": 0.3, "normalization": 0.5}, {"rho": 0.1, "normalization": 0.0}, {"rho": 0.2})
 STRENGTHS = ({"rho": 0.3, "strength": 1.5}, {"rho": 0.1, "strength": 0.4}, {"rho": 0.2})
@@ -212,12 +237,19 @@ ADAFACTOR_HYPER = (
     {"lr": 0.02, "beta2_decay": -0.5, "d": 2.0, "eps": (1e-6, 1e-2), "weight_decay": 0.0},
     {"lr": 0.01, "beta2_decay": -0.8, "d": 1.5, "eps": (1e-9, 1e-4), "weight_decay": 0.1},
 )
+MOMENTUM_HYPER = (
+    {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.5},
+    {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.1},
+)
 BASES = {
     **{
         case: Base(name, hyper, base.independent, base.shared.get(case, {}))
         for name, base in bases.BASES.items()
         for case, hyper in base.hyper.items()
     },
+    "sgd-momentum": Base("sgd", MOMENTUM_HYPER, independent.SGD),
+    "sgd-momentum-clip": Base("sgd", MOMENTUM_HYPER, independent.SGD, {"max_grad_norm": 0.5}),
     "RMSprop": Base(
         OfUser,
         RMSPROP_HYPER,
@@ -243,7 +275,7 @@ def hypers(method: Method, base: Base) -> list[dict]:
     """One dict a group, complete, as the independent calculation reads it."""
     defaults = {"perturb_eps": 1e-12, "adaptive": method.optimizer is looksam.ASAM, "eta": 0.01, "alpha": 0.7}
     defaults |= {"rho_min": 0.0, "lr_min": 0.0, "normalization": 1.0}
-    if method.optimizer in (looksam.LayerSAM, looksam.LookLayerSAM):
+    if method.is_layerwise:
         defaults["perturb_eps"] = 0.0  # the layer-wise formulas have none
     return [{**defaults, "strength": 1.0, **method.options, **base.options, **h} for h in group_hypers(method, base)]
 
@@ -253,6 +285,9 @@ def names_for(method: Method, base: Base) -> tuple[str, ...]:
     if method.norm_scope == "tensor":
         # In a tensor of one element s is parallel to g: its own q is 0, up to a rounding that the reuse would blow up. See
         # test_reuse_of_a_single_element_is_not_rounding_noise.
+        left_out.add("scalar")
+    if method.independent is independent.MSAM and method.is_layerwise:
+        # One element's e has the sign of the momentum alone; the optimizer makes it of two terms, which may nearly cancel.
         left_out.add("scalar")
     if base.name is optim.Adafactor:
         left_out |= {"empty", "empty_matrix"}  # see test_a_wrapped_optimizer_never_sees_an_empty_tensor

@@ -529,3 +529,54 @@ class SAMPa(Independent):
         self.last = self.each(lambda b, a, hp: (1 - hp["lambda_"]) * a + hp["lambda_"] * b, b, a)
         self.inside = inside
         return self.last
+
+
+class OnePass(Independent):
+    """The gradient is taken at w + e, e from what the step before has left; ``self.w`` are the plain weights."""
+
+    def __init__(self, w: list[Array], *more: Any, **others: Any) -> None:
+        super().__init__(w, *more, **others)
+        self.e: list[Any] = [0 * x for x in w]
+
+    def sharp(self) -> Arrays:
+        self.rest = self.jitter([wp + ep for wp, ep in zip(self.w, self.e, strict=True)])
+        g = self.gradient_at(self.e)
+        self.kept = [yp if gp is None else gp for yp, gp in zip(self.kept, self.last, strict=True)]
+        return g
+
+    def update_with(self, d: Arrays) -> None:
+        there = [x is not None for x in d]
+        super().update_with(self.decayed(clip(d, self.h)))
+        x = [xp if here and i else None for xp, here, i in zip(self.direction(), there, self.inside, strict=True)]
+        new = self.ascent(self.rest, x, self.h)
+        for i, here in enumerate(there):
+            if here:
+                self.e[i] = 0 * self.w[i] if new[i] is None else self._jitter(new[i])
+                self.w[i] = self._jitter(self.w[i] + self.e[i]) - self.e[i]  # what is rounded is the sum
+
+    def decayed(self, d: Arrays) -> Arrays:
+        return d
+
+    def direction(self) -> Arrays:
+        """What e goes along."""
+        return self.kept
+
+
+class MSAM(OnePass):
+    """e = -rho v / (||v|| + eps), v the momentum of SGD or Adam; where the decay is added to the gradient, it is that of w + e."""
+
+    def decayed(self, d: Arrays) -> Arrays:
+        if type(self.base) is AdamW:
+            return d
+        return [
+            x if x is None else x + hp.get("weight_decay", 0.0) * ep
+            for x, ep, hp in zip(d, self.e, self.h, strict=True)
+        ]
+
+    def direction(self) -> Arrays:
+        v = self.base.buf if isinstance(self.base, SGD) else self.base.m
+        return [None if x is None or np.ndim(x) != np.ndim(wp) else -x for x, wp in zip(v, self.w, strict=True)]
+
+
+class S2SAM(OnePass):
+    """e = rho y / (||y|| + eps), y the gradient of the step before."""

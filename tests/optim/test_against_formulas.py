@@ -7,6 +7,7 @@ than 16 roundings of half a unit). An optimizer may be as far from the exact run
 units of the weights themselves, because the last store rounds too.
 """
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -31,7 +32,7 @@ def independent_run(problem: Problem, method: Method, base: Base, jitter: Any = 
     h = problem.hyper(hypers(method, base))
     n = len(problem.names)
     ascent = method.ascent
-    if method.optimizer in (looksam.LayerSAM, looksam.LookLayerSAM):
+    if method.is_layerwise:
         inside = method.options.get("layer_filter", lambda p: True)
         scale = method.options.get("layer_scale", "trust_normalized")
         ascent = ascent_layer(scale, [inside(x) for x in problem.w])
@@ -54,7 +55,8 @@ def run(problem: Problem, method: Method, base: Base, backend: str) -> list[list
     trajectory = []
     for step in range(STEPS):
         optimizer.step(closure.begin(step))
-        trajectory.append([p.detach().double().numpy().copy() for p in params])
+        with getattr(optimizer, "plain_weights", nullcontext)():
+            trajectory.append([p.detach().double().numpy().copy() for p in params])
     assert closure.calls == STEPS + (method.passes - 1) * -(-STEPS // method.period)
     return trajectory
 
@@ -96,7 +98,7 @@ PRINCIPAL = ("sam-3", "looksam-3", "layersam-3-trust_normalized", "looklayersam-
 
 def bases_of(method: str) -> list[str]:
     """What differs only in an option is not repeated."""
-    return METHODS[method].bases or [b for b in BASES if not b.endswith(("clip", "noclip", "centered"))]
+    return METHODS[method].bases or [b for b in BASES if not b.endswith(("clip", "noclip", "centered", "-momentum"))]
 
 
 def combinations() -> list:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import looksam
-from tests.contract.support import OPTIONS, PERIODIC
+from tests.contract.support import OPTIONS, PERIODIC, SHARP
 from tests.optim.cases import QUICK
 
 on_backends = pytest.mark.parametrize("backend", QUICK)
@@ -73,7 +73,7 @@ def train(
 
 
 @on_backends
-@on_variants
+@pytest.mark.parametrize("variant", SHARP)
 def test_the_others_are_not_moved_and_have_no_backup(backend: str, variant: str) -> None:
     model = Net()
     optimizer = build(model, variant, backend)
@@ -95,7 +95,7 @@ def test_the_others_are_not_moved_and_have_no_backup(backend: str, variant: str)
 
 @on_backends
 @pytest.mark.parametrize("base", ["sgd", "wrapped"])
-@pytest.mark.parametrize("variant", [v for v in looksam.VARIANTS if v != "sampa"])
+@pytest.mark.parametrize("variant", [v for v in SHARP if v != "sampa"])
 def test_the_first_pass_of_a_sharp_step_may_leave_out_their_gradients(backend: str, variant: str, base: str) -> None:
     """Bit for bit: in a pass that is followed by another."""
 

@@ -38,14 +38,16 @@ COMPUTED = {
 @pytest.mark.parametrize("name", looksam.VARIANTS)
 def test_the_costs_in_the_docstring_are_those_of_the_plans(name):
     needed = {"total_steps": 9} if "total_steps" in inspect.signature(looksam.VARIANTS[name]).parameters else {}
-    optimizer = looksam.VARIANTS[name]([torch.nn.Parameter(torch.ones(1))], "sgd", **needed)
+    optimizer = looksam.VARIANTS[name]([torch.nn.Parameter(torch.ones(1))], "sgd", momentum=0.9, **needed)
     sharp, between = optimizer.variant.sharp, optimizer.variant.between
     if "k" in optimizer.param_groups[0]:
         passes = f"{len(between.passes)} + {len(sharp.passes) - len(between.passes)}/k"
     else:
         passes = f"{len(sharp.passes)}"
     copies = ["w" for x in sharp.passes if x.ascent is not None][:1] + [sharp.writes] * (sharp.writes is not None)
-    memory = f"{len(copies)} model {'copy' if len(copies) == 1 else 'copies'} ({', '.join(copies)})"
+    memory = (
+        f"{len(copies)} model {'copy' if len(copies) == 1 else 'copies'} ({', '.join(copies)})" if copies else "none"
+    )
     found = COSTS.search(" ".join(looksam.VARIANTS[name].__doc__.split()) + " ")
     assert found is not None
     assert (found["passes"], found["memory"]) == (COMPUTED.get(name, passes), memory)

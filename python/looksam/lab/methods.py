@@ -203,6 +203,9 @@ def parse_method(text: str, default_base: str = "sgd") -> Method:
     except ValueError as error:
         raise ValueError(f"method {text!r}: {error}") from None
     method = Method(None, name, None, settings) if name in BASES else Method(name, base, k, settings)
+    works_over = getattr(VARIANTS.get(name), "bases", None)
+    if works_over is not None and base not in works_over:
+        raise ValueError(f"method {text!r}: {name} works over {', '.join(works_over)}, not over {base}")
     if k is not None and (k < 1 or "k" not in method.parameters()):
         reason = "K must be at least 1" if k < 1 else f"{name} has no period K"
         raise ValueError(f"method {text!r}: {reason}")
@@ -301,8 +304,6 @@ def build_optimizer(config: TrainConfig, model: torch.nn.Module, steps: int) -> 
 def values_used(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The hyper-parameters that an optimizer steps with, of those that its users may choose."""
     group = optimizer.param_groups[0]
-    return {
-        name: value
-        for name, value in sorted(group.items())
-        if name not in {*_NOT_OPTIONS, "phase"} and isinstance(value, (bool, int, float, str, list, tuple, type(None)))
-    }
+    plain = (bool, int, float, str, list, tuple, type(None))
+    left_out = {*_NOT_OPTIONS, "phase", "train_mode"}
+    return {name: x for name, x in sorted(group.items()) if name not in left_out and isinstance(x, plain)}

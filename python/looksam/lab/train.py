@@ -75,6 +75,8 @@ class Trainer:
         self.rho_warmup = round(config.rho_warmup * self.steps_per_epoch)
         self.generator = make_generator(config.seed, "batches")
         self.clip = None if parse_method(config.method).clips else config.clip
+        self.plain_weights = getattr(self.optimizer, "plain_weights", nullcontext)
+        """A context without the perturbation in which the weights of some optimizers rest."""
         self.watcher: Watcher | None = None
         self.records: list[EpochRecord] = []  # of the epochs that are over
         self.measurements: list[dict[str, Any]] = []  # of the run's study
@@ -243,11 +245,14 @@ class Trainer:
             epoch.step += 1
             if epoch.step < self.steps_per_epoch:
                 after_step(epoch.step)
-        record = self._record(epoch)
-        self.records.append(record)
-        if self.watcher is not None:
-            self.measurements += self.watcher.after_epoch(self)
+        with self.plain_weights():
+            record = self._record(epoch)
+            self.records.append(record)
+            if self.watcher is not None:
+                self.measurements += self.watcher.after_epoch(self)
         self.epoch = None
+        if self.finished and getattr(self.optimizer, "perturbed_at_rest", False):
+            self.optimizer.eval()  # type: ignore[attr-defined]  # what is saved and measured now is the model
         return record
 
     def _set_radius(self, step: int) -> None:
