@@ -164,7 +164,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
 
     Raises:
         ValueError: unknown base, a row that takes part lacks one of the states, the table has no column that
-            ``coefficients.q`` is for, or ``coefficients.trust`` is there without LARS or LARS without it.
+            ``coefficients.q`` is for, ``coefficients.trust`` is there without LARS or LARS without it, or LAMB is to add w or
+            one of its states.
     """
     if base not in BASES:
         raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
@@ -173,6 +174,9 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
             'coefficients with a trust ratio are for the base "lars", and it needs them: see measure(trust_ratio=True)'
         )
     takes_part = table.present(coefficients.inputs[0])
+    changed = {"w", *BASES[base].states} & set(coefficients.inputs)
+    if base == "lamb" and coefficients.post is not None and changed:
+        raise ValueError(f"lamb adds after its states and w have changed: {', '.join(sorted(changed))} cannot be added")
     for name in BASES[base].states:
         rows = takes_part
         if name in STATE_NEEDS and not table.is_full(name):

@@ -207,6 +207,8 @@ _SHARED = {
     "momentum": 0.9,
     "normalization": 0.4,
     "strength": 1.7,
+    "betas": (0.9, 0.99),
+    "layer_scale": "trust_normalized",
 }
 
 
@@ -268,7 +270,17 @@ COMBINATIONS = {
     "g, then w += c (g - s)": Combination(("s", "g"), (0.0, 1.0), post=(-0.01, 0.01)),
     "mean of s and g, q = s": Combination(("s", "g"), (0.2, 0.8), q=(1.0, 0.0)),
     "s + c q, q <- mean of g": Combination(("s", "g", "q"), (1.0, 0.0, 0.3), q=(0.0, 0.1, 0.9)),
+    "g + c x, then w += c (g + x + w)": Combination(
+        ("g", "exp_avg", "w"), (1.0, 0.1, 0.0), post=(-0.01, 0.03, 0.02), at_w=True
+    ),
+    "g, then w += c x": Combination(("g", "momentum_buffer"), (1.0, 0.0), post=(0.0, 0.03), at_w=True),
 }
+
+
+def fits(combination: str, base: str) -> bool:
+    """One that reads a state, as it was before the step, is for the bases that have it and step in one phase."""
+    read = set(COMBINATIONS[combination].inputs) & set(STATES)
+    return not read or (read <= set(updates.BASES[base].states) and base != "lamb")
 
 
 # Tolerances ---------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def evaluated_in(table: lk.TensorTable, rule: str, pairs: Any, groups: Any, **ex
 
 
 def numbers(found: Coefficients) -> list[Tensor]:
-    return [x for x in (found.d, found.q, found.post, found.trust, found.found_inf) if x is not None]
+    return [x for x in (found.d, found.q, found.post, found.kept, found.trust, found.found_inf) if x is not None]
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
