@@ -18,7 +18,9 @@ from mkdocs.utils import get_relative_url
 log = get_plugin_logger("looksam")
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "looksam"
-VARIANTS = tuple(PACKAGE / name for name in ("variants.py", "esam.py", "aesam.py", "sampa.py", "standalone.py"))
+VARIANTS = tuple(
+    PACKAGE / name for name in ("variants.py", "esam.py", "aesam.py", "sampa.py", "one_pass.py", "standalone.py")
+)
 FILE = re.compile(r"^<!-- file: (\S+) -->$", re.MULTILINE)
 SOURCE = re.compile(r"([A-Z][\w-]+ (?:& [A-Z][\w-]+|et al\.) \d{4})\.$")
 COSTS = re.compile(r"Passes per step: (?P<passes>.+?)\. Extra memory: (?P<memory>.+?)\. When: (?P<when>.+)")

@@ -746,7 +746,7 @@ def _resting(
 ) -> Direction:
     """Of a rule whose weights rest perturbed: it clips, and knows which rows are moved. ``maximize`` as in :func:`_descent`."""
     hyper.limit = scaling.max_grad_norm
-    for rows in (inside, present and present[rule.inputs[0]]):
+    for rows in (inside, None if present is None else present[rule.inputs[0]]):
         if rows is not None:
             flags = hyper.upload(rows, torch.bool)
             hyper.inside = flags if hyper.inside is None else hyper.inside & flags

@@ -75,9 +75,8 @@ def msam(base: str, layerwise: bool, sums: Sums, hyper: Hyper) -> Direction:
     v, weights, coupled = MOMENTS[base]
     old, new = weights(hyper)
     sign, clip = hyper.sign(), _clip(sums, hyper)
-    inputs, moment = ("g", v), (new * clip * sign, old)
-    if coupled:
-        inputs, moment = (*inputs, "w"), (*moment, new * hyper.row("weight_decay", own))
+    moment = [new * clip * sign, old, *([new * hyper.row("weight_decay", own)] if coupled else [])]
+    inputs = ("g", v, "w")[: len(moment)]
     c = -_lengths(row_norms(inputs, moment, sums).square(), layerwise, sums, hyper)
     undo = -_scale(v, sums) * (1.0 if coupled else _decay(hyper))
     post = [c * x for x in moment]

@@ -97,7 +97,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     bases: ClassVar[tuple[str, ...] | None] = None
     """The names of the fused bases that it works over; ``None``: all, and every class."""
     perturbed_at_rest: ClassVar[bool] = False
-    """Are the weights perturbed between the steps? Then ``eval()`` and ``train()`` move them: :mod:`looksam.one_pass`."""
+    """Are the weights perturbed between the steps? Then ``eval()`` and ``train()`` move them: :mod:`looksam.at_rest`."""
     per_sample: ClassVar[bool] = False
     """Does the closure return the losses of single samples, and leave backward to the optimizer?"""
 

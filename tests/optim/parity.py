@@ -211,6 +211,30 @@ def sampa(at: Theirs, rho: float = 0.3, lambda_: float = 0.2, sgd: bool = True) 
     at.descend([(1 - lambda_) * a + lambda_ * b for a, b in zip(s, r, strict=True)])
 
 
+def msam(at: Theirs, rho: float = 0.3) -> None:
+    """The decay that is added to the gradient is that of the perturbed weights."""
+    e = at.kept.get("e", [torch.zeros_like(p) for p in at.w])
+    at.descend([x + SGD["weight_decay"] * y for x, y in zip(at.gradient(e), e, strict=True)])
+    v = [at.inner.state[p]["momentum_buffer"] for p in at.w]
+    at.kept["e"] = [-rho * x / (norm(v) + 1e-12) for x in v]
+
+
+def msam_adamw(at: Theirs, rho: float = 0.3, decay: float = 0.0) -> None:
+    """The decay comes after the step."""
+    at.descend(at.gradient(at.kept.get("e")))
+    with torch.no_grad():
+        for p in at.w:
+            p.mul_(1 - at.inner.param_groups[0]["lr"] * decay)
+    v = [at.inner.state[p]["exp_avg"] for p in at.w]
+    at.kept["e"] = [-rho * x / (norm(v) + 1e-12) for x in v]
+
+
+def s2sam(at: Theirs, rho: float = 0.3) -> None:
+    y = at.kept.get("y", [torch.zeros_like(p) for p in at.w])
+    y = at.kept["y"] = at.gradient([rho * x / (norm(y) + 1e-12) for x in y])
+    at.descend(y)
+
+
 def plain(at: Theirs) -> None:
     at.descend(at.gradient())
 
@@ -417,6 +441,19 @@ ROWS = (
         "SAMPa", "LIONS-EPFL/SAMPa", 2024, "",
         restated(sampa), over_sgd(looksam.SAMPa), "w − lr y of the paper; weight decay and momentum are in it there",
     ),
+    Row("MSAM", "MarlonBecker/MSAM, SGD", 2024, "", restated(msam), over_sgd(looksam.MSAM)),
+    Row(
+        "MSAM", "MarlonBecker/MSAM, AdamW", 2024, "`weight_decay=0`",
+        restated(msam_adamw, (0.01, 0.01), torch.optim.AdamW, weight_decay=0.0),
+        alone(looksam.MSAM, base_optimizer="adamw", lr=0.01, weight_decay=0.0),
+    ),
+    Row(
+        "MSAM", "MarlonBecker/MSAM, AdamW", 2024, "",
+        restated(partial(msam_adamw, decay=0.1), (0.01, 0.01), torch.optim.AdamW, weight_decay=0.0),
+        alone(looksam.MSAM, base_optimizer="adamw", lr=0.01, weight_decay=0.1),
+        "the decay comes after the step there, before it in torch's AdamW",
+    ),
+    Row("S2-SAM", "jjsrf/SSAM-NEURIPS2024", 2024, "", restated(s2sam), over_sgd(looksam.S2SAM)),
     Row(
         "SAM, adaptive", "pytorch_optimizer 4.1", 2026, "`adaptive=True, eta=0.0, adaptive_filter=lambda p: True`",
         partial(two_passes, "pytorch_optimizer", "SAM", True, rho=0.5, adaptive=True),
@@ -503,6 +540,8 @@ def ours(row: Row) -> Tensors:
 
         optimizer.step(closure)
         last = here
+    if getattr(optimizer, "perturbed_at_rest", False):
+        optimizer.eval()
     return [p.detach() for p in model.parameters()]
 
 
