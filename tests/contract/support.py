@@ -63,7 +63,6 @@ on_variants = pytest.mark.parametrize("variant", VARIANTS)
 HOST_FREE = [name for name in VARIANTS if name not in ("esam", *DECIDING)]
 """AE-SAM and AE-LookSAM read one number a step, to decide whether it is sharp; ESAM's closure is another."""
 on_variants_in_two_calls = pytest.mark.parametrize("variant", IN_TWO_CALLS)
-on_variants_without_host_reads = pytest.mark.parametrize("variant", HOST_FREE)
 on_host_free_pairs = pytest.mark.parametrize(
     ("variant", "base"), [(v, b) for v in HOST_FREE for b in ("sgd", "adamw", "lamb") if works(v, b)]
 )

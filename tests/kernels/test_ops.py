@@ -644,3 +644,12 @@ def test_a_float64_master_of_narrower_weights_is_computed_in_float64(target: Tar
     lk.step(table, "sgd", c, [{"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}])
     assert torch.equal(columns["b"], exact - 1 / 7)
     assert torch.equal(columns["w"], (exact - 1 / 7).to(dtype))
+
+
+@pytest.mark.parametrize("column", ["w", "exp_avg"])
+def test_lamb_cannot_add_what_its_first_phase_changes(column: str) -> None:
+    rows = [Row((3,))]
+    name, groups = BASE_CASES["lamb"]
+    c = cases.Combination(("g", column), (1.0, 0.0), post=(0.0, 0.1)).coefficients(rows, "cpu")
+    with pytest.raises(ValueError, match=f"lamb adds after .* {column} cannot be added"):
+        lk.step(cases.table(rows, cases.columns(rows), "reference"), name, c, groups)

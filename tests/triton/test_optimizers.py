@@ -38,6 +38,12 @@ OPTIMIZERS: dict[str, Callable[..., looksam.SharpnessAware]] = {
     "ESAM over sgd": lambda p, **o: looksam.ESAM(p, "sgd", rho=0.1, k=K, lr=0.05, momentum=0.9, **o),
     "AESAM over sgd": lambda p, **o: looksam.AESAM(p, "sgd", total_steps=STEPS, rho=0.1, lr=0.05, momentum=0.9, **o),
     "AELookSAM over adam": lambda p, **o: looksam.AELookSAM(p, "adam", total_steps=STEPS, rho=0.1, lr=0.02, **o),
+    "MSAM over adamw": lambda p, **o: looksam.MSAM(p, "adamw", rho=0.1, lr=0.02, **o),
+    "MSAM over sgd, layer by layer": lambda p, **o: looksam.MSAM(
+        p, "sgd", rho=0.1, layer_scale="trust_global", lr=0.05, momentum=0.9, weight_decay=0.01, max_grad_norm=0.5, **o
+    ),
+    "S2SAM over sgd": lambda p, **o: looksam.S2SAM(p, "sgd", rho=0.1, lr=0.05, momentum=0.9, weight_decay=0.01, **o),
+    "S2SAM over lion": lambda p, **o: looksam.S2SAM(p, "lion", rho=0.1, lr=0.01, weight_decay=0.1, **o),
     **{
         f"SAM over {name}": lambda p, name=name, base=base, **o: looksam.SAM(p, name, k=K, **base.options, **o)
         for name, base in bases.BASES.items()
