@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import looksam
 from benchmarks.cases import STEPS
-from benchmarks.figures import line_panels
+from benchmarks.figures import scaling
 from benchmarks.shapes import LISTS
 from looksam.plans import PLAIN, Plan, Variant
 from looksam_kernels.formulas import DESCENTS, KEEP_NORM, STORED, Pair
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, name = args.pop("out"), args.pop("shapes")
     print(table())
     drawn = panels(Machine(**args), name)
-    for path in line_panels(folder, FIGURE, RANKS, drawn, "GPUs", "ms per step, mean of a cycle (model)"):
+    for path in scaling(folder, FIGURE, [[*RANKS], drawn]):
         print(f"wrote {path}")
 
 

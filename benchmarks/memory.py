@@ -250,7 +250,10 @@ def measure(shapes: Sequence[Shape]) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = ["| optimizer | between steps | at the peak of a step |", "|---|---:|---:|"]
-    lines += [f"| {r['name']} | {r['kept']:.1f} | {r['peak']:.1f} |" for r in result["memory"]]
+    names = [f"looksam {r['name']}" if r["side"] == "ours" else r["name"] for r in result["memory"]]
+    lines += [
+        f"| {name} | {r['kept']:.1f} | {r['peak']:.1f} |" for name, r in zip(names, result["memory"], strict=True)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -25,8 +25,8 @@ CLASSES = {name: cls.__name__ for name, cls in looksam.VARIANTS.items()}
 def promised() -> dict[str, tuple[int, int]]:
     """Class -> bytes always, and during a sharp step, beside parameters, gradients and the base's state: the table of
     docs/costs.md."""
-    text = (DOCS / "costs.md").read_text()
-    rows = re.findall(r"^\| ([^|]+) \| (\d+)[^|]*\| (\d+)[^|]*\|$", text.partition("## Memory")[2], re.MULTILINE)
+    text = (DOCS / "costs.md").read_text().partition("## Memory")[2].partition("Measured:")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (\d+)[^|]*\| (\d+)[^|]*\|$", text, re.MULTILINE)
     found = {}
     for names, always, during in rows:
         for name in re.sub(r"\([^)]*\)", "", names).split(","):
