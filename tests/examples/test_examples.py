@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -36,6 +37,12 @@ def test_image_classification() -> None:
 
 def test_finetune_transformer() -> None:
     said = said_by("finetune_transformer.py", "--pretraining-steps", "200", "--steps", "150")
+    assert number(r"test accuracy ([\d.]+)", said) > 0.9
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_transformer() -> None:
+    said = said_by("muon_transformer.py", "--steps", "80")
     assert number(r"test accuracy ([\d.]+)", said) > 0.9
 
 
