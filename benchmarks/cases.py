@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks.shapes import Shape
-from looksam import LAMB, SAM, LookLayerSAM, LookSAM, SharpnessAware
+from looksam import LAMB, MSAM, S2SAM, SAM, LookLayerSAM, LookSAM, SharpnessAware
 from looksam.plans import PLAIN, Variant
 from looksam_kernels import TensorTable, ops
 
@@ -89,8 +89,9 @@ class Arena:
 class Case(NamedTuple):
     """``passes`` names the columns that one step reads (R) and writes (W), pass by pass; see :attr:`bytes_per_param`.
 
-    w weights, b their backup, g and s the gradients of the first and the second pass, q LookSAM's component, m and v
-    Adam's moments (m also SGD's momentum). ``columns``: model-sized buffers that it holds beside w, g and s.
+    w weights, b their backup, g and s the gradients of the first and the second pass, q LookSAM's component, y
+    S2-SAM's last gradient, m and v Adam's moments (m also SGD's momentum). ``columns``: model-sized buffers that it holds
+    beside w, g and s.
     """
 
     name: str
@@ -141,6 +142,10 @@ def sam(arena: Arena, **options: Any) -> SharpnessAware:
 
 def looksam(arena: Arena) -> SharpnessAware:
     return LookSAM(arena.params, "adamw", k=5, backend=arena.backend, **BASE)
+
+
+def one_pass(cls: type[SharpnessAware], arena: Arena) -> SharpnessAware:
+    return cls(arena.params, "adamw", backend=arena.backend, **BASE)  # type: ignore[arg-type, call-arg]
 
 
 def lamb(arena: Arena, **options: Any) -> SharpnessAware:
@@ -198,6 +203,18 @@ STEPS = (
         "Look-LayerSAM reuse + LAMB",
         "R g; R g,q,w,m,v W m,v; R w,m,v W w",
         whole(looklayersam, sharp=False),
+    ),
+    Case(
+        "MSAM",
+        "R g,m; R w,g,m,v W w,m,v",
+        whole(partial(one_pass, MSAM), sharp=True),
+        columns=2,
+    ),
+    Case(
+        "S2-SAM",
+        "R g; R w,g,y,m,v W w,y,m,v",
+        whole(partial(one_pass, S2SAM), sharp=True),
+        columns=3,
     ),
     Case(
         "AdamW, unchecked",

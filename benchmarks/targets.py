@@ -43,6 +43,8 @@ CPU = (
     Target("LookSAM refresh", "slower", 2.7),
     Target("LookSAM reuse", "slower", 1.45),
     Target("LAMB", "slower", 1.5),
+    Target("MSAM", "slower", 1.6),
+    Target("S2-SAM", "slower", 1.6),
     Target("LookSAM refresh", "faster", 4.0, VITS, f"{PO} refresh"),
     Target("LookSAM refresh", "faster", 4.0, VITS, f"{PO} refresh, fused base"),
     Target("LookSAM reuse", "faster", 3.5, VITS, f"{PO} reuse"),

@@ -47,6 +47,8 @@ def test_bytes_are_those_of_the_passes() -> None:
         "LAMB": 40,
         "Look-LayerSAM refresh + LAMB": 80,
         "Look-LayerSAM reuse + LAMB": 48,
+        "MSAM": 36,
+        "S2-SAM": 40,
         "AdamW, unchecked": 28,
         "SAM, unchecked": 48,
         "LAMB, unchecked": 40,
