@@ -139,13 +139,14 @@ def measured(contenders: dict[str, Loop], seconds: float, steps: int) -> dict[st
     return best
 
 
-def lines(tensors: int, backend: str | None, seconds: float, steps: int) -> Iterator[str]:
-    contenders = loops(tensors, backend)
+def lines(tensors: int, backend: str | None, seconds: float, steps: int, only: str = "") -> Iterator[str]:
+    contenders = {name: loop for name, loop in loops(tensors, backend).items() if only in name}
     best = measured(contenders, seconds, steps)
     yield f"{'':20}{'µs':>9}{'ratio':>8}{'µs/tensor':>11}{'calls':>7}{'modules':>9}"
     for name, us in best.items():
         own = "" if name == YARDSTICK else "{:7}{:9}".format(*calls(contenders[name]))
-        yield f"{name:20}{us:9.1f}{us / best[YARDSTICK]:8.3f}{us / tensors:11.3f}{own}"
+        ratio = f"{us / best[YARDSTICK]:8.3f}" if YARDSTICK in best else f"{'-':>8}"
+        yield f"{name:20}{us:9.1f}{ratio}{us / tensors:11.3f}{own}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -156,6 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--threads", type=int, default=1, help="CPU threads, the same for all contenders (%(default)s)")
     add("--seconds", type=float, default=10.0, help="measuring time (%(default)s)")
     add("--steps", type=int, default=50, help="steps of one loop (%(default)s)")
+    add(
+        "--only",
+        default="",
+        help="contenders whose name contains this, such as 'LookSAM reuse'; without AdamW no ratios",
+    )
     add("--no-extension", action="store_true", help="as without the compiled extension")
     args = parser.parse_args(argv)
     if args.backend == "triton":
@@ -164,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_out_extension()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for line in lines(args.tensors, args.backend, args.seconds, args.steps):
+    for line in lines(args.tensors, args.backend, args.seconds, args.steps, args.only):
         print(line)
 
 
