@@ -671,7 +671,7 @@ def coefficients_of(
     unscaled = _unscaled(sums, hyper)
     if name in ASCENTS:
         return _ascent(ASCENTS[name], unscaled, hyper, found_inf, present, inside), None
-    return _descent(DESCENTS[name], unscaled, hyper, scaling, present, inside)
+    return _descent(DESCENTS[name], unscaled, hyper, found_inf, scaling, present, inside)
 
 
 def _ascent(
@@ -706,6 +706,7 @@ def _descent(
     rule: Descent,
     sums: Sums,
     hyper: Hyper,
+    found_inf: Tensor,
     scaling: Scaling,
     present: Presence | None,
     inside: Sequence[bool] | None,
@@ -718,7 +719,7 @@ def _descent(
     makes a mean of. ||d|| is over all rows.
     """
     if rule.along is not None:
-        return _resting(rule, sums, hyper, scaling, present, inside), None
+        return _resting(rule, sums, hyper, found_inf, scaling, present, inside), None
     direction = rule.formula(sums if inside is None else _of_rows(sums, hyper.upload(inside, torch.bool)), hyper)
     if direction.post is not None and rule.writes in rule.inputs:
         raise ValueError(
@@ -742,9 +743,16 @@ def _descent(
 
 
 def _resting(
-    rule: Descent, sums: Sums, hyper: Hyper, scaling: Scaling, present: Presence | None, inside: Sequence[bool] | None
+    rule: Descent,
+    sums: Sums,
+    hyper: Hyper,
+    found_inf: Tensor,
+    scaling: Scaling,
+    present: Presence | None,
+    inside: Sequence[bool] | None,
 ) -> Direction:
-    """Of a rule whose weights rest perturbed: it clips, and knows which rows are moved. ``maximize`` as in :func:`_descent`."""
+    """Of a rule whose weights rest perturbed: it clips, and knows which rows are moved. What is kept stays after a sum that was
+    not finite. ``maximize`` as in :func:`_descent`."""
     hyper.limit = scaling.max_grad_norm
     for rows in (inside, None if present is None else present[rule.inputs[0]]):
         if rows is not None:
@@ -752,6 +760,9 @@ def _resting(
             hyper.inside = flags if hyper.inside is None else hyper.inside & flags
     d, q, post, kept = rule.formula(sums, hyper)
     assert post is not None
+    assert rule.along is not None
+    assert kept is not None
+    kept = torch.where(found_inf > 0, sums.of(scale_of(rule.along), scale_of(rule.along)), kept)
     d, post = (_for_scaled(rule.inputs, [x * hyper.sign() for x in rows], hyper) for rows in (d, post))
     return Direction(d, None if q is None else _for_scaled(rule.inputs, q, hyper), post, kept)
 

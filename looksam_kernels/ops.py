@@ -190,7 +190,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
     if coefficients.kept is not None:
-        _keep(table, coefficients.keeps, coefficients.kept, coefficients.found_inf, takes_part)
+        _keep(table, coefficients.keeps, coefficients.kept, takes_part)
 
 
 step.__doc__ = (step.__doc__ or "").replace("{bases}", updates.formulas().replace("\n", "\n    "))
@@ -262,16 +262,21 @@ def _with_gaps(
 
 def _numbers(table: TensorTable, column: str) -> Tensor:
     """A column of 0-dim tensors as one, shape [rows]; 0 where a row has none."""
-    zero = torch.zeros((), dtype=scalar_dtype(table.device), device=table.device)
-    return torch.stack([zero if x is None else x.to(zero) for x in table[column]] or [zero])[: len(table)]
+    dtype, device = scalar_dtype(table.device), table.device
+    if not any(table.present(column)):
+        return torch.zeros(len(table), dtype=dtype, device=device)
+    if table.is_full(column):
+        return torch.stack([x.to(device, dtype) for x in table[column]])
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.stack([zero if x is None else x.to(device, dtype) for x in table[column]])
 
 
-def _keep(table: TensorTable, column: str, values: Tensor, found_inf: Tensor, rows: Sequence[bool]) -> None:
-    """Writes the numbers of these rows, unless a sum was not finite."""
-    new = torch.where(found_inf.to(values.device) > 0, _numbers(table, column).to(values), values).unbind()
-    written = [(x, new[row]) for row, x in enumerate(table[column]) if x is not None and rows[row]]
-    for x, value in written:
-        x.copy_(value)
+def _keep(table: TensorTable, column: str, values: Tensor, rows: Sequence[bool]) -> None:
+    """Writes the numbers of these rows, in one launch."""
+    each = zip(table[column], values.unbind(), rows, strict=True)
+    written = [(x, value) for x, value, takes_part in each if x is not None and takes_part]
+    if written:
+        torch._foreach_copy_([x for x, _ in written], [value for _, value in written])
 
 
 def _need(table: TensorTable, name: str, rows: Sequence[bool]) -> None:
