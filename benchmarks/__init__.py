@@ -5,6 +5,7 @@
                                                      and the table made from it
 ``make bench-check``                                 ratios of now against the committed ones of this kind of machine
 ``python -m benchmarks.communication``               what a step sends, and the figure of its time over the number of GPUs
+``python -m benchmarks.epoch``                       time of an epoch by optimizer, passes included; ten minutes
 ``python -m benchmarks.memory``                      bytes that every variant and its peers allocate
 ``python -m benchmarks.pages``                       tables and figures of the documentation, from the results
 ``python -m benchmarks --quick``                     a short run of half a minute; ``--help`` has the choices

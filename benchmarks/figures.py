@@ -148,6 +148,29 @@ def bandwidth(folder: Path, name: str, drawn: Any) -> list[Path]:
     return save(folder, name, figure, drawn)
 
 
+def epoch_bars(folder: Path, name: str, drawn: Any) -> list[Path]:
+    """Seconds of an epoch: ``drawn["panels"]`` is model -> rows of name, whether it is ours, seconds, multiple of the first's."""
+    panels = drawn["panels"]
+    height = 0.36 * max(map(len, panels.values())) + 1.2
+    figure, rows = plt.subplots(
+        1, len(panels), figsize=(WIDTH, height), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (title, bars) in zip(rows[0], panels.items(), strict=True):
+        dress(axes, title, "seconds an epoch", "")
+        for i, (_, own, seconds, ratio) in enumerate(bars):
+            axes.barh(i, seconds, height=0.7, color=COLOURS[0] if own else COLOURS[4])
+            axes.annotate(f"{ratio:.2f} ×", (seconds, i), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_yticks(range(len(bars)), [("looksam: " if own else "") + who for who, own, *_ in bars], fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.16, y=0.02)
+    rows[0][0].invert_yaxis()
+    figure.suptitle(
+        f"An epoch, passes included; ×: multiples of the first. {drawn['where']}", x=0.01, ha="left", fontsize=9
+    )
+    return save(folder, name, figure, drawn)
+
+
 def memory_bars(folder: Path, name: str, drawn: Any) -> list[Path]:
     """Bytes for each parameter, between steps and at the peak: rows of name, whether it is ours, kept, peak."""
     figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(drawn) + 1.3), layout="constrained")

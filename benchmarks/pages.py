@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import communication, figures, memory
+from benchmarks import communication, epoch, figures, memory
 from benchmarks.cases import OPS, STEPS
 from benchmarks.peers import YARDSTICK
 from benchmarks.report import facts
@@ -64,6 +64,12 @@ def newest(folder: Path = RESULTS) -> list[Record]:
 def newest_memory(folder: Path = RESULTS) -> Record:
     last: Record = json.loads(max(folder.glob("memory-*.json")).read_text())
     return last
+
+
+def newest_epochs(folder: Path = RESULTS) -> Record | None:
+    """``None``: no machine has measured them."""
+    found = sorted(folder.glob("epoch-*.json"), key=lambda path: path.stem[-10:])
+    return json.loads(found[-1].read_text()) if found else None
 
 
 def record(result: Record, shapes: str, case: str) -> Record | None:
@@ -153,11 +159,20 @@ def finite_check() -> str:
     return table(["step", *(f">{machine_of(result)}" for result in results)], rows)
 
 
+def epochs() -> str:
+    content = newest_epochs()
+    if content is None:
+        return "Not measured yet."
+    figure = "![Time of an epoch by optimizer](figures/epoch.png)"
+    return f"{where_of(content)}:\n\n{epoch.markdown(content)}\n{figure}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "goals": goals,
     "measured on": measured_on,
     "finite check": finite_check,
+    "epochs": epochs,
     "memory": lambda: memory.markdown(newest_memory()).strip(),
     "communication": lambda: communication.table().strip(),
 }
@@ -186,11 +201,17 @@ class Drawing(NamedTuple):
     draw: Callable[[Path, str, Any], list[Path]]
 
 
+def where_of(result: Record) -> str:
+    return f"{machine_of(result)}, {result['options']['threads']} threads, {result['date']}"
+
+
 def drawings() -> Iterator[Drawing]:
     result = newest()[0]
-    where = f"{machine_of(result)}, {result['options']['threads']} threads, {result['date']}"
+    where = where_of(result)
     yield Drawing("speed", {"where": where, "panels": speed(result)}, figures.ratio_bars)
     yield Drawing("bandwidth", {"where": where, "panels": bandwidth(result)}, figures.bandwidth)
+    if (content := newest_epochs()) is not None:
+        yield Drawing("epoch", {"where": where_of(content), "panels": epoch_bars(content)}, figures.epoch_bars)
     yield Drawing("memory", memory_bars(newest_memory()), figures.memory_bars)
     drawn = [[*communication.RANKS], communication.panels(communication.Machine())]
     yield Drawing(communication.FIGURE, drawn, figures.scaling)
@@ -222,6 +243,15 @@ def bandwidth(result: Record) -> dict[str, dict[str, list[float]]]:
             kind = "whole steps" if case in STEPS else "ops"
             numbers = [r["bytes_per_param"], r["gb_s"], r["copy_gb_s"]]
             panels.setdefault(f"{title}: {kind}", {})[case.name] = numbers
+    return panels
+
+
+def epoch_bars(content: Record) -> dict[str, list[list[Any]]]:
+    """Model -> rows of name, whether it is ours, seconds, multiple of the yardstick's epoch."""
+    panels: dict[str, list[list[Any]]] = {}
+    for r in content["epochs"]:
+        own = r["side"] == "ours"
+        panels.setdefault(r["model"], []).append([r["optimizer"], own, r["median_s"], r["ratio"]])
     return panels
 
 

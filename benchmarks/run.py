@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--backend", help="native, triton or reference; default: the fastest that is there")
     add("--threads", type=int, default=2, help="CPU threads, the same for all contenders (%(default)s)")
-    add("--seconds", type=float, default=6.0, help="measuring time of each round of contenders (%(default)s)")
+    add("--minutes", type=float, default=9.0, help="time for everything, divided among the rounds (%(default)s)")
+    add("--seconds", type=float, help="measuring time of each round of contenders, in place of --minutes")
     add("--repeat", type=int, default=5, help="turns of each round at least (%(default)s)")
     add("--compile", default="vit-s", help="lists where torch.compile competes: a minute or two each (%(default)s)")
     add("--memory", type=float, default=6.0, help="GB that the contenders of one round may hold (%(default)s)")
@@ -55,18 +58,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options(argv)
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
+    begin = time.monotonic()
     bench = Bench(args, console)
     result = {
         "date": date.today().isoformat(),
         "machine": machine.describe(args.device),
         "versions": machine.versions(),
         "revision": machine.revision(),
-        "options": {name: getattr(args, name) for name in ("device", "threads", "seconds", "repeat", "compile")},
+        "options": {
+            name: getattr(args, name) for name in ("device", "threads", "minutes", "seconds", "repeat", "compile")
+        },
         "copy_gb_s": bench.copy_bandwidth(),
         "measured": [record for name in args.shapes for record in bench.measure_list(name)],
         "missing": bench.missing,
     }
     report.show(result, console)
+    console.print(f"{(time.monotonic() - begin) / 60:.1f} minutes")
     if args.out or not args.quick:
         for path in write(result, args.out or Path(__file__).parent / "results"):
             console.print(f"wrote {path.name}")
@@ -101,6 +108,26 @@ def together(earlier: Record, now: Record) -> Record:
     }
 
 
+SHORTEST = 0.5
+"""Seconds of measuring, whatever the budget."""
+
+
+class Budget:
+    """Divides the time that is left among the rounds that are left: where one takes longer than its share, the others get less.
+
+    Three quarters of a share are measured; the first steps of all contenders, which allocate and compile, take the rest.
+    """
+
+    def __init__(self, minutes: float, rounds: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._end, self._rounds = now, now() + 60 * minutes, rounds
+
+    def seconds(self) -> float:
+        """To measure in the round that begins."""
+        share = (self._end - self._now()) / max(self._rounds, 1)
+        self._rounds -= 1
+        return max(SHORTEST, 0.75 * share)
+
+
 class Bench:
     """Measures lists, case by case; remembers who could not take part."""
 
@@ -109,6 +136,8 @@ class Bench:
         self.missing: list[Record] = []
         self.copy = peers.copy(args.device)
         self.clock: timing.Clock = timing.wall_clock if args.device == "cpu" else timing.DeviceClock()
+        planned = (self.rounds(name, cases) for name in args.shapes for cases in self.chosen())
+        self.budget = Budget(args.minutes, sum(map(len, planned)))
 
     def copy_bandwidth(self) -> dict[str, float]:
         """GB/s of a large copy by itself; on the CPU with one thread too."""
@@ -126,12 +155,22 @@ class Bench:
 
     def measure_list(self, name: str) -> Iterator[Record]:
         arena = Arena(LISTS[name](), self.args.device, self.args.backend)
-        chosen = [case for case in (*STEPS, *OPS) if self.args.only.lower() in case.name.lower()]
-        for case in chosen:
-            if case in STEPS:
-                yield from self.measure_cases(name, arena, [case])
-        if ops := [case for case in chosen if case in OPS]:
-            yield from self.measure_cases(name, arena, ops)
+        if not self.args.alone and name not in self.args.compile:
+            self.leave_out(name, COMPILED, "compiling takes a minute or two for each list; --compile names the lists")
+        for cases in self.chosen():
+            yield from self.measure_cases(name, arena, cases)
+
+    def chosen(self) -> list[list[Case]]:
+        """The cases that are measured together: each whole step by itself, and all ops."""
+        steps, ops = ([c for c in cases if self.args.only.lower() in c.name.lower()] for cases in (STEPS, OPS))
+        return [*([case] for case in steps), *([ops] if ops else [])]
+
+    def rounds(self, name: str, cases: list[Case]) -> list[list[str]]:
+        """The peers of these cases: those of each round, as many as fit into memory at once."""
+        numel = sum(map(math.prod, LISTS[name]()))
+        held = 3 + PEERS[YARDSTICK].columns + max(case.columns for case in cases)
+        free = (self.args.memory * 1e9 - 8 * peers.COPIED) / (4 * numel) - held
+        return rounds([p for p in cases[0].peers if self.invited(p, name)], free)
 
     def measure_cases(self, name: str, arena: Arena, cases: list[Case]) -> list[Record]:
         """Cases that share one round with their peers; several rounds where the peers do not fit into memory at once.
@@ -139,16 +178,15 @@ class Bench:
         Every ratio is one within a round. Our own time and the copy's are those of the first.
         """
         records: dict[str, Record] = {}
-        held = 3 + PEERS[YARDSTICK].columns + max(case.columns for case in cases)
-        free = (self.args.memory * 1e9 - 8 * peers.COPIED) / (4 * arena.numel) - held
-        for guests in rounds([p for p in cases[0].peers if self.invited(p, name)], free):
+        for guests in self.rounds(name, cases):
+            seconds = self.args.seconds or self.budget.seconds()
             self.console.print(f"[dim]{name}: {cases[0].name if len(cases) == 1 else 'ops'}[/]", highlight=False)
             runs = self.contenders(name, arena, cases, guests)
             others = machine.Others()
             flush = self.copy.step if COPY in runs else None
-            times = timing.measure(runs, self.clock, self.args.seconds, self.args.repeat, flush)
+            times = timing.measure(runs, self.clock, seconds, self.args.repeat, flush)
             disturbed = others.percent()
-            extra = self.extra(name, runs, times)
+            extra = self.extra(name, runs, times, seconds)
             for case in cases:
                 first = {"shapes": name, **summary(case, arena, times), **extra[case.name], "others_percent": disturbed}
                 record = records.setdefault(case.name, {**first, "peers": {}})
@@ -161,12 +199,7 @@ class Bench:
         return list(records.values())
 
     def invited(self, peer: str, name: str) -> bool:
-        if self.args.alone:
-            return False
-        if peer != COMPILED or name in self.args.compile:
-            return True
-        self.leave_out(name, peer, "compiling takes a minute or two for each list; --compile names the lists")
-        return False
+        return not self.args.alone and (peer != COMPILED or name in self.args.compile)
 
     def leave_out(self, name: str, peer: str, reason: str) -> None:
         self.missing.append({"shapes": name, "peer": peer, "reason": reason})
@@ -183,7 +216,9 @@ class Bench:
                 self.leave_out(name, peer, reason.partition("\n")[0])
         return runs
 
-    def extra(self, name: str, runs: dict[str, Run], times: dict[str, timing.Timing]) -> dict[str, Record]:
+    def extra(
+        self, name: str, runs: dict[str, Run], times: dict[str, timing.Timing], seconds: float
+    ) -> dict[str, Record]:
         """Host time where there is little else; launches, synchronisations and exposed runs on a GPU."""
         extra: dict[str, Record] = {label: {} for label in runs}
         host = times
@@ -192,7 +227,7 @@ class Bench:
                 extra[label] |= {"launches": timing.launches(run), "synchronises": timing.synchronises(run)}
                 extra[label] |= {"exposed_runs": self.clock.exposed[run.step]}
             if name == "tiny":
-                host = timing.measure(runs, timing.host_clock, self.args.seconds, self.args.repeat)
+                host = timing.measure(runs, timing.host_clock, seconds, self.args.repeat)
         if name == "tiny":
             for label in runs:
                 extra[label]["host_us"] = 1e3 * host[label].median_ms

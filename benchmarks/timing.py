@@ -74,13 +74,16 @@ class Timing(NamedTuple):
     runs: int
 
 
+FEWEST = 3
+
+
 def measure(
     contenders: Mapping[str, Run], clock: Clock, seconds: float, at_least: int, flush: Callable[[], Any] | None = None
 ) -> dict[str, Timing]:
     """All contenders in turns, A B C A B C ..., so that a busy moment of the machine hits each alike.
 
-    Every contender has run before. The number of turns is what fits into ``seconds``, at least ``at_least``. ``flush`` is
-    called before each run, to leave everyone the same cache.
+    Every contender has run before. The number of turns is what fits into ``seconds``, at least ``at_least``; but :data:`FEWEST`
+    where these take longer than three times ``seconds``. ``flush`` is called before each run, to leave everyone the same cache.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
 
@@ -97,7 +100,10 @@ def measure(
         one_turn = 1e-3 * wall_clock(turn)
         for t in times.values():
             t.clear()
-        for _ in range(max(at_least, min(int(seconds / one_turn), 300))):
+        end = time.perf_counter() + 3 * seconds
+        for number in range(max(at_least, min(int(seconds / one_turn), 300))):
+            if number >= FEWEST and time.perf_counter() > end:
+                break
             turn()
     finally:
         gc.enable()

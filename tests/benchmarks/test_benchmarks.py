@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import peers, report, run
-from benchmarks.cases import OPS, STEPS, Arena
+from benchmarks import peers, report, run, timing
+from benchmarks.cases import OPS, STEPS, Arena, Run
 from benchmarks.shapes import LISTS
 from benchmarks.targets import CPU, GPU
 
@@ -155,3 +156,45 @@ def test_a_long_run_may_come_in_pieces() -> None:
 
 
 original = peers.copy
+
+
+def test_all_of_it_takes_less_than_ten_minutes_by_design(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the first steps and slow rounds take, as long as it is less than the rounds' shares."""
+    monkeypatch.setattr(peers, "copy", lambda device: None)
+    bench = run.Bench(run.options([]), Console())
+    rounds = [r for name in LISTS for cases in bench.chosen() for r in bench.rounds(name, cases)]
+    assert len(rounds) > 60
+    now = 0.0
+    budget = run.Budget(run.options([]).minutes, len(rounds), lambda: now)
+    for number in range(len(rounds)):
+        first_steps = 90.0 if number == 0 else 1.0 + 8.0 * (number % 5 == 0)  # the first compiles
+        now += first_steps + budget.seconds()
+    assert 8 * 60 < now < 10 * 60
+
+
+def test_a_budget_that_is_spent_leaves_the_shortest_rounds() -> None:
+    now = 0.0
+    budget = run.Budget(1.0, 3, lambda: now)
+    assert budget.seconds() == 15.0
+    now = 59.0
+    assert budget.seconds() == run.SHORTEST
+    now = 100.0
+    assert budget.seconds() == run.SHORTEST
+
+
+def test_slow_turns_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def step() -> None:
+        nonlocal now
+        now += 1.0
+
+    def clock(step: Any) -> float:
+        step()
+        return 1e3
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    slow = Run(lambda: None, step)
+    assert timing.measure({"a": slow}, clock, 0.2, 5)["a"].runs == timing.FEWEST
+    assert timing.measure({"a": slow}, clock, 2.0, 5)["a"].runs == 5
+    assert timing.measure({"a": slow}, clock, 9.0, 5)["a"].runs == 9
