@@ -1,10 +1,13 @@
-"""What all tests share: one thread (tensors are small), reproducible property tests, and Triton's interpreter where no
-GPU can run its kernels."""
+"""What all tests share: one thread (tensors are small), reproducible property tests, Triton's interpreter where no GPU can
+run its kernels, and which combinations run (pairs.py)."""
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+from tests import pairs
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -13,3 +16,8 @@ if not torch.cuda.is_available():
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    pairs.pytest_collection_modifyitems(config, items)

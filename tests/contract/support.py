@@ -86,8 +86,8 @@ PAIRS = list(
     )
 )
 """Every variant over a fused and a wrapped base, every base under one that keeps state and one that adds after the base
-update: where it makes no difference how the two meet, the whole product, which test_faults.py goes through, tells no
-more."""
+update: where it makes no difference how the two meet, every variant over every base, which test_faults.py goes through,
+tells no more."""
 
 on_pairs = pytest.mark.parametrize(("variant", "base"), PAIRS)
 on_sharp_pairs = pytest.mark.parametrize(("variant", "base"), [(v, b) for v, b in PAIRS if v in SHARP])

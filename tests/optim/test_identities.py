@@ -51,8 +51,8 @@ PAIRS = list(
         )
     )
 )
-"""Every variant over three kinds of bases, every base under the principal variants; all of their products are calculated
-independently in test_against_formulas.py."""
+"""Every variant over three kinds of bases, every base under the principal variants; ``make nightly`` calculates all of their
+products independently (test_against_formulas.py)."""
 
 
 def on_backends(cases: list[tuple[str, str]]) -> Any:
