@@ -23,7 +23,7 @@ demo: .venv/lab ## train a small network with SGD, SAM, SAM-5 and LookSAM-5 on n
 	@$(BIN)/$(DEMO)
 
 test: .venv/installed ## run the tests; PYTEST_ARGS='-k lamb -x' passes options on
-	@$(BIN)/pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 nightly: ## make test over more cases, random ones among them: every GPU architecture, Triton's whole matrix, new sequences
 	@LOOKSAM_NIGHTLY=1 $(MAKE) --no-print-directory test

@@ -1,5 +1,6 @@
 """What all tests share: one thread (tensors are small), reproducible property tests, Triton's interpreter where no GPU can
-run its kernels, and which combinations run (pairs.py)."""
+run its kernels, which combinations run (pairs.py), and files with slow tests before the others, so that no process is left
+with one of them at the end."""
 
 import os
 
@@ -21,3 +22,5 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.hookimpl(trylast=True)  # of what -k and -m have left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     pairs.pytest_collection_modifyitems(config, items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

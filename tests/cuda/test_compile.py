@@ -13,10 +13,14 @@ from tests.nightly import NIGHTLY
 
 from . import build
 
-ARCHITECTURES = ("75", "80", "86", "90", "100", "120") if NIGHTLY else ("80", "90")
+ARCHITECTURES = ("75", "80", "86", "90", "100", "120") if NIGHTLY else ("90",)
+"""Every time that whose PTX test_ptx.py executes: nvcc makes it once for both."""
 NVCC = build.nvcc()
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not there: not in PATH, CUDA_HOME or /usr/local/cuda")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not there: not in PATH, CUDA_HOME or /usr/local/cuda"),
+]
 
 
 class Resources(NamedTuple):
@@ -55,7 +59,7 @@ def assemble(name: str, architecture: str) -> tuple[str, Path]:
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Compiled]:
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: [pool.submit(assemble, name, sm) for sm in ARCHITECTURES] for name in reversed(build.KERNELS)}
+        jobs = {name: [pool.submit(assemble, name, sm) for sm in ARCHITECTURES] for name in build.KERNELS}
     found = {}
     for name, results in jobs.items():
         log = "".join(job.result()[0] for job in results)

@@ -20,6 +20,8 @@ from tests.nightly import NIGHTLY
 from . import build
 from .process import Done, assert_green, on_harness
 
+pytestmark = pytest.mark.slow
+
 OP_MATRIX = "tests/kernels/test_ops.py"
 LAUNCHES = ("tests/cuda/launch_cases.py", "tests/cuda/harness_cases.py")
 

@@ -15,9 +15,10 @@ import pytest
 from . import build
 from .process import Done, assert_green, on_ptx
 
-pytestmark = pytest.mark.skipif(
-    build.nvcc() is None, reason="nvcc is not there: not in PATH, CUDA_HOME or /usr/local/cuda"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.nvcc() is None, reason="nvcc is not there: not in PATH, CUDA_HOME or /usr/local/cuda"),
+]
 
 ARCHITECTURE = "90"
 OP_MATRIX = "tests/kernels/test_ops.py"
@@ -33,11 +34,9 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, Path]:
-    """Of each file of kernels, two at a time, those first that take longest."""
+    """Of each file of kernels, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = {
-            kernel: pool.submit(build.ptx, kernel, ARCHITECTURE) for kernel in ("step", "sums", "perturb", "upload")
-        }
+        jobs = {kernel: pool.submit(build.ptx, kernel, ARCHITECTURE) for kernel in build.KERNELS}
         return {kernel: job.result() for kernel, job in jobs.items()}
 
 
