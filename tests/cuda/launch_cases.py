@@ -14,6 +14,7 @@ from looksam_kernels.backends import native
 from tests.cuda import sanitize
 from tests.kernels import cases
 from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, F64, RULE_GROUPS, Row
+from tests.nightly import NIGHTLY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,7 +31,10 @@ def tensors(count: int, size: int = 5) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("count", "base"),
-    [(1, "adamw"), (152, "adamw"), (152, "lars"), (152, "rmsprop"), (152, "lamb"), (400, "lamb"), (4000, "adamw")],
+    [
+        *((1, "adamw"), (152, "adamw"), (152, "lars"), (152, "rmsprop"), (152, "lamb"), (400, "lamb")),
+        *([(4000, "adamw")] if NIGHTLY or DEVICE == "cuda" else []),  # half a minute on the harness
+    ],
 )
 def test_a_refresh_has_4_launches_and_a_reuse_2_and_one_more_each_for_lamb_and_lars(count: int, base: str) -> None:
     params = [torch.nn.Parameter(w) for w in tensors(count)]
