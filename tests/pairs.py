@@ -8,6 +8,7 @@ test's values alone. Exempt are tests marked ``whole``, those that need a GPU, a
 from __future__ import annotations
 
 import heapq
+import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from itertools import combinations
@@ -28,18 +29,18 @@ def parts_of(combination: Sequence[Axis]) -> set[Hashable]:
 
 
 def covering(all_of_them: Sequence[Sequence[Axis]]) -> list[int]:
-    """The places of some combinations that together have all the parts: again and again the first of those with most new
-    ones."""
+    """The places of some combinations that together have all the parts: again and again one of those with most new ones. Which
+    of them a hash says, or it would be the first value of an axis that most others meet."""
     parts = [parts_of(combination) for combination in all_of_them]
     missing = set().union(*parts)
-    heap = [(-len(has), place) for place, has in enumerate(parts)]
+    heap = [(-len(has), zlib.crc32(repr(all_of_them[place]).encode()), place) for place, has in enumerate(parts)]
     heapq.heapify(heap)
     chosen = []
     while missing:
-        claimed, place = heapq.heappop(heap)
+        claimed, drawn, place = heapq.heappop(heap)
         new = len(parts[place] & missing)
         if new < -claimed:  # others have taken some in the meantime
-            heapq.heappush(heap, (-new, place))
+            heapq.heappush(heap, (-new, drawn, place))
             continue
         chosen.append(place)
         missing -= parts[place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -20,6 +21,9 @@ def test_every_two_values_of_different_axes_meet_in_a_part_of_the_product() -> N
     assert {(x, y) for (x,), (y,), _, _ in chosen} == set(product(BACKENDS, VARIANTS))
     assert {(x, y) for _, _, (x,), (y,) in chosen} == set(product(BASES, STEPS))
     assert len(chosen) <= 1.1 * len(VARIANTS) * len(BASES)
+    for axis, values in enumerate((BACKENDS, VARIANTS, BASES, STEPS)):
+        counts = Counter(combination[axis] for combination in chosen)
+        assert min(counts.values()) >= 0.6 * len(chosen) / len(values), "each is met about as often"
 
 
 def test_rows_of_one_parametrize_all_run_and_their_values_meet_those_of_the_others() -> None:
