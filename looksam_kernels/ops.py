@@ -7,6 +7,7 @@ parameters and float32 for all others, rounded once at the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,8 +96,8 @@ def measure(
         all_reduce: adds the sums up over ranks before they become scalars.
         trust_ratio: as in :func:`coefficients`. To be given to the ascents of the step too: they measure ||w_p||^2.
         inside: as in :func:`coefficients`.
-        check: take also the sums that only show whether the inputs are finite. ``False``: ``found_inf`` is of the sums
-            that the rule itself needs, and a descent that needs none reads no gradient.
+        check: take also the sums that only show whether the inputs are finite. ``False``: ``found_inf`` is 0.0 whatever
+            the sums are, and a descent that needs none reads no gradient.
 
     Returns:
         All sums, the known ones included, and the coefficients.
@@ -104,25 +105,146 @@ def measure(
     Raises:
         ValueError: no such rule, or LARS's ||w_p||^2 is asked for when w is perturbed.
     """
-    needed = pairs_of(rule, clip=max_grad_norm is not None, trust_ratio=trust_ratio, check=check)
     kept = formulas.keeps_of(rule)
     if kept is not None and (known is None or (kept, kept) not in known.pairs):
         numbers = Sums(((kept, kept),), _numbers(table, kept)[None])
         known = numbers if known is None else known + numbers
-    pairs = [p for p in needed if known is None or p not in known.pairs]
-    if trust_ratio and ("w", "w") in pairs and any(table.perturbed):
-        raise ValueError("LARS needs ||w_p|| from before the perturbation; give trust_ratio=True to the ascent too")
+    pairs = _unknown(table, rule, known, max_grad_norm is not None, trust_ratio, check)
     scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio and rule in DESCENTS)
     fused = getattr(table.backend, "measure", None)
     if fused is not None and all_reduce is None:
         found, scalars = fused(table, rule, pairs, known, groups, adaptive, scaling)
-        return found, _with_gaps(table, rule, found, scalars, groups, scaling, inside)
-    found = sums(table, pairs, adaptive)
-    if all_reduce is not None and pairs:
-        found = all_reduce(found)
+        scalars = _with_gaps(table, rule, found, scalars, groups, scaling, inside)
+    else:
+        found = sums(table, pairs, adaptive)
+        if all_reduce is not None and pairs:
+            found = all_reduce(found)
+        if known is not None:
+            found = known + found
+        scalars = coefficients(table, rule, found, groups, **scaling._asdict(), inside=inside)
+    if not check:
+        scalars = scalars._replace(found_inf=torch.zeros_like(scalars.found_inf))
+    return found, scalars
+
+
+def _unknown(
+    table: TensorTable, rule: str, known: Sums | None, clip: bool, trust_ratio: bool, check: bool = True
+) -> Sequence[Pair]:
+    """The sums that a rule needs and that are not known yet."""
+    pairs: Sequence[Pair] = pairs_of(rule, clip, trust_ratio, check)
     if known is not None:
-        found = known + found
-    return found, coefficients(table, rule, found, groups, **scaling._asdict(), inside=inside)
+        pairs = [p for p in pairs if p not in known.pairs]
+    if trust_ratio and ("w", "w") in pairs and any(table.perturbed):
+        raise ValueError("LARS needs ||w_p|| from before the perturbation; give trust_ratio=True to the ascent too")
+    return pairs
+
+
+def measure_and_perturb(
+    table: TensorTable,
+    rule: str,
+    groups: Groups,
+    *,
+    known: Sums | None = None,
+    adaptive: Adaptive | None = None,
+    mask: Mask | None = None,
+    all_reduce: Callable[[Sums], Sums] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    trust_ratio: bool = False,
+    inside: Sequence[bool] | None = None,
+) -> tuple[Sums, Tensor]:
+    """:func:`measure` of an ascent, then :func:`perturb` with its coefficients: one call where the backend can.
+
+    Args, errors: as of both.
+
+    Returns:
+        All sums, the known ones included, and found_inf.
+    """
+    fused = _fused(table, "measure_and_perturb", rule, all_reduce, inside)
+    if fused is not None:
+        _need(table, "b", table.present(ASCENTS[rule].inputs[0]))
+        pairs = _unknown(table, rule, known, False, trust_ratio)
+        done: tuple[Sums, Tensor] | None
+        done = fused(table, rule, pairs, known, groups, adaptive, Scaling(grad_scale, found_inf), mask)
+        if done is not None:
+            return done
+    found, scalars = measure(
+        table,
+        rule,
+        groups,
+        known=known,
+        adaptive=adaptive,
+        all_reduce=all_reduce,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        trust_ratio=trust_ratio,
+        inside=inside,
+    )
+    perturb(table, scalars, adaptive, mask)
+    return found, scalars.found_inf
+
+
+def measure_and_step(
+    table: TensorTable,
+    rule: str,
+    base: str,
+    groups: Groups,
+    *,
+    known: Sums | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    max_grad_norm: float | None = None,
+    inside: Sequence[bool] | None = None,
+    check: bool = True,
+) -> Tensor:
+    """:func:`measure` of a descent, with the trust ratio for the bases that take one, then :func:`step` with its
+    coefficients: one call where the backend can.
+
+    Args, errors: as of both.
+
+    Returns:
+        found_inf: 1.0 if nothing was updated, because a gradient was not finite, else 0.0.
+    """
+    trust_ratio = base in BASES and BASES[base].takes_trust_ratio
+    fused = _fused(table, "measure_and_step", rule, None, inside)
+    if fused is not None:
+        pairs = _unknown(table, rule, known, max_grad_norm is not None, trust_ratio, check)
+        _check_step(table, base, DESCENTS[rule].inputs[0], DESCENTS[rule].writes, groups)
+        scaling = Scaling(grad_scale, found_inf, max_grad_norm, trust_ratio)
+        done: Tensor | None = fused(table, rule, pairs, known, groups, scaling, base, check)
+        if done is not None:
+            table.perturbed = [False] * len(table)
+            return done
+    _, scalars = measure(
+        table,
+        rule,
+        groups,
+        known=known,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        max_grad_norm=max_grad_norm,
+        trust_ratio=trust_ratio,
+        inside=inside,
+        check=check,
+    )
+    step(table, base, scalars, groups)
+    return scalars.found_inf
+
+
+def _fused(
+    table: TensorTable,
+    name: str,
+    rule: str,
+    all_reduce: Callable[[Sums], Sums] | None,
+    inside: Sequence[bool] | None,
+) -> Callable[..., Any] | None:
+    """The backend's function that goes from sums to weights in one call, where nothing is to be done between them."""
+    fused: Callable[..., Any] | None = getattr(table.backend, name, None)
+    if fused is None or all_reduce is not None or formulas.keeps_of(rule) is not None:
+        return None
+    if inside is not None and not formulas.is_everywhere(rule):
+        return None
+    return fused if formulas.gaps(rule, table.present) is None else None
 
 
 def perturb(
@@ -167,8 +289,7 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
             ``coefficients.q`` is for, ``coefficients.trust`` is there without LARS or LARS without it, or LAMB is to add w or
             one of its states.
     """
-    if base not in BASES:
-        raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
+    _check_step(table, base, coefficients.inputs[0], None if coefficients.q is None else coefficients.writes, groups)
     if BASES[base].takes_trust_ratio != (coefficients.trust is not None):
         raise ValueError(
             'coefficients with a trust ratio are for the base "lars", and it needs them: see measure(trust_ratio=True)'
@@ -177,16 +298,6 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     changed = {"w", *BASES[base].states} & set(coefficients.inputs)
     if base == "lamb" and coefficients.post is not None and changed:
         raise ValueError(f"lamb adds after its states and w have changed: {', '.join(sorted(changed))} cannot be added")
-    for name in BASES[base].states:
-        rows = takes_part
-        if name in STATE_NEEDS and not table.is_full(name):
-            has = [bool(own(g, STATE_NEEDS[name])) for g in groups]
-            rows = [part and has[i] for part, i in zip(takes_part, table.group, strict=True)]
-        _need(table, name, rows)
-    if base != "grad":
-        _need(table, "step", takes_part)
-    if coefficients.q is not None and coefficients.writes not in table:
-        raise ValueError(f"the table has no column {coefficients.writes!r}, which is to be written")
     table.backend.step(table, base, coefficients, groups)
     table.perturbed = [False] * len(table)
     if coefficients.kept is not None:
@@ -194,6 +305,25 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
 
 
 step.__doc__ = (step.__doc__ or "").replace("{bases}", updates.formulas().replace("\n", "\n    "))
+
+
+def _check_step(table: TensorTable, base: str, first: str, writes: str | None, groups: Groups) -> None:
+    """Has the table what a base update needs in the rows that have the ``first`` input?"""
+    if base not in BASES:
+        raise ValueError(f"unknown base {base!r}; choose one of {', '.join(BASES)}")
+    takes_part = table.present(first)
+    for name in BASES[base].states:
+        if table.is_full(name):
+            continue
+        rows = takes_part
+        if name in STATE_NEEDS:
+            has = [bool(own(g, STATE_NEEDS[name])) for g in groups]
+            rows = [part and has[i] for part, i in zip(takes_part, table.group, strict=True)]
+        _need(table, name, rows)
+    if base != "grad":
+        _need(table, "step", takes_part)
+    if writes is not None and writes not in table:
+        raise ValueError(f"the table has no column {writes!r}, which is to be written")
 
 
 def addition(table: TensorTable, coefficients: Coefficients) -> list[Tensor | None]:
@@ -231,7 +361,7 @@ def pairs_of(rule: str, clip: bool = False, trust_ratio: bool = False, check: bo
     Raises:
         ValueError: no such rule.
     """
-    if rule not in (*ASCENTS, *DESCENTS):
+    if rule not in ASCENTS and rule not in DESCENTS:
         raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join([*ASCENTS, *DESCENTS])}")
     pairs = ASCENTS[rule].pairs if rule in ASCENTS else DESCENTS[rule].pairs
     if rule in DESCENTS and (clip or trust_ratio):

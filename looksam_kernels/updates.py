@@ -324,6 +324,8 @@ FLAGS = ("nesterov", "centered", "always_adapt", "trust_clip", "bias_correction"
 
 def states(base: str, group: Scalars) -> tuple[str, ...]:
     """The state columns that a group needs."""
+    if STATE_NEEDS.keys().isdisjoint(BASES[base].states):
+        return BASES[base].states
     return tuple(name for name in BASES[base].states if name not in STATE_NEEDS or own(group, STATE_NEEDS[name]))
 
 

@@ -71,6 +71,7 @@ C10_ALWAYS_INLINE c10::StorageImpl* plain_storage(const c10::TensorImpl& x) {
 // Asks the memory for what the walks over a column read of the tensors that come next: of thousands nothing is in the
 // cache, and each would be waited for. First the tensor, then, once that is there, its storage, then a number.
 inline constexpr std::size_t kTensorAhead = 12, kStorageAhead = 6, kNumberAhead = 3;
+inline constexpr std::size_t kMany = 512;  // what is asked of fewer is in the cache
 
 C10_ALWAYS_INLINE void prefetch(const void* from, std::size_t bytes) {
   for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
@@ -86,6 +87,7 @@ C10_ALWAYS_INLINE void prefetch_storage(const at::Tensor& x) {
 }
 
 C10_ALWAYS_INLINE void prefetch_after(const Tensors& tensors, std::size_t row) {
+  if (tensors.size() < kMany) return;
   if (row + kTensorAhead < tensors.size()) prefetch_tensor(tensors[row + kTensorAhead]);
   if (row + kStorageAhead < tensors.size()) prefetch_storage(tensors[row + kStorageAhead]);
 }
@@ -93,7 +95,7 @@ C10_ALWAYS_INLINE void prefetch_after(const Tensors& tensors, std::size_t row) {
 // Of a column of 0-dim tensors.
 C10_ALWAYS_INLINE void prefetch_numbers_after(const Tensors& tensors, std::size_t row) {
   prefetch_after(tensors, row);
-  if (row + kNumberAhead >= tensors.size()) return;
+  if (tensors.size() < kMany || row + kNumberAhead >= tensors.size()) return;
   if (auto* const storage = storage_of(tensors[row + kNumberAhead]))
     __builtin_prefetch(storage->_mutable_data_ptr_no_checks().get());
 }

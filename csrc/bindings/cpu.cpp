@@ -2,148 +2,19 @@
 
 #include <ATen/Parallel.h>
 
-#include <algorithm>
+#include <deque>
 
 #include "../cpu/ops.h"
-#include "arguments.h"
+#include "host_columns.h"
 #include "places.h"
 #include "snapshot.h"
 
 namespace looksam {
 namespace {
 
-const at::Device kHost(at::kCPU);
-
-// New tensors of this file's own. While FakeTensorMode is on, torch makes fake ones.
-double* doubles(const at::Tensor& x) {
-  require_memory(x, "a new tensor");
-  return static_cast<double*>(x.mutable_data_ptr());
-}
-
-// One number, which the host can reach.
-void check_scalar(const at::Tensor& x, const Where& what) {
-  if (!x.is_cpu())
-    throw py::type_error(what + " is on " + x.device().str() +
-                         ", but the table is on the CPU; TensorTable(device=...) says where an empty table is");
-  require_memory(x, what);
-  if (x.numel() != 1) throw py::value_error(what + " has " + std::to_string(x.numel()) + " elements, not one");
-}
-
-double read_scalar(const at::Tensor& x, const Where& what) {
-  const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
-  const void* const number = impl.numel() == 1 ? plain_elements(impl) : nullptr;
-  if (number != nullptr && x.scalar_type() == at::kFloat) return *static_cast<const float*>(number);
-  if (number != nullptr && x.scalar_type() == at::kDouble) return *static_cast<const double*>(number);
-  check_scalar(x, what);
-  return x.item().toDouble();
-}
-
-bool holds_true(py::handle found_inf) { return read_scalar(unpack(found_inf), "found_inf") > 0; }
-
-void bump_version(const at::Tensor& x) {
-  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-}
-
-// takes_part: of a row. By the dozen: every increment waits for all reads before it, so the counters of a dozen are
-// read together and then raised one by one.
-template <class TakesPart>
-void bump_versions(const Tensors& tensors, const TakesPart& takes_part) {
-  constexpr std::size_t kTogether = 12;
-  for (std::size_t begin = 0; begin < tensors.size(); begin += kTogether) {
-    const std::size_t end = std::min(begin + kTogether, tensors.size());
-    [[maybe_unused]] volatile std::uint32_t seen = 0;
-    for (std::size_t row = begin; row < end; ++row)
-      if (takes_part(row)) seen = version_of(tensors[row]);
-    for (std::size_t row = begin; row < end; ++row)
-      if (takes_part(row)) bump_version(tensors[row]);
-  }
-}
-
-// x has been checked.
-void write_scalar(const at::Tensor& x, double value) {
-  void* const number = plain_elements_to_write(*x.unsafeGetTensorImpl());
-  if (number != nullptr && x.scalar_type() == at::kFloat) {
-    *static_cast<float*>(number) = static_cast<float>(value);
-  } else if (number != nullptr && x.scalar_type() == at::kDouble) {
-    *static_cast<double*>(number) = value;
-  } else {
-    x.fill_(value);
-    return;
-  }
-  bump_version(x);
-}
-
 void parallel_for(std::int64_t count, std::int64_t grain, const cpu::Body& body) {
   at::parallel_for(0, count, grain, body);
 }
-
-enum class Access { read, overwrite, update };
-
-// The elements of a column for the length of one op. Tensors in another order than their row's are read from and
-// written to a copy.
-class BorrowedColumn {
- public:
-  BorrowedColumn() = default;
-  BorrowedColumn(const BorrowedColumn&) = delete;
-  BorrowedColumn& operator=(const BorrowedColumn&) = delete;
-
-  // rows: those that take part; null: all.
-  void take(const std::string& name, const Tensors& tensors, const Tensors& w, Access access, const RowFlags* rows) {
-    data_.assign(w.size(), nullptr);
-    dtype_.assign(w.size(), Dtype::f32);
-    writes_ = access != Access::read;
-    const auto takes_part = [&](std::size_t row) {
-      return tensors[row].defined() && (rows == nullptr || (*rows)[row]);
-    };
-    for (std::size_t row = 0; row < tensors.size(); ++row) {
-      prefetch_after(tensors, row);
-      const at::Tensor& x = tensors[row];
-      if (!x.defined()) continue;
-      if (!takes_part(row)) {
-        dtype_[row] = check_tensor(x, x, kHost, name, row);
-        continue;
-      }
-      const c10::TensorImpl& impl = *x.unsafeGetTensorImpl();
-      const std::optional<Dtype> dtype = dtype_of(x);
-      void* const data = writes_ ? plain_elements_to_write(impl) : const_cast<void*>(plain_elements(impl));
-      if (data != nullptr && dtype && alike(impl, *w[row].unsafeGetTensorImpl())) {
-        data_[row] = data;
-        dtype_[row] = *dtype;
-      } else {
-        take_one(name, x, w[row], access, row);
-      }
-    }
-    if (writes_) bump_versions(tensors, takes_part);  // apart from the reads above
-  }
-
-  Column column() const { return {data_.data(), dtype_.data()}; }
-
-  // What was written to copies goes to the tensors.
-  void write_back() {
-    if (!writes_) return;
-    for (const auto& [x, copy] : copies_) x.copy_(copy);
-  }
-
- private:
-  // Of any kind of tensor.
-  void take_one(const std::string& name, const at::Tensor& x, const at::Tensor& w, Access access, std::size_t row) {
-    dtype_[row] = check_tensor(x, w, kHost, name, row);
-    at::Tensor copy;
-    if (!in_row_order(x, w)) {
-      copy = empty_in_row_order(w, x.options());
-      if (access != Access::overwrite) copy.copy_(x);
-      copies_.emplace_back(x, copy);
-    }
-    const at::Tensor& source = copy.defined() ? copy : x;
-    require_memory(source, Where(name, row));
-    data_[row] = writes_ ? source.mutable_data_ptr() : const_cast<void*>(source.const_data_ptr());
-  }
-
-  std::vector<void*> data_;
-  std::vector<Dtype> dtype_;
-  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
-  bool writes_ = false;
-};
 
 // The tensors of a TensorTable. Columns are set when they change; addresses are read anew by every op, because
 // `p.data = ...` moves them unseen.
@@ -192,7 +63,8 @@ class Table {
   py::object sums(const std::vector<Pair>& pairs, py::handle adaptive) {
     const at::NoGradGuard no_grad;
     const at::Tensor values = new_doubles(pairs.size());
-    add_up(pairs, adaptive, doubles(values));
+    Reads reads(*this);
+    add_up(pairs, adaptive, doubles(values), reads);
     return wrap(values);
   }
 
@@ -201,7 +73,9 @@ class Table {
                          py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) {
     const at::NoGradGuard no_grad;
     const at::Tensor exact = to_numbers(values, "sums.values", pairs.size() * rows(), kHost);
-    return to_scalars(rule_named(rule), pairs, doubles(exact), groups, grad_scale, found_inf, max_grad_norm, lars);
+    const Scaling scaling = {grad_scale, found_inf, max_grad_norm, lars};
+    const RuleInfo& info = rule_named(rule);
+    return as_tensors(info, scaling, evaluate(info, pairs, doubles(exact), groups, scaling));
   }
 
   // known: formulas.Sums or None. -> all sums, the known ones first, and coefficients().
@@ -209,19 +83,40 @@ class Table {
                     py::handle adaptive, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm,
                     bool lars) {
     const at::NoGradGuard no_grad;
-    std::vector<Pair> all;
-    at::Tensor before;
-    if (!known.is_none()) {
-      all = known.attr("pairs").cast<std::vector<Pair>>();
-      before = to_numbers(known.attr("values"), "known.values", all.size() * rows(), kHost);
-    }
-    const std::size_t have = all.size() * rows();
-    all.insert(all.end(), pairs.begin(), pairs.end());
-    const at::Tensor values = new_doubles(all.size());
-    if (have > 0) std::memcpy(doubles(values), doubles(before), have * sizeof(double));
-    add_up(pairs, adaptive, doubles(values) + have);
-    return py::make_tuple(wrap(values), to_scalars(rule_named(rule), all, doubles(values), groups, grad_scale,
-                                                   found_inf, max_grad_norm, lars));
+    Reads reads(*this);
+    const Scaling scaling = {grad_scale, found_inf, max_grad_norm, lars};
+    const RuleInfo& info = rule_named(rule);
+    const Measured found = measured(info, pairs, known, groups, adaptive, scaling, reads);
+    return py::make_tuple(wrap(found.sums), as_tensors(info, scaling, found.scalars));
+  }
+
+  // -> all sums, as measure(), and found_inf.
+  py::tuple measure_and_perturb(const std::string& rule, const std::vector<Pair>& pairs, py::handle known,
+                                py::handle groups, py::handle adaptive, py::handle grad_scale, py::handle found_inf,
+                                py::handle max_grad_norm, bool lars, std::uint32_t key, std::uint32_t threshold,
+                                py::list moved) {
+    const at::NoGradGuard no_grad;
+    Reads reads(*this);
+    const RuleInfo& info = rule_named(rule);
+    const Scaling scaling = {grad_scale, found_inf, max_grad_norm, lars};
+    const Measured found = measured(info, pairs, known, groups, adaptive, scaling, reads);
+    move(inputs_of(info), found.scalars.d.data(), to_eta(adaptive), {key, threshold}, moved, reads);
+    return py::make_tuple(wrap(found.sums), wrap(flag(found.scalars.found_inf)));
+  }
+
+  // -> found_inf.
+  py::object measure_and_step(const std::string& rule, const std::vector<Pair>& pairs, py::handle known,
+                              py::handle groups, py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm,
+                              bool lars, const std::string& base, const std::string& writes, bool check,
+                              py::list moved) {
+    const at::NoGradGuard no_grad;
+    Reads reads(*this);
+    const RuleInfo& info = rule_named(rule);
+    const Scaling scaling = {grad_scale, found_inf, max_grad_norm, lars};
+    Measured found = measured(info, pairs, known, groups, py::none(), scaling, reads);
+    found.scalars.found_inf = found.scalars.found_inf && check;
+    update(base_named(base), inputs_of(info), found.scalars.combination(), writes, groups, moved, reads);
+    return wrap(flag(found.scalars.found_inf));
   }
 
   // moved: the table's list of perturbed rows, in which the rows that have the first input are marked.
@@ -230,126 +125,27 @@ class Table {
                std::uint32_t threshold, py::list moved) {
     const at::NoGradGuard no_grad;
     check_inputs(inputs);
-    const Tensors &weights = column("w"), &backups = column("b");
-    const RowFlags moves = present(inputs[0]);
-    const RowFlags were_moved = flags_of(moved, rows());
-    std::vector<unsigned char> from_b(rows());
-    for (std::size_t row = 0; row < rows(); ++row)
-      from_b[row] = were_moved[row] || is_master(backups[row], weights[row]);
-    BorrowedColumn w, b, input[kMaxInputs];
-    borrow("w", Access::update, &moves, w);
-    borrow("b", Access::update, &moves, b);
-    cpu::PerturbArgs args = {};
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      borrow(inputs[i], Access::read, &moves, input[i], /*optional=*/true);
-      args.input[i] = input[i].column();
-    }
-    const std::vector<double> eta = to_eta(adaptive);
+    Reads reads(*this);
     const at::Tensor c = to_numbers(d, "coefficients.d", inputs.size() * rows(), kHost);
-    args.map = chunks();
-    args.w = w.column();
-    args.b = b.column();
-    args.from_b = from_b.data();
-    args.eta = eta.empty() ? nullptr : eta.data();
-    args.inputs = static_cast<int>(inputs.size());
-    args.c = doubles(c);
-    args.mask = {key, threshold};
-    {
-      const py::gil_scoped_release release;
-      cpu::perturb(args, parallel_for);
-    }
-    w.write_back();
-    b.write_back();
-    for (std::size_t row = 0; row < rows(); ++row)
-      if (moves[row]) moved[row] = true;
+    move(inputs, doubles(c), to_eta(adaptive), {key, threshold}, moved, reads);
   }
 
-  void step(const std::string& base_name, const std::vector<std::string>& inputs, py::handle d, py::handle q,
+  void step(const std::string& base, const std::vector<std::string>& inputs, py::handle d, py::handle q,
             py::handle found_inf, py::handle post, const std::string& writes, py::handle trust, py::handle groups,
             py::list moved) {
     const at::NoGradGuard no_grad;
-    const Base base = base_named(base_name);
     check_inputs(inputs);
-    const bool keep = holds_true(found_inf);
-    const bool writes_q = !q.is_none() && !keep;
-    const Tensors &weights = column("w"), &backups = column("b"), &firsts = column(inputs[0]), &counts = column("step");
-    const std::string norm_sq = writes + "_norm_sq";
-    const Tensors& norms_sq = column(norm_sq);
-
-    check_groups(group_, groups);
-    std::vector<BaseHyper> hyper;
-    for (const py::handle group : groups) {
-      hyper.push_back(base_hyper(base, group));
-      if (base != Base::grad) hyper.back().lr = number_in(group, "lr");
-    }
-    const at::Tensor trust_ratio =
-        trust.is_none() ? at::Tensor() : to_numbers(trust, "coefficients.trust", rows(), kHost);
-    const std::vector<State> states = states_of_base(base);
-    std::vector<const BaseHyper*> hyper_of_row;
-    hyper_of_row.reserve(rows());
-    std::vector<cpu::StepRow> plan(rows());
-    std::vector<double> count(rows());
-    RowFlags updated(rows()), written(rows());
-    const RowFlags were_moved = flags_of(moved, rows());
-    std::vector<RowFlags> with_state(states.size(), RowFlags(rows()));
-    for (std::size_t row = 0; row < rows(); ++row) {
-      prefetch_numbers_after(counts, row);
-      const BaseHyper& h = hyper.at(group_[row]);
-      hyper_of_row.push_back(&h);
-      const bool is_moved = were_moved[row];
-      updated[row] = !keep && firsts[row].defined();
-      written[row] = updated[row] || is_moved;
-      for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
-      plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
-      plan[row].from_b = is_moved || is_master(backups[row], weights[row]);
-      if (updated[row] && writes_q && norms_sq[row].defined()) check_scalar(norms_sq[row], Where(norm_sq, row));
-      if (!updated[row] || base == Base::grad) continue;
-      count[row] = read_scalar(counts[row], Where("step", row)) + 1;
-      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] &&
-                             count[row] == count[row - 1] && !trust_ratio.defined();
-      const double r = trust_ratio.defined() ? doubles(trust_ratio)[row] : 1;
-      plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row], r);
-    }
-
-    BorrowedColumn w, b, q_out, state[kMaxStates], input[kMaxInputs];
-    borrow("w", Access::update, &written, w);
-    borrow("b", Access::update, &written, b, /*optional=*/true);
-    for (std::size_t i = 0; i < inputs.size(); ++i)
-      borrow(inputs[i], i == 0 && base == Base::grad ? Access::update : Access::read, &updated, input[i],
-             /*optional=*/true);
-    for (std::size_t k = 0; k < states.size(); ++k) borrow(states[k].name, Access::update, &with_state[k], state[k]);
-    if (writes_q) borrow(writes, Access::overwrite, &updated, q_out, /*optional=*/true);
+    Reads reads(*this);
+    std::deque<at::Tensor> exact;
+    const auto numbers = [&](py::handle given, const char* name, std::size_t count) -> const double* {
+      return given.is_none() ? nullptr : doubles(exact.emplace_back(to_numbers(given, name, count, kHost)));
+    };
     const std::size_t terms = inputs.size() * rows();
-    const at::Tensor d_coefficient = to_numbers(d, "coefficients.d", terms, kHost);
-    const at::Tensor q_coefficient = writes_q ? to_numbers(q, "coefficients.q", terms, kHost) : at::Tensor();
-    const at::Tensor post_coefficient =
-        !post.is_none() ? to_numbers(post, "coefficients.post", terms, kHost) : at::Tensor();
-    std::vector<double> q_sq(writes_q ? rows() : 0);
-
-    cpu::StepArgs args = {};
-    args.map = chunks();
-    args.base = base;
-    args.inputs = static_cast<int>(inputs.size());
-    for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = input[i].column();
-    args.d = doubles(d_coefficient);
-    args.q = writes_q ? doubles(q_coefficient) : nullptr;
-    args.post = !post.is_none() ? doubles(post_coefficient) : nullptr;
-    args.w = w.column();
-    args.b = b.column();
-    args.written = q_out.column();
-    for (std::size_t k = 0; k < states.size(); ++k) args.state[k] = state[k].column();
-    {
-      const py::gil_scoped_release release;
-      cpu::step(args, plan.data(), hyper_of_row.data(), writes_q ? q_sq.data() : nullptr, parallel_for);
-    }
-    for (BorrowedColumn* column : {&w, &b, &q_out, &input[0]}) column->write_back();
-    for (BorrowedColumn& borrowed : state) borrowed.write_back();
-    for (std::size_t row = 0; row < rows(); ++row) {
-      prefetch_numbers_after(counts, row);
-      if (!updated[row]) continue;
-      if (base != Base::grad) write_scalar(counts[row], count[row]);
-      if (writes_q && norms_sq[row].defined()) write_scalar(norms_sq[row], q_sq[row]);
-    }
+    const bool keep = holds_true(found_inf);
+    const Combination of = {numbers(d, "coefficients.d", terms), keep ? nullptr : numbers(q, "coefficients.q", terms),
+                            numbers(post, "coefficients.post", terms), numbers(trust, "coefficients.trust", rows()),
+                            keep};
+    update(base_named(base), inputs, of, writes, groups, moved, reads);
   }
 
   void restore(py::list moved) {
@@ -375,6 +171,66 @@ class Table {
   }
 
  private:
+  // Columns that an op reads, in several of its parts: each is borrowed once.
+  class Reads {
+   public:
+    explicit Reads(const Table& table) : table_(table) {}
+
+    Column of(const std::string& name) {
+      for (const auto& [known, borrowed] : columns_)
+        if (known == name) return borrowed.column();
+      auto& [_, borrowed] =
+          columns_.emplace_back(std::piecewise_construct, std::forward_as_tuple(name), std::tuple<>());
+      table_.borrow(name, Access::read, nullptr, borrowed);
+      return borrowed.column();
+    }
+
+   private:
+    const Table& table_;
+    std::deque<std::pair<std::string, BorrowedColumn>> columns_;
+  };
+
+  // Arguments of a rule, whatever the rule: formulas.Scaling.
+  struct Scaling {
+    py::handle grad_scale, found_inf, max_grad_norm;
+    bool lars;
+  };
+
+  // What step combines the inputs with, each [inputs, rows] but trust, which is [rows]; null where there is none.
+  struct Combination {
+    const double *d, *q, *post, *trust;
+    bool keep;  // change nothing: a gradient was not finite
+  };
+
+  // The coefficients of a rule. Empty where it has none.
+  struct Scalars {
+    std::vector<double> d, q, post, trust;
+    bool found_inf;
+
+    Combination combination() const {
+      const auto numbers = [](const std::vector<double>& x) { return x.empty() ? nullptr : x.data(); };
+      return {d.data(), found_inf ? nullptr : numbers(q), numbers(post), numbers(trust), found_inf};
+    }
+  };
+
+  struct Measured {
+    at::Tensor sums;
+    Scalars scalars;
+  };
+
+  static std::vector<std::string> inputs_of(const RuleInfo& rule) {
+    std::vector<std::string> names;
+    for (int i = 0; i < rule.inputs; ++i) names.emplace_back(kColNames[rule.input[i]]);
+    return names;
+  }
+
+  static at::Tensor flag(bool value) {
+    const at::Tensor x = at::empty({}, at::kFloat);
+    require_memory(x, "a new tensor");
+    *static_cast<float*>(x.mutable_data_ptr()) = value ? 1.0f : 0.0f;
+    return x;
+  }
+
   std::size_t rows() const { return group_.size(); }
 
   const Tensors& column(const std::string& name) const {
@@ -420,7 +276,7 @@ class Table {
   }
 
   // values [pairs, rows]. In batches, should there be more pairs than one pass takes.
-  void add_up(const std::vector<Pair>& pairs, py::handle adaptive, double* values) {
+  void add_up(const std::vector<Pair>& pairs, py::handle adaptive, double* values, Reads& reads) {
     const std::vector<double> eta = to_eta(adaptive);
     BorrowedColumn w;
     const RowFlags none(rows());
@@ -430,7 +286,6 @@ class Table {
       args.map = chunks();
       args.w = w.column();
       args.eta = eta.empty() ? nullptr : eta.data();
-      BorrowedColumn borrowed[cpu::kMaxOperands];
       std::vector<std::string> operands;
       const auto operand = [&](const std::string& name) {
         for (std::size_t k = 0; k < operands.size(); ++k)
@@ -438,8 +293,7 @@ class Table {
         const std::size_t k = operands.size();
         operands.push_back(name);
         const std::string column = without_stretch(name);
-        borrow(column, Access::read, nullptr, borrowed[k]);
-        args.operand[k] = {borrowed[k].column(), column != name};
+        args.operand[k] = {reads.of(column), column != name};
         return static_cast<int>(k);
       };
       double* const batch = values + next * rows();
@@ -468,10 +322,11 @@ class Table {
       values[row] = q_sq[row].defined() && g[row].defined() ? read_scalar(q_sq[row], Where(kKeptNorm, row)) : 0;
   }
 
-  py::tuple to_scalars(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
-                       py::handle grad_scale, py::handle found_inf, py::handle max_grad_norm, bool lars) const {
+  Scalars evaluate(const RuleInfo& rule, const std::vector<Pair>& pairs, const double* values, py::handle groups,
+                   const Scaling& scaling) const {
+    const bool lars = scaling.lars;
     cpu::SumsOfRows sums;
-    bool bad = !found_inf.is_none() && holds_true(found_inf);
+    bool bad = !scaling.found_inf.is_none() && holds_true(scaling.found_inf);
     check_groups(group_, groups);
     for (std::size_t p = 0; p < pairs.size(); ++p) {
       const double* const of_pair = values + p * rows();
@@ -488,8 +343,8 @@ class Table {
       hyper.push_back(rule_hyper(rule, group));
       if (lars) lars_groups.push_back(lars_hyper(group));
     }
-    CommonHyper common = common_hyper(groups, max_grad_norm);
-    if (!grad_scale.is_none()) common.inv_scale = 1 / read_scalar(unpack(grad_scale), "grad_scale");
+    CommonHyper common = common_hyper(groups, scaling.max_grad_norm);
+    if (!scaling.grad_scale.is_none()) common.inv_scale = 1 / read_scalar(unpack(scaling.grad_scale), "grad_scale");
     std::vector<const RowHyper*> hyper_of_row;
     std::vector<const LarsHyper*> lars_of_row;
     for (const int group : group_) {
@@ -497,17 +352,156 @@ class Table {
       if (lars) lars_of_row.push_back(&lars_groups.at(group));
     }
 
-    const at::Tensor d = new_doubles(rule.inputs);
-    const at::Tensor q = rule.writes ? new_doubles(rule.inputs) : at::Tensor();
-    const at::Tensor post = rule.posts ? new_doubles(rule.inputs) : at::Tensor();
-    const at::Tensor trust = lars ? at::empty({static_cast<std::int64_t>(rows())}, at::kDouble) : at::Tensor();
-    cpu::coefficients(rule, sums, hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), doubles(d),
-                      rule.writes ? doubles(q) : nullptr, rule.posts ? doubles(post) : nullptr,
-                      lars ? lars_of_row.data() : nullptr, lars ? doubles(trust) : nullptr);
-    const at::Tensor not_finite = at::empty({}, at::kFloat);
-    require_memory(not_finite, "a new tensor");
-    *static_cast<float*>(not_finite.mutable_data_ptr()) = bad ? 1.0f : 0.0f;
-    return py::make_tuple(wrap(d), wrap(q), wrap(not_finite), wrap(post), wrap(trust));
+    const std::size_t terms = static_cast<std::size_t>(rule.inputs) * rows();
+    Scalars found = {std::vector<double>(terms), std::vector<double>(rule.writes ? terms : 0),
+                     std::vector<double>(rule.posts ? terms : 0), std::vector<double>(lars ? rows() : 0), bad};
+    cpu::coefficients(rule, sums, hyper_of_row.data(), common, bad, static_cast<std::int32_t>(rows()), found.d.data(),
+                      rule.writes ? found.q.data() : nullptr, rule.posts ? found.post.data() : nullptr,
+                      lars ? lars_of_row.data() : nullptr, lars ? found.trust.data() : nullptr);
+    return found;
+  }
+
+  // -> d, q or None, found_inf, post or None, trust or None
+  py::tuple as_tensors(const RuleInfo& rule, const Scaling& scaling, const Scalars& found) const {
+    const auto tensor = [&](const std::vector<double>& numbers, bool is_there, at::IntArrayRef shape) {
+      if (!is_there) return at::Tensor();
+      const at::Tensor x = at::empty(shape, at::kDouble);
+      std::copy(numbers.begin(), numbers.end(), doubles(x));
+      return x;
+    };
+    const std::int64_t shape[] = {rule.inputs, static_cast<std::int64_t>(rows())}, row[] = {shape[1]};
+    return py::make_tuple(wrap(tensor(found.d, true, shape)), wrap(tensor(found.q, rule.writes, shape)),
+                          wrap(flag(found.found_inf)), wrap(tensor(found.post, rule.posts, shape)),
+                          wrap(tensor(found.trust, scaling.lars, row)));
+  }
+
+  // All sums, the known ones first, and the coefficients of the rule.
+  Measured measured(const RuleInfo& rule, const std::vector<Pair>& pairs, py::handle known, py::handle groups,
+                    py::handle adaptive, const Scaling& scaling, Reads& reads) {
+    std::vector<Pair> all;
+    at::Tensor before;
+    if (!known.is_none()) {
+      all = known.attr("pairs").cast<std::vector<Pair>>();
+      before = to_numbers(known.attr("values"), "known.values", all.size() * rows(), kHost);
+    }
+    const std::size_t have = all.size() * rows();
+    all.insert(all.end(), pairs.begin(), pairs.end());
+    const at::Tensor values = new_doubles(all.size());
+    if (have > 0) std::memcpy(doubles(values), doubles(before), have * sizeof(double));
+    add_up(pairs, adaptive, doubles(values) + have, reads);
+    return {values, evaluate(rule, all, doubles(values), groups, scaling)};
+  }
+
+  // perturb with the coefficients c [inputs, rows].
+  void move(const std::vector<std::string>& inputs, const double* c, const std::vector<double>& eta, const Mask& mask,
+            py::list& moved, Reads& reads) {
+    const Tensors &weights = column("w"), &backups = column("b");
+    const RowFlags moves = present(inputs[0]);
+    const RowFlags were_moved = flags_of(moved, rows());
+    std::vector<unsigned char> from_b(rows());
+    for (std::size_t row = 0; row < rows(); ++row)
+      from_b[row] = were_moved[row] || is_master(backups[row], weights[row]);
+    BorrowedColumn w, b;
+    borrow("w", Access::update, &moves, w);
+    borrow("b", Access::update, &moves, b);
+    cpu::PerturbArgs args = {};
+    args.map = chunks();
+    args.w = w.column();
+    args.b = b.column();
+    args.from_b = from_b.data();
+    args.eta = eta.empty() ? nullptr : eta.data();
+    args.inputs = static_cast<int>(inputs.size());
+    for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = reads.of(inputs[i]);
+    args.c = c;
+    args.mask = mask;
+    {
+      const py::gil_scoped_release release;
+      cpu::perturb(args, parallel_for);
+    }
+    w.write_back();
+    b.write_back();
+    for (std::size_t row = 0; row < rows(); ++row)
+      if (moves[row]) moved[row] = true;
+  }
+
+  // step with this combination of the inputs.
+  void update(Base base, const std::vector<std::string>& inputs, const Combination& of, const std::string& writes,
+              py::handle groups, const py::list& moved, Reads& reads) {
+    const Tensors &weights = column("w"), &backups = column("b"), &firsts = column(inputs[0]), &counts = column("step");
+    const std::string norm_sq = writes + "_norm_sq";
+    const Tensors& norms_sq = column(norm_sq);
+
+    check_groups(group_, groups);
+    std::vector<BaseHyper> hyper;
+    for (const py::handle group : groups) {
+      hyper.push_back(base_hyper(base, group));
+      if (base != Base::grad) hyper.back().lr = number_in(group, "lr");
+    }
+    const std::vector<State> states = states_of_base(base);
+    std::vector<const BaseHyper*> hyper_of_row;
+    hyper_of_row.reserve(rows());
+    std::vector<cpu::StepRow> plan(rows());
+    std::vector<double> count(rows());
+    RowFlags updated(rows()), written(rows());
+    const RowFlags were_moved = flags_of(moved, rows());
+    std::vector<RowFlags> with_state(states.size(), RowFlags(rows()));
+    for (std::size_t row = 0; row < rows(); ++row) {
+      prefetch_numbers_after(counts, row);
+      const BaseHyper& h = hyper.at(group_[row]);
+      hyper_of_row.push_back(&h);
+      const bool is_moved = were_moved[row];
+      updated[row] = !of.keep && firsts[row].defined();
+      written[row] = updated[row] || is_moved;
+      for (std::size_t k = 0; k < states.size(); ++k) with_state[k][row] = updated[row] && is_there(states[k].when, h);
+      plan[row].action = updated[row] ? cpu::Action::update : is_moved ? cpu::Action::restore : cpu::Action::skip;
+      plan[row].from_b = is_moved || is_master(backups[row], weights[row]);
+      if (updated[row] && of.q != nullptr && norms_sq[row].defined()) check_scalar(norms_sq[row], Where(norm_sq, row));
+      if (!updated[row] || base == Base::grad) continue;
+      count[row] = read_scalar(counts[row], Where("step", row)) + 1;
+      const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] &&
+                             count[row] == count[row - 1] && of.trust == nullptr;
+      const double r = of.trust != nullptr ? of.trust[row] : 1;
+      plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row], r);
+    }
+
+    BorrowedColumn w, b, q_out, d_out, state[kMaxStates];
+    borrow("w", Access::update, &written, w);
+    borrow("b", Access::update, &written, b, /*optional=*/true);
+    for (std::size_t k = 0; k < states.size(); ++k) borrow(states[k].name, Access::update, &with_state[k], state[k]);
+    if (of.q != nullptr) borrow(writes, Access::overwrite, &updated, q_out, /*optional=*/true);
+    std::vector<double> q_sq(of.q != nullptr ? rows() : 0);
+
+    cpu::StepArgs args = {};
+    args.map = chunks();
+    args.base = base;
+    args.inputs = static_cast<int>(inputs.size());
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      if (i == 0 && base == Base::grad) {
+        borrow(inputs[i], Access::update, &updated, d_out);
+        args.input[i] = d_out.column();
+      } else {
+        args.input[i] = reads.of(inputs[i]);
+      }
+    }
+    args.d = of.d;
+    args.q = of.q;
+    args.post = of.post;
+    args.w = w.column();
+    args.b = b.column();
+    args.written = q_out.column();
+    for (std::size_t k = 0; k < states.size(); ++k) args.state[k] = state[k].column();
+    {
+      const py::gil_scoped_release release;
+      cpu::step(args, plan.data(), hyper_of_row.data(), of.q != nullptr ? q_sq.data() : nullptr, parallel_for);
+    }
+    for (BorrowedColumn* column : {&w, &b, &q_out, &d_out}) column->write_back();
+    for (BorrowedColumn& borrowed : state) borrowed.write_back();
+    for (std::size_t row = 0; row < rows(); ++row) {
+      prefetch_numbers_after(counts, row);
+      if (!updated[row]) continue;
+      if (base != Base::grad) write_scalar(counts[row], count[row]);
+      if (of.q != nullptr && norms_sq[row].defined()) write_scalar(norms_sq[row], q_sq[row]);
+    }
   }
 
   std::vector<int> group_;
@@ -539,6 +533,8 @@ PYBIND11_MODULE(_C, module) {
       .def("sums", &Table::sums)
       .def("coefficients", &Table::coefficients)
       .def("measure", &Table::measure)
+      .def("measure_and_perturb", &Table::measure_and_perturb)
+      .def("measure_and_step", &Table::measure_and_step)
       .def("perturb", &Table::perturb)
       .def("step", &Table::step)
       .def("restore", &Table::restore);

@@ -83,6 +83,9 @@ LOOKSAM_HD bool is_master(const Column& b, const Column& w, std::int64_t row) {
   return b.has(row) && b.dtype[row] != w.dtype[row];
 }
 
+// Sums of rows of double storage are of double operands.
+LOOKSAM_HD bool in_double(const Column& w, std::int64_t row) { return w.dtype[row] == Dtype::f64; }
+
 // Rows of double storage, or with a double master copy, are computed in double.
 LOOKSAM_HD bool in_double(const Column& w, const Column& b, std::int64_t row) {
   return w.dtype[row] == Dtype::f64 || (b.has(row) && b.dtype[row] == Dtype::f64);

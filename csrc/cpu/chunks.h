@@ -166,6 +166,14 @@ struct InnerProduct {
     lane[0] = sum0, lane[1] = sum1, lane[2] = sum2, lane[3] = sum3;
   }
 
+  // Of at most kLanes elements altogether, at once: each lane would hold one product, so the bits are those of total().
+  template <class T>
+  static double of_few(const T* x, const T* y, int size) {
+    double sum = 0;
+    for (int i = 0; i < size; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+    return sum;
+  }
+
   // Of `size` elements altogether: lanes that no element has reached are 0.
   double total(int size) const {
     double sum = 0;
@@ -185,24 +193,43 @@ struct Summing {
   InnerProduct product[kMaxPairs];
 };
 
+// The operands of one tile, from `begin` of the chunk on.
+template <class T>
+struct Operands {
+  int size;
+  const T* x[kMaxOperands];
+  Tile<T> tile[kMaxOperands], weights;
+
+  Operands(const SumsArgs& a, const Summing& at, int begin)
+      : size(at.chunk.size - begin < kTile ? at.chunk.size - begin : kTile) {
+    for (int k = 0; k < a.operands; ++k) {
+      x[k] = values(advance(at.operand[k], begin), size, tile[k]);
+      if (!a.operand[k].adaptive || x[k] == nullptr || a.eta == nullptr) continue;
+      const double eta = a.eta[at.chunk.row];
+      if (eta != eta) continue;
+      const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights);
+      T* scaled = tile[k].at;
+      LOOKSAM_VECTORIZE
+      for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], static_cast<T>(eta)) * x[k][i];
+      x[k] = scaled;
+    }
+  }
+  bool has(const SumsArgs& a, int pair) const { return x[a.x[pair]] != nullptr && x[a.y[pair]] != nullptr; }
+};
+
 template <class T>
 void sums_tile(const SumsArgs& a, Summing& at, int begin) {
-  const int size = at.chunk.size - begin < kTile ? at.chunk.size - begin : kTile;
-  Tile<T> tile[kMaxOperands], weights;
-  const T* x[kMaxOperands];
-  for (int k = 0; k < a.operands; ++k) {
-    x[k] = values(advance(at.operand[k], begin), size, tile[k]);
-    if (!a.operand[k].adaptive || x[k] == nullptr || a.eta == nullptr) continue;
-    const double eta = a.eta[at.chunk.row];
-    if (eta != eta) continue;
-    const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights);
-    T* scaled = tile[k].at;
-    LOOKSAM_VECTORIZE
-    for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], static_cast<T>(eta)) * x[k][i];
-    x[k] = scaled;
-  }
+  const Operands<T> of(a, at, begin);
   for (int p = 0; p < a.pairs; ++p)
-    if (x[a.x[p]] != nullptr && x[a.y[p]] != nullptr) at.product[p].add(x[a.x[p]], x[a.y[p]], size);
+    if (of.has(a, p)) at.product[p].add(of.x[a.x[p]], of.x[a.y[p]], of.size);
+}
+
+// A chunk of at most InnerProduct::kLanes elements: models have many such tensors, in which lanes cost more than sums.
+template <class T>
+void sums_short(const SumsArgs& a, const Summing& at, std::int64_t index) {
+  const Operands<T> of(a, at, 0);
+  for (int p = 0; p < a.pairs; ++p)
+    a.partial[p * a.map.chunks + index] = of.has(a, p) ? InnerProduct::of_few(of.x[a.x[p]], of.x[a.y[p]], of.size) : 0;
 }
 
 // Chunks from four places in turns, a tile of each: a sum reads one or two tensors, and a core that reads in one place
@@ -217,14 +244,19 @@ void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
       const std::int64_t index = first + n * share + i;
       Summing& at = place[n];
       at.chunk = index < last ? a.map.at(index) : Chunk{};
-      longest = longest < at.chunk.size ? at.chunk.size : longest;
       for (int k = 0; k < a.operands; ++k) at.operand[k] = span(a.operand[k].column, at.chunk.row, at.chunk.offset);
+      if (at.chunk.size > 0 && at.chunk.size <= InnerProduct::kLanes) {
+        in_double(a.w, at.chunk.row) ? sums_short<double>(a, at, index) : sums_short<float>(a, at, index);
+        at.chunk.size = 0;
+        continue;
+      }
+      longest = longest < at.chunk.size ? at.chunk.size : longest;
       for (int p = 0; p < a.pairs; ++p) at.product[p].clear();
     }
     for (int begin = 0; begin < longest; begin += kTile) {
       for (Summing& at : place) {
         if (begin >= at.chunk.size) continue;
-        a.w.dtype[at.chunk.row] == Dtype::f64 ? sums_tile<double>(a, at, begin) : sums_tile<float>(a, at, begin);
+        in_double(a.w, at.chunk.row) ? sums_tile<double>(a, at, begin) : sums_tile<float>(a, at, begin);
       }
     }
     for (int n = 0; n < kPlaces; ++n)
@@ -406,7 +438,8 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
   InnerProduct qq, ww, uu;
-  qq.clear(), ww.clear(), uu.clear();
+  if (a.q != nullptr) qq.clear();
+  if (two_phases) ww.clear(), uu.clear();
   Tile<T> input_tile[kMaxInputs], d_tile, q_tile, post_tile, origin_tile, out_tile, state_tile[kMaxStates];
 
   for (int begin = 0; begin < chunk.size; begin += kTile) {

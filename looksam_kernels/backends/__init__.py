@@ -64,6 +64,32 @@ class Extras(Protocol):
     ) -> tuple[Sums, Coefficients]:
         """``sums`` and ``coefficients`` in one launch."""
 
+    def measure_and_perturb(
+        self,
+        table: TensorTable,
+        rule: str,
+        pairs: Sequence[Pair],
+        known: Sums | None,
+        groups: Groups,
+        adaptive: Adaptive,
+        scaling: Scaling,
+        mask: Mask | None,
+    ) -> tuple[Sums, Tensor] | None:
+        """``measure`` and ``perturb`` in one call: all sums and found_inf. ``None``, and nothing is done, where it cannot."""
+
+    def measure_and_step(
+        self,
+        table: TensorTable,
+        rule: str,
+        pairs: Sequence[Pair],
+        known: Sums | None,
+        groups: Groups,
+        scaling: Scaling,
+        base: str,
+        check: bool,
+    ) -> Tensor | None:
+        """``measure`` and ``step`` in one call: found_inf. ``None``, and nothing is done, where it cannot."""
+
     def forget(self, table: TensorTable, column: str) -> None:
         """Lets go of a column's tensors, where the backend holds them too."""
 

@@ -109,6 +109,43 @@ def measure(
     return Sums(all_pairs, values), _named(rule, scalars)
 
 
+def measure_and_perturb(
+    table: TensorTable,
+    rule: str,
+    pairs: Sequence[Pair],
+    known: Sums | None,
+    groups: Groups,
+    adaptive: Adaptive,
+    scaling: Scaling,
+    mask: Mask | None,
+) -> tuple[Sums, Tensor] | None:
+    native = _synced(table)
+    if rule not in _RULES or not hasattr(native, "measure_and_perturb"):
+        return None
+    key, threshold = (0, 0) if mask is None else (mask.key, mask.threshold)
+    values, found_inf = native.measure_and_perturb(
+        rule, pairs, known, groups, adaptive, *scaling, key, threshold, table.perturbed
+    )
+    return Sums((known.pairs if known is not None else ()) + tuple(pairs), values), found_inf
+
+
+def measure_and_step(
+    table: TensorTable,
+    rule: str,
+    pairs: Sequence[Pair],
+    known: Sums | None,
+    groups: Groups,
+    scaling: Scaling,
+    base: str,
+    check: bool,
+) -> Tensor | None:
+    native = _synced(table)
+    if rule not in _RULES or not hasattr(native, "measure_and_step"):
+        return None
+    writes = DESCENTS[rule].writes or "q"
+    return native.measure_and_step(rule, pairs, known, groups, *scaling, base, writes, check, table.perturbed)
+
+
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
     key, threshold = (0, 0) if mask is None else (mask.key, mask.threshold)
     _synced(table).perturb(coefficients.inputs, coefficients.d, adaptive, key, threshold, table.perturbed)

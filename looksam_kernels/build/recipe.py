@@ -42,7 +42,14 @@ SOURCES = {
     CUDA: ("bindings/cuda.cpp", "cuda/*.cu"),
 }
 HEADERS = {
-    CPU: ("bindings/arguments.h", "bindings/places.h", "bindings/snapshot.h", "core/*.h", "cpu/*.h"),
+    CPU: (
+        "bindings/arguments.h",
+        "bindings/host_columns.h",
+        "bindings/places.h",
+        "bindings/snapshot.h",
+        "core/*.h",
+        "cpu/*.h",
+    ),
     CUDA: (
         "bindings/arguments.h",
         "bindings/session.h",

@@ -18,7 +18,6 @@ from looksam.masters import needs_master
 from looksam.messages import arguments, did_you_mean, shown, takes_any
 from looksam.names import BaseEntries, BaseStates, inner, outer
 from looksam_kernels import ops
-from looksam_kernels.formulas import Coefficients
 from looksam_kernels.updates import BASES, FLAGS, INITIAL
 
 NOT_FUSED = ("amsgrad",)
@@ -104,9 +103,10 @@ class Fused(NamedTuple):
                 fresh["step"].fill_(1)
         return {name: fresh[name] for name in names if name in lacking}
 
-    def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
-        """Updates the parameters with the direction."""
-        binding.shards.step(binding.table, self.name, coefficients, groups)
+    def update(self, binding: Binding, rule: str, groups: list[Group], **how: Any) -> Tensor:
+        """Updates the parameters with the direction of a descent rule; ``how`` are the arguments of
+        :func:`looksam_kernels.ops.measure_and_step`. Returns found_inf."""
+        return binding.shards.measure_and_step(binding.table, rule, self.name, groups, inside=binding.inside, **how)
 
     def create_state(self, binding: Binding) -> None:
         """Nothing is missing: the binding has asked for it."""
@@ -243,10 +243,12 @@ class Wrapped:
         fresh = self.cls([{**self._own(group), "params": [p]}], **self.kwargs).state[p]
         return {outer(name, self.ours.in_state): value for name, value in fresh.items()}
 
-    def update(self, binding: Binding, coefficients: Coefficients, groups: list[Group]) -> None:
-        """Updates the parameters with the direction. If the class's step raises, what was written is as before, and so are
-        the weights after a sharp step; after another step they are as the class leaves them."""
-        table, first = binding.table, coefficients.inputs[0]
+    def update(self, binding: Binding, rule: str, groups: list[Group], **how: Any) -> Tensor:
+        """As of :class:`Fused`. If the class's step raises, what was written is as before, and so are the weights after a
+        sharp step; after another step they are as the class leaves them."""
+        table, inside = binding.table, binding.inside
+        _, coefficients = ops.measure(table, rule, groups, all_reduce=binding.shards.all_reduce, inside=inside, **how)
+        first = coefficients.inputs[0]
         names = () if coefficients.q is None else (coefficients.writes, f"{coefficients.writes}_norm_sq")
         written = [(x, x.clone()) for name in names for x in table[name] if x is not None]
         saved = [b for b, perturbed in zip(table["b"], table.perturbed, strict=True) if perturbed]
@@ -265,6 +267,7 @@ class Wrapped:
             for x, before in (*written, *((weights[row], b) for row, b in zip(moved, saved, strict=True))):
                 x.copy_(before)
             raise
+        return coefficients.found_inf
 
     def create_state(self, binding: Binding) -> None:
         """A step of the class with lr = 0."""

@@ -80,6 +80,8 @@ class Binding:
         masters = ("master_param",) if base.columns else ()
         self._entries = (*base.columns, *own_entries(written), *self._numbers, *masters)
         self._reads = base.reads
+        self._known = base.reads | {"params"}
+        self._filtered = [name for name in FILTERS if name in base.reads]
         self.params: list[Tensor] = []
         """Those that take part, one a row of the table: each once, and none that cannot train as it is."""
         self._others: list[tuple[int, Tensor]] = []
@@ -106,7 +108,10 @@ class Binding:
     @property
     def hyper(self) -> list[Group]:
         """The groups' hyper-parameters of now, without the entries that no step reads."""
-        return [{name: value for name, value in g.items() if name in self._reads} for g in self.groups]
+        return [
+            g if g.keys() <= self._known else {name: value for name, value in g.items() if name in self._reads}
+            for g in self.groups
+        ]
 
     @property
     def state(self) -> MutableMapping[Tensor, State]:
@@ -225,13 +230,14 @@ class Binding:
         if self._snapshot is None:
             return PARAMS | STATE
         changes = self._snapshot.changes(self.groups, self.state, None if self._whole else self.weights())
-        others = self._filters != self._filters_now() or any(trains(p) for _, p in self._others)
-        return changes | (PARAMS if others else 0)
+        if self._filters != self._filters_now() or (self._others and any(trains(p) for _, p in self._others)):
+            changes |= PARAMS
+        return changes
 
     def _filters_now(self) -> list[Any]:
         """The filters, which decide on the rows' hyper-parameters: copies, to be compared."""
-        filters = [g.get(name) for name in FILTERS if name in self._reads for g in self.groups]
-        return [list(f) if isinstance(f, list) else f for f in filters]
+        groups = self.groups
+        return [list(f) if isinstance(f := g.get(name), list) else f for name in self._filtered for g in groups]
 
     def _only_moved(self) -> bool:
         """Are all weights of the dtype, device and shape that they had?"""

@@ -228,14 +228,16 @@ class GroupChecks:
 
     def hold(self, groups: list[Group]) -> bool:
         """Is everything there, and as it was when :meth:`follow` saw it? Costs next to nothing: asked in every step."""
+        if len(groups) != len(self._seen):
+            return False
         try:
-            now = [(len(group), *self._values(group)) for group in groups]
-            for group in groups:
+            for group, (count, *values) in zip(groups, self._seen, strict=True):
                 self._counts(group)
+                if len(group) != count or not all(map(operator.is_, self._values(group), values)):
+                    return False
         except KeyError:
             return False
-        seen = self._seen
-        return len(now) == len(seen) and all(all(map(operator.is_, a, b)) for a, b in zip(now, seen, strict=True))
+        return True
 
     def incomplete(self, groups: list[Group]) -> list[Group]:
         """Those that lack one of the names."""

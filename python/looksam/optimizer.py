@@ -18,6 +18,7 @@ from looksam.amp import LOSS_SCALE, ScaledGradients
 from looksam.binding import UNSUPPORTED, Binding, kind, own_entries
 from looksam.checkpoint import from_another_variant, generations, load_exactly
 from looksam.filters import Filters
+from looksam.grad_mode import grad_enabled
 from looksam.hyper import COMMON, RANGES, Group, GroupChecks, Range, check_keys
 from looksam.messages import arguments, check_backend, shown
 from looksam.passes import PassRunner
@@ -161,7 +162,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
     def step(self, closure: Callable[..., Loss]) -> Loss: ...
 
     @hooks.around
-    @torch.no_grad()
+    @grad_enabled(False)
     def step(self, closure: Closure | None = None) -> Any:
         """One optimization step; see the class for the two call styles.
 
@@ -184,7 +185,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
             raise RuntimeError("step(closure) between first_step and second_step; call second_step() to end the step")
         return self._step_with(closure)
 
-    @torch.no_grad()
+    @grad_enabled(False)
     def first_step(self, zero_grad: bool = False) -> bool:
         """To be called with the gradients at w. On a sharp step moves the weights to w + e; on another one does all of it.
 
@@ -212,7 +213,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
                 own.zero_grad()
         return sharp
 
-    @torch.no_grad()
+    @grad_enabled(False)
     def second_step(self, zero_grad: bool = False) -> None:
         """To be called with the gradients at w + e: restores w and updates it. Nothing is left to do on another step.
 
@@ -229,7 +230,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         if zero_grad:
             own.zero_grad()
 
-    @torch.no_grad()
+    @grad_enabled(False)
     def abandon(self) -> None:
         """Goes back to where the step began: for a second forward or backward, after ``first_step``, that failed."""
         self._original()._abandon()
@@ -348,10 +349,10 @@ class SharpnessAware(ScaledGradients, Optimizer):
             number += 1
         return first_loss
 
+    @grad_enabled(True)
     def _pass(self, closure: Closure, number: int, of: int) -> Any:
         """Runs the closure for pass ``number`` of ``of``: the gradients are then in ``.grad``. Returns the loss."""
-        with torch.enable_grad():
-            return self._passes.run(closure, number, of)
+        return self._passes.run(closure, number, of)
 
     def _decide(self, step: RunningStep, grad_scale: Tensor | None) -> None:
         """After the first gradient, before the step takes it: may choose another plan that begins with the same pass."""

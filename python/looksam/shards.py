@@ -25,6 +25,9 @@ class Whole:
     def local(self, tensors: MaybeTensors) -> MaybeTensors:
         return tensors
 
+    def measure_and_step(self, table: TensorTable, rule: str, base: str, groups: Groups, **how: Any) -> Tensor:
+        return ops.measure_and_step(table, rule, base, groups, **how)
+
     def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
         ops.step(table, base, coefficients, groups)
 
@@ -80,6 +83,12 @@ class Shards(Whole):
             distributed.all_reduce(part, group=group)
             values = torch.where(mask, part, values)
         return values
+
+    def measure_and_step(self, table: TensorTable, rule: str, base: str, groups: Groups, **how: Any) -> Tensor:
+        trust_ratio = BASES[base].takes_trust_ratio
+        _, found = ops.measure(table, rule, groups, all_reduce=self.all_reduce, trust_ratio=trust_ratio, **how)
+        self.step(table, base, found, groups)
+        return found.found_inf
 
     def step(self, table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
         takes_part = table.present(coefficients.inputs[0])

@@ -14,7 +14,7 @@ from looksam.passes import PassRunner
 from looksam.plans import Pass, Plan, spent
 from looksam.ranks import Replicas, TwoRanks
 from looksam_kernels import ops, snapshot
-from looksam_kernels.formulas import ASCENTS, Coefficients, Sums
+from looksam_kernels.formulas import ASCENTS, Sums
 
 
 class RunningStep:
@@ -111,18 +111,39 @@ class RunningStep:
         etas = binding.etas()
         if etas is not None:
             rule = ASCENTS[rule].adaptive or rule
-        coefficients = self._measure(rule, self._groups(), grad_scale, etas)
         self.perturbed = True
-        ops.perturb(binding.table, coefficients, etas, hyper.mask(binding.hyper))
+        self._sums, self._found_inf = ops.measure_and_perturb(
+            binding.table,
+            rule,
+            self._groups(),
+            known=self._sums,
+            adaptive=etas,
+            mask=hyper.mask(binding.groups),
+            all_reduce=binding.shards.all_reduce,
+            grad_scale=grad_scale,
+            found_inf=self._found_inf,
+            trust_ratio=self._base.takes_trust_ratio,
+            inside=binding.inside,
+        )
         binding.drop(spent(self.plan, current))
         self._weights_changed()
 
     def norm_sq(self, grad_scale: Tensor | None) -> Tensor:
         """||g||^2 of the first pass, over all tensors, without the loss scale."""
-        self._measure("at_w", self._groups(), grad_scale, None)
-        assert self._sums is not None
+        binding = self._binding
+        self._sums, scalars = ops.measure(
+            binding.table,
+            "at_w",
+            self._groups(),
+            known=self._sums,
+            all_reduce=binding.shards.all_reduce,
+            grad_scale=grad_scale,
+            found_inf=self._found_inf,
+            trust_ratio=self._base.takes_trust_ratio,
+        )
+        self._found_inf = scalars.found_inf
         gg = self._sums.of("g", "g")
-        inside = self._binding.inside
+        inside = binding.inside
         total = (gg if inside is None else gg * torch.tensor(inside, dtype=gg.dtype, device=gg.device)).sum()
         return total if grad_scale is None else total / grad_scale.to(total) ** 2
 
@@ -141,16 +162,21 @@ class RunningStep:
             self._found_inf = replicas.agree(binding.table, plan.descent, plan.passes[-1].column, self._found_inf)
             self._sums = self._sums and self._sums.stored()
         groups = self._groups()
-        clip = groups[0]["max_grad_norm"] if self._base.clips else None
-        coefficients = self._measure(plan.descent, groups, grad_scale, None, clip, check)
-        if not check:  # what the sums that are taken have shown does not count either
-            coefficients = coefficients._replace(found_inf=torch.zeros_like(coefficients.found_inf))
-        self._base.update(binding, coefficients, groups)
+        found_inf = self._base.update(
+            binding,
+            plan.descent,
+            groups,
+            known=self._sums,
+            grad_scale=grad_scale,
+            found_inf=self._found_inf,
+            max_grad_norm=groups[0]["max_grad_norm"] if self._base.clips else None,
+            check=check,
+        )
         if plan.writes or plan.along:
             binding.written()
         self._weights_changed()
         self._end()
-        return coefficients.found_inf
+        return found_inf
 
     def create_state(self) -> None:
         """Instead of a step: creates the state of all parameters that have a gradient; moves no weight.
@@ -181,33 +207,6 @@ class RunningStep:
 
     def _groups(self) -> list[Group]:
         return hyper.for_ops(self._binding.hyper, self._radius)
-
-    def _measure(
-        self,
-        rule: str,
-        groups: list[Group],
-        grad_scale: Tensor | None,
-        etas: list[float | None] | None,
-        max_grad_norm: float | None = None,
-        check: bool = True,
-    ) -> Coefficients:
-        """The scalars of a rule; sums and found_inf go on from one pass to the next."""
-        self._sums, coefficients = ops.measure(
-            self._binding.table,
-            rule,
-            groups,
-            known=self._sums,
-            adaptive=etas,
-            all_reduce=self._binding.shards.all_reduce,
-            grad_scale=grad_scale,
-            found_inf=self._found_inf,
-            max_grad_norm=max_grad_norm,
-            trust_ratio=self._base.takes_trust_ratio,
-            inside=self._binding.inside,
-            check=check,
-        )
-        self._found_inf = coefficients.found_inf
-        return coefficients
 
     def _weights_changed(self) -> None:
         """Copies of the weights that others keep are out of date: autocast's casts, gathered shards."""

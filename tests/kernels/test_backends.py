@@ -40,6 +40,8 @@ def test_the_protocol_is_what_the_ops_call() -> None:
     assert set(functions(backends.Backend)) == {"unavailable", "sums", "coefficients", "perturb", "step", "restore"}
     assert set(functions(backends.Extras)) == {
         "measure",
+        "measure_and_perturb",
+        "measure_and_step",
         "forget",
         "take_gradients",
         "first_misfit",
