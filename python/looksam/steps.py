@@ -118,7 +118,7 @@ class RunningStep:
             self._groups(),
             known=self._sums,
             adaptive=etas,
-            mask=hyper.mask(binding.groups),
+            mask=hyper.mask(binding.hyper),
             all_reduce=binding.shards.all_reduce,
             grad_scale=grad_scale,
             found_inf=self._found_inf,
