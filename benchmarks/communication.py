@@ -18,7 +18,6 @@ from torch.nn import Parameter
 
 import looksam
 from benchmarks.cases import STEPS
-from benchmarks.figures import scaling
 from benchmarks.shapes import LISTS
 from looksam.plans import PLAIN, Plan, Variant
 from looksam_kernels.formulas import DESCENTS, KEEP_NORM, STORED, Pair
@@ -237,6 +236,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{field.replace('_', '-')}", type=float, default=default)
     parser.add_argument("--shapes", default="vit-b", choices=["vit-s", "vit-b"], help="parameter list (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the figure (%(default)s)")
+    from benchmarks.figures import (
+        scaling,
+    )  # matplotlib takes a second to import, which the tests' processes do not need
+
     args = vars(parser.parse_args(argv))
     folder, name = args.pop("out"), args.pop("shapes")
     print(table())

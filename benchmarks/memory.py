@@ -1,6 +1,6 @@
 """How much memory an optimizer needs: bytes for each parameter, counted at the allocator.
 
-``python -m benchmarks.memory`` measures every variant over AdamW beside its peers, on the tensors of ViT-S/16, writes
+``python -m benchmarks.memory`` measures every variant over AdamW beside its peers, on the tensors of ResNet-18, writes
 ``benchmarks/results/memory-<date>.json`` and prints the table. Counted is every tensor that the process allocates from the
 optimizer's construction on, with the gradients and without what a model's passes would need beside them; what the C++ code
 allocates for itself is not (LAMB's buffer on a CPU, as large as the largest tensor). Float32, on the CPU; the numbers depend on
@@ -259,7 +259,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--shapes", default="vit-s", choices=list(LISTS), help="parameter list (%(default)s)")
+    parser.add_argument("--shapes", default="resnet-18", choices=list(LISTS), help="parameter list (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file (%(default)s)")
     args = parser.parse_args(argv)
     result = measure(LISTS[args.shapes]())

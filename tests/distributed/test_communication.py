@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import looksam
-from benchmarks import communication, figures
+from benchmarks import communication
 from benchmarks.communication import Collective
 from tests.contract.support import OPTIONS, VARIANTS
 from tests.distributed.ranks import Ranks
@@ -225,6 +225,8 @@ def _tensors(model: nn.Module) -> int:
 
 
 def test_the_documentation_has_the_table_and_the_figure_of_now() -> None:
+    from benchmarks import figures
+
     docs = Path(__file__).parents[2] / "docs"
     assert communication.table() in (docs / "costs.md").read_text()
     drawn = communication.panels(communication.Machine())
