@@ -67,7 +67,8 @@ class LookSAM(SharpnessAware):
 
     Args:
         k: a sharp step on every k-th step, >= 1; k = 1 is SAM.
-        alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho.
+        alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho, or where
+            training underfits.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
         rho, perturb_eps, adaptive, eta, adaptive_filter, normalization, strength: as in :class:`looksam.SAM`.
 

@@ -67,7 +67,7 @@ def test_the_report_shows_grid_choice_differences_and_controls(tuned):
     for heading in ("## Differences in accuracy", "## Tuning", "## Controls"):
         assert heading in report
     assert (
-        "lr: 0.05, 0.0125, 0.025, 0.1, 0.2; weight_decay: 0.0005, 0.005, 0.02, 0.05, 0.08; alpha: 0.7, 0.3, 0.5, 1 |"
+        "lr: 0.05, 0.0125, 0.025, 0.1, 0.2; weight_decay: 0.0005, 0.005, 0.02, 0.05, 0.08; alpha: 0.7, 0.1, 0.2, 0.4 |"
         in report
     )
     assert re.search(

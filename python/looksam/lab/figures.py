@@ -222,7 +222,7 @@ def _final_accuracy(experiment: Experiment) -> Figure:
         )
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(len(methods) - 0.5, -0.5)
-    axes.set_xlabel("test accuracy after the last epoch (%): each seed, mean ± standard error")
+    axes.set_xlabel("accuracy (%): each seed, mean ± standard error")
     axes.set_title("Final test accuracy", loc="left", fontsize=13)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)

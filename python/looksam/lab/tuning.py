@@ -26,7 +26,8 @@ DECOUPLED_DECAYS = (0.0, 0.01, 0.05, 0.2, 0.5)
 DECOUPLED = ("adamw", "adan", "lamb", "lion")
 RHO_FACTORS = (1.0, 2.0, 4.0, 7.0, 10.0)
 """Of the variant's default: 0.05 to 0.5 for SAM."""
-ALPHAS = (0.3, 0.5, 0.7, 1.0)
+ALPHAS = (0.1, 0.2, 0.4, 0.7)
+"""The smallest acts less than SAM: a grid without such values leaves LookSAM no weak setting, which the others have."""
 FOLDER = "tune"
 FIRST_SEED = 1_000_000
 """Tuning runs on seeds from here on, which no experiment with less than a million of them uses."""
