@@ -40,7 +40,9 @@ class MuonAndAdamW(Optimizer):
         super().__init__(params, {**defaults, "muon": False, **options})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None
+    ) -> None:
         for cls in (Muon, AdamW):
             groups = [g for g in self.param_groups if g["muon"] == (cls is Muon)]
             if groups:
@@ -95,7 +97,8 @@ def loss_and_accuracy(model: Transformer, x: Tensor) -> tuple[Tensor, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rho", type=float, default=0.05)
     parser.add_argument(
