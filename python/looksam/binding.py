@@ -302,7 +302,9 @@ class Binding:
         if "master_param" in missing and self.table.perturbed[row]:
             _local(missing["master_param"]).copy_(self.table["b"][row])
         if writes is not None and any(state.get(name) is None for name in own_entries([writes])):
-            missing[writes] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            short = writes in KEEP_NORM and group.get("q_dtype") == "bfloat16"
+            dtype = torch.bfloat16 if short else torch.promote_types(p.dtype, torch.float32)
+            missing[writes] = torch.zeros_like(p, dtype=dtype)
             if writes in KEEP_NORM:
                 missing[f"{writes}_norm_sq"] = torch.zeros((), dtype=scalar_dtype(p.device), device=p.device)
         for name in self._numbers:
@@ -353,7 +355,7 @@ class Binding:
                 x, kept = state.get(name), state.get(f"{name}_norm_sq")
                 if x is not None and kept is not None:
                     now = _norm_sq(x).to(kept.dtype)
-                    right = (now - kept).abs() <= (1e-12 if p.dtype == torch.float64 else 1e-6) * kept
+                    right = (now - kept).abs() <= _rounding(x.dtype) * kept
                     kept.copy_(torch.where(right, kept, now))
 
     def _set_saved(self, states: list[State]) -> None:
@@ -429,6 +431,11 @@ def _distinct(groups: list[Group]) -> list[tuple[Tensor, int, int]]:
 
 def _alike(x: Tensor, p: Tensor) -> bool:
     return x.dtype == p.dtype and x.device == p.device and x.shape == p.shape
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far ||x||^2 may be from the sum that was made before x was rounded to the dtype, as a part of it."""
+    return {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
 
 
 def _norm_sq(x: Tensor) -> Tensor:

@@ -148,7 +148,12 @@ def _state_of_base(state: Any, in_state: Collection[str]) -> Any:
     return {outer(inner(name), in_state): x for name, x in state.items() if name not in theirs | set(in_state)}
 
 
-HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t", "train_mode"} - {"max_grad_norm", "perturb_filter", "nonfinite"}
+HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t", "train_mode"} - {
+    "max_grad_norm",
+    "perturb_filter",
+    "nonfinite",
+    "q_dtype",
+}
 """The names by which the groups of variants differ."""
 ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta")),

@@ -142,6 +142,7 @@ RANGES: dict[str, Range] = {
     "total_steps": whole_at_least(1),
     "lambda1": finite(),
     "lambda2": finite(),
+    "q_dtype": none_or_one_of("bfloat16"),
     "max_grad_norm": none_or_positive(),
     "nonfinite": one_of("skip", "ignore"),
 }

@@ -80,6 +80,9 @@ class SharpnessAware(ScaledGradients, Optimizer):
             every step is checked). The check reads the last gradient once more where no norm that the method, the clipping
             or LARS needs has read it: steps of the base alone, second gradients of SAM. Elsewhere it costs nothing.
 
+    What stores a q also takes ``q_dtype="bfloat16"``: half the memory and traffic of q, each element rounded to 8 bits
+    (default ``None``: float32, or the parameter's dtype where that is wider). It counts where a q is made anew.
+
     State per parameter: the base's, and ``q``, ``q_norm_sq`` = ||q||^2 where the variant reuses a gradient component; the
     norm follows what other code does to ``q`` (but through ``q.data``, which leaves no trace). The place in the cycle of
     k steps is ``phase`` in every group.
@@ -125,6 +128,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._passes = PassRunner(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
         filters = {"perturb_filter": base_kwargs.pop("perturb_filter", None)} if _perturbs(variant) else {}
         checked = {"nonfinite": base_kwargs.pop("nonfinite", "skip")}
+        if "q" in self._written:
+            checked["q_dtype"] = base_kwargs.pop("q_dtype", None)
         hyper = {**hyper, **filters, **checked}
         params = _listed(params)
         example = next((g for g in params if isinstance(g, dict)), None) if isinstance(params, list) else None
