@@ -131,7 +131,7 @@ def _of_variant(group: dict[str, Any], base: Collection[str]) -> set[str]:
 
 def _of_base(group: dict[str, Any], base: Collection[str], in_groups: Collection[str]) -> dict[str, Any]:
     """What is not the other variant's, under the names of this one."""
-    found = {name: value for name, value in group.items() if name in base or name not in HYPER | {"phase"}}
+    found = {name: value for name, value in group.items() if name in base or name not in HYPER | {"phase", "q_dtype"}}
     for name in (inner(x) for x in {*base, *(x for x in group if inner(x) != x)}):
         for given in (outer(name, (name,)), name):
             if given in group and outer(name, in_groups) in base:
@@ -154,7 +154,7 @@ HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t", "train_mode"} - {
     "nonfinite",
     "q_dtype",
 }
-"""The names by which the groups of variants differ."""
+"""The names by which the groups of variants differ. (Those with a q have a q_dtype, which older checkpoints lack.)"""
 ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive", "eta")),
     dict.fromkeys(("SAM", "LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive_filter",))
