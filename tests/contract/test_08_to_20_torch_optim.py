@@ -196,6 +196,7 @@ SHARED = {
     "decouple": (looksam.WSAM, True, False),
     "perturb_eps": (looksam.SAM, 1e-12, 1e-3),
     "max_grad_norm": (looksam.SAM, 1.0, None),
+    "nonfinite": (looksam.SAM, "skip", "ignore"),
 }
 
 
