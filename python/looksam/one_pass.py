@@ -25,7 +25,7 @@ class MSAM(OnePass):
     Args:
         base_optimizer: ``"sgd"`` with momentum, ``"adam"`` or ``"adamw"``. The decay of the first two is that of the perturbed
             weights, as in the authors' code.
-        rho: as SAM's, but several times as large: 0.3 to 3 in the paper.
+        rho: as SAM's, but larger: the authors' code has 0.3 over SGD and 1 over AdamW.
         layer_scale: ``None``, or as in :class:`looksam.LayerSAM` with v for g, and w where it rests.
         perturb_eps, layer_filter: as there.
 
