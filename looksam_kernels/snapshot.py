@@ -12,6 +12,7 @@ from torch import Tensor
 
 from looksam_kernels.backends import native
 from looksam_kernels.memory import address, readable
+from looksam_kernels.table import TensorTable
 
 PARAMS, PLACES, STATE, CONTENTS = 1, 2, 4, 8
 """What can change: which parameters there are; where their elements lie; which tensors the state holds of them; what
@@ -137,9 +138,11 @@ def clear_gradients(params: Sequence[Tensor]) -> None:
             p.grad = None
 
 
-def any_shared(tensors: Sequence[Tensor | None]) -> bool:
-    """Does another tensor share the memory of one of these tensors, as a buffer does whose parts are gradients?"""
-    compiled = native.compiled()
+def any_shared(table: TensorTable, column: str) -> bool:
+    """Does another tensor share the memory of one in this column, as a buffer does whose parts are gradients?"""
+    if table.is_held(column) and hasattr(table.handle, "any_shared"):
+        return bool(table.handle.any_shared(column))
+    tensors, compiled = table[column], native.compiled()
     if compiled is not None:
         return bool(compiled.any_shared(tensors))
     dense = [x for x in tensors if x is not None and x.layout is torch.strided]
@@ -148,12 +151,14 @@ def any_shared(tensors: Sequence[Tensor | None]) -> bool:
     return max(uses, default=0) > 2  # its tensor's, and that of the question
 
 
-def first_same_place(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> int:
-    """The first row whose two tensors begin at the same address, or -1."""
+def first_same_place(table: TensorTable, column: str, other: str) -> int:
+    """The first row whose tensors in two columns begin at the same address, or -1."""
+    if table.is_held(column) and table.is_held(other) and hasattr(table.handle, "first_same_place"):
+        return int(table.handle.first_same_place(column, other))
     compiled = native.compiled()
     if compiled is not None:
-        return int(compiled.first_same_place(tensors, others))
-    starts = [[0 if x is None else x.data_ptr() for x in column] for column in (tensors, others)]
+        return int(compiled.first_same_place(table[column], table[other]))
+    starts = [[0 if x is None else x.data_ptr() for x in table[name]] for name in (column, other)]
     return next((row for row, (x, y) in enumerate(zip(*starts, strict=True)) if x == y != 0), -1)
 
 

@@ -137,6 +137,10 @@ class TensorTable:
             return bool(first_misfit(tensors, weights, holds_scalars(name)) < 0)
         return all_fit(tensors, weights, holds_scalars(name))
 
+    def is_held(self, name: str) -> bool:
+        """Does the backend alone hold this column, so that a list of it would have to be made?"""
+        return name in self._columns and self._columns[name] is None
+
     @property
     def backend_name(self) -> str:
         """``"native"``, ``"triton"`` or ``"reference"``; of rows on several devices all that run, as in ``"native and triton"``."""

@@ -190,18 +190,45 @@ inline RowFlags flags_of(const py::list& list, std::size_t rows) {
   return flags;
 }
 
-inline py::object item(py::handle group, const char* name) {
-  PyObject* value = PyMapping_GetItemString(group.ptr(), name);
-  if (value == nullptr) throw py::error_already_set();
+// The Python string of a name, made once, as every op looks dozens of them up in every group. name: of static storage.
+inline py::handle key(const char* name, const char* prefix = "") {
+  static std::unordered_map<const void*, PyObject*> keys[2];  // by address, without prefix and with; never let go
+  PyObject*& known = keys[*prefix != 0][name];
+  if (known == nullptr) known = PyUnicode_InternFromString((prefix + std::string(name)).c_str());
+  if (known == nullptr) throw py::error_already_set();
+  return known;
+}
+
+// Null where the group has no such name.
+inline py::object item_or_null(py::handle group, py::handle name) {
+  if (PyDict_CheckExact(group.ptr())) {
+    PyObject* value = PyDict_GetItemWithError(group.ptr(), name.ptr());
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return py::reinterpret_borrow<py::object>(value);
+  }
+  PyObject* value = PyObject_GetItem(group.ptr(), name.ptr());
+  if (value == nullptr && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
+  if (value == nullptr) PyErr_Clear();
   return py::reinterpret_steal<py::object>(value);
+}
+
+inline py::object item(py::handle group, const char* name) {
+  py::object value = item_or_null(group, key(name));
+  if (!value) throw py::key_error(name);
+  return value;
+}
+
+inline py::object item_or(py::handle group, const char* name, py::object otherwise) {
+  py::object value = item_or_null(group, key(name));
+  return value ? value : otherwise;
 }
 
 inline double number_in(py::handle group, const char* name) { return number(item(group, name), name); }
 
 // A hyper-parameter of the base: base.<name> in groups whose variant has one of the same name.
 inline py::object own(py::handle group, const char* name) {
-  const std::string renamed = std::string("base.") + name;
-  return item(group, PyMapping_HasKeyString(group.ptr(), renamed.c_str()) ? renamed.c_str() : name);
+  py::object renamed = item_or_null(group, key(name, "base."));
+  return renamed ? renamed : item(group, name);
 }
 
 inline const RuleInfo& rule_named(const std::string& name) {
@@ -247,7 +274,7 @@ inline RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
   RowHyper h = {};
   for (const ParameterField& parameter : kParameters)
     if (rule.reads & parameter.bit) h.*parameter.field = number_in(group, parameter.name);
-  h.sign = is_true(group.attr("get")("maximize", false)) ? -1 : 1;
+  h.sign = is_true(item_or(group, "maximize", py::bool_(false))) ? -1 : 1;
   return h;
 }
 
@@ -282,8 +309,8 @@ inline CommonHyper common_hyper(py::handle groups, py::handle max_grad_norm) {
   CommonHyper common = {1, 0, -1, false};
   if (py::len(groups) > 0) {
     const py::object first = groups[py::int_(0)];
-    common.perturb_eps = number(first.attr("get")("perturb_eps", 0.0), "perturb_eps");
-    common.tensor_scope = py::str("tensor").equal(first.attr("get")("norm_scope", "global"));
+    common.perturb_eps = number(item_or(first, "perturb_eps", py::float_(0.0)), "perturb_eps");
+    common.tensor_scope = py::str("tensor").equal(item_or(first, "norm_scope", py::none()));
   }
   if (!max_grad_norm.is_none()) common.max_grad_norm = number(max_grad_norm, "max_grad_norm");
   return common;

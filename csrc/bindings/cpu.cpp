@@ -60,6 +60,11 @@ class Table {
     return tensors;
   }
 
+  bool any_shared(const std::string& name) const { return looksam::any_shared(column(name)); }
+  int first_same_place(const std::string& name, const std::string& other) const {
+    return looksam::first_same_place(column(name), column(other));
+  }
+
   py::object sums(const std::vector<Pair>& pairs, py::handle adaptive) {
     const at::NoGradGuard no_grad;
     const at::Tensor values = new_doubles(pairs.size());
@@ -421,7 +426,7 @@ class Table {
     w.write_back();
     b.write_back();
     for (std::size_t row = 0; row < rows(); ++row)
-      if (moves[row]) moved[row] = true;
+      if (moves[row]) PyList_SetItem(moved.ptr(), static_cast<Py_ssize_t>(row), py::bool_(true).release().ptr());
   }
 
   // step with this combination of the inputs.
@@ -530,6 +535,8 @@ PYBIND11_MODULE(_C, module) {
       .def("set", &Table::set)
       .def("get", &Table::get)
       .def("take_gradients", &Table::take_gradients)
+      .def("any_shared", &Table::any_shared)
+      .def("first_same_place", &Table::first_same_place)
       .def("sums", &Table::sums)
       .def("coefficients", &Table::coefficients)
       .def("measure", &Table::measure)

@@ -9,8 +9,6 @@
 
 #include <algorithm>
 
-#include "arguments.h"
-
 namespace looksam {
 namespace {
 
@@ -175,26 +173,13 @@ class Snapshot {
   std::vector<std::uint32_t> versions_;
 };
 
-// Does another tensor share the memory of one of these? A tensor of its own has a storage of its own.
-bool any_shared(py::handle tensors) {
-  const Items items(tensors);
-  for (std::size_t i = 0; i < items.size(); ++i) {
-    if (items[i].is_none()) continue;
-    const at::Tensor& x = unpack(items[i]);
-    if (x.has_storage() && x.storage().use_count() > 1) return true;
-  }
-  return false;
-}
-
-// The first row whose two tensors begin at the same address, or -1.
-int first_same_place(py::handle tensors, py::handle others) {
-  const Items a(tensors), b(others);
-  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
-    if (a[i].is_none() || b[i].is_none()) continue;
-    const void* place = Place::address(unpack(a[i]));
-    if (place != nullptr && place == Place::address(unpack(b[i]))) return static_cast<int>(i);
-  }
-  return -1;
+// Of a list or tuple, undefined where it has None.
+Tensors tensors_in(py::handle sequence) {
+  const Items items(sequence);
+  Tensors tensors(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i)
+    if (!items[i].is_none()) tensors[i] = unpack(items[i]);
+  return tensors;
 }
 
 // p.grad of each, None where there is none.
@@ -215,6 +200,20 @@ void clear_gradients(py::handle params) {
 
 }  // namespace
 
+bool any_shared(const Tensors& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& x) { return x.defined() && x.has_storage() && x.storage().use_count() > 1; });
+}
+
+int first_same_place(const Tensors& tensors, const Tensors& others) {
+  for (std::size_t i = 0; i < std::min(tensors.size(), others.size()); ++i) {
+    if (!tensors[i].defined() || !others[i].defined()) continue;
+    const void* place = Place::address(tensors[i]);
+    if (place != nullptr && place == Place::address(others[i])) return static_cast<int>(i);
+  }
+  return -1;
+}
+
 void bind_snapshot(py::module_& module) {
   py::class_<Snapshot>(module, "Snapshot")
       .def(py::init<py::handle, py::handle, py::handle, const std::vector<std::string>&, py::handle>())
@@ -223,8 +222,9 @@ void bind_snapshot(py::module_& module) {
   module.def("gradients", &gradients);
   module.def("clear_gradients", &clear_gradients);
   module.def("has_observers", &at::hasCallbacks);  // profilers, and whoever else listens to torch's operations
-  module.def("any_shared", &any_shared);
-  module.def("first_same_place", &first_same_place);
+  module.def("any_shared", [](py::handle x) { return any_shared(tensors_in(x)); });
+  module.def("first_same_place",
+             [](py::handle x, py::handle y) { return first_same_place(tensors_in(x), tensors_in(y)); });
 }
 
 }  // namespace looksam

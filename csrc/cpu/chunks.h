@@ -83,8 +83,8 @@ inline void prefetch(const Column& column, std::int32_t row) {
   if (column.has(row)) __builtin_prefetch(column.data[row]);
 }
 
-// How many chunks ahead: of many small rows each begins somewhere else.
-constexpr std::int64_t kChunksAhead = 3;
+// How many chunks ahead: of many small rows each begins somewhere else. Of a few they are in the cache.
+constexpr std::int64_t kChunksAhead = 3, kManyChunks = 512;
 
 // Reading: the tensor itself where it has the type of the arithmetic, else its values in `tile`.
 template <class T>
@@ -487,7 +487,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
 
 void step(const StepArgs& a, std::int64_t first, std::int64_t last) {
   for (std::int64_t i = first; i < last; ++i) {
-    if (i + kChunksAhead < last) {
+    if (last - first >= kManyChunks && i + kChunksAhead < last) {
       const std::int32_t later = a.map.row_of[i + kChunksAhead];
       for (const Column& column : {a.w, a.b, a.written, a.input[0], a.input[1], a.input[2]}) prefetch(column, later);
       for (const Column& column : a.state) prefetch(column, later);

@@ -80,7 +80,6 @@ class Binding:
         masters = ("master_param",) if base.columns else ()
         self._entries = (*base.columns, *own_entries(written), *self._numbers, *masters)
         self._reads = base.reads
-        self._known = base.reads | {"params"}
         self._filtered = [name for name in FILTERS if name in base.reads]
         self.params: list[Tensor] = []
         """Those that take part, one a row of the table: each once, and none that cannot train as it is."""
@@ -108,10 +107,11 @@ class Binding:
     @property
     def hyper(self) -> list[Group]:
         """The groups' hyper-parameters of now, without the entries that no step reads."""
-        return [
-            g if g.keys() <= self._known else {name: value for name, value in g.items() if name in self._reads}
-            for g in self.groups
-        ]
+        groups = [dict(g) for g in self.groups]
+        for g in groups:
+            for name in g.keys() - self._reads:
+                del g[name]
+        return groups
 
     @property
     def state(self) -> MutableMapping[Tensor, State]:

@@ -50,7 +50,7 @@ class RunningStep:
         if binding.inside is not None and not last and plan.measures(current.column):
             kept = zip(table[current.column], binding.inside, strict=True)
             table[current.column] = [g if inside else None for g, inside in kept]
-        if keep_grad or (not last and snapshot.any_shared(table[current.column])):
+        if keep_grad or (not last and snapshot.any_shared(table, current.column)):
             # the next backward writes into them, or over the buffer of which they are parts (DDP's buckets)
             table[current.column] = _copies(table[current.column])
         if not (keep_grad or last):
@@ -63,7 +63,7 @@ class RunningStep:
         """
         table = self._binding.table
         for kept in self.plan.passes[: self.plan.passes.index(current)]:
-            row = snapshot.first_same_place(table[kept.column], table[current.column]) if kept.column in table else -1
+            row = snapshot.first_same_place(table, kept.column, current.column) if kept.column in table else -1
             if row >= 0:
                 raise RuntimeError(
                     f"the gradient of parameter {self._binding.number[row]} was written to the same memory as in the pass "
@@ -111,14 +111,15 @@ class RunningStep:
         etas = binding.etas()
         if etas is not None:
             rule = ASCENTS[rule].adaptive or rule
+        groups = binding.hyper
         self.perturbed = True
         self._sums, self._found_inf = ops.measure_and_perturb(
             binding.table,
             rule,
-            self._groups(),
+            hyper.for_ops(groups, self._radius),
             known=self._sums,
             adaptive=etas,
-            mask=hyper.mask(binding.hyper),
+            mask=hyper.mask(groups),
             all_reduce=binding.shards.all_reduce,
             grad_scale=grad_scale,
             found_inf=self._found_inf,
