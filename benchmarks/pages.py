@@ -135,6 +135,16 @@ def steps() -> str:
     return table(["step", *(f">{name}" for name in LISTS.values()), f"against {PO} (foreach)"], rows)
 
 
+def speed_figure() -> str:
+    """With the numbers in words: a package index shows the README without the file."""
+    result, shapes = newest()[0], list(LISTS)[-1]
+    said = [f"{WORDS[case]} {_number(fused(record(result, shapes, case)))}" for case in list(WORDS)[:5]]
+    text = (
+        f"One step as a multiple of torch's fused AdamW, {LISTS[shapes]}: {', '.join(said)}; beside it other packages"
+    )
+    return f'<img src="docs/figures/speed.png" width="720" alt="{text}">'
+
+
 def _number(x: float | None) -> str:
     return "" if x is None else f"{x:.2f}"
 
@@ -169,6 +179,7 @@ def epochs() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "steps": steps,
+    "speed figure": speed_figure,
     "goals": goals,
     "measured on": measured_on,
     "finite check": finite_check,

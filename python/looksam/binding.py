@@ -350,12 +350,12 @@ class Binding:
         """Kept norms are those of what the state holds now, which other code may have put there or written in place.
         A norm that is right but for rounding keeps its bits: a run that goes on from a checkpoint repeats itself."""
         for name in self._with_norm:
-            for p in self.params:
+            for p, i in zip(self.params, self._group, strict=True):
                 state = self.state.get(p, {})
                 x, kept = state.get(name), state.get(f"{name}_norm_sq")
                 if x is not None and kept is not None:
                     now = _norm_sq(x).to(kept.dtype)
-                    right = (now - kept).abs() <= _rounding(x.dtype) * kept
+                    right = (now - kept).abs() <= _rounding(p, self.groups[i], x.dtype) * kept
                     kept.copy_(torch.where(right, kept, now))
 
     def _set_saved(self, states: list[State]) -> None:
@@ -433,9 +433,12 @@ def _alike(x: Tensor, p: Tensor) -> bool:
     return x.dtype == p.dtype and x.device == p.device and x.shape == p.shape
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """How far ||x||^2 may be from the sum that was made before x was rounded to the dtype, as a part of it."""
-    return {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
+def _rounding(p: Tensor, group: Group, dtype: torch.dtype) -> float:
+    """How far ||q||^2 may be, as a part of it, from the sum that the step made. Where q is kept in a lower precision, that sum
+    is of q before it was rounded to the dtype; where other code has rounded q, what it holds now counts."""
+    if dtype == torch.bfloat16 and group.get("q_dtype") == "bfloat16":
+        return 2 * torch.finfo(dtype).eps
+    return 1e-12 if p.dtype == torch.float64 else 1e-6
 
 
 def _norm_sq(x: Tensor) -> Tensor:

@@ -683,7 +683,7 @@ def test_a_loss_scale_changes_neither_the_ascent_nor_the_reuse(variant, backend,
     for scale in (1.0, 2.0**power):
         method = replace(METHODS[variant], options={**METHODS[variant].options, "perturb_eps": 0.0})
         sgd = Base("sgd", tuple({"lr": lr / scale, "momentum": 0.9} for lr in (0.05, 0.1, 0.02)), None)
-        names = tuple(name for name in names_for(method, sgd) if name != "from_zero" or "layer" not in variant)
+        names = tuple(name for name in names_for(method, sgd) if name != "from_zero" or not method.is_layerwise)
         run = Run(Problem(names=names), method, sgd, backend)
         path: list[torch.Tensor] = []
 
