@@ -436,9 +436,12 @@ def _alike(x: Tensor, p: Tensor) -> bool:
 def _rounding(p: Tensor, group: Group, dtype: torch.dtype) -> float:
     """How far ||q||^2 may be, as a part of it, from the sum that the step made. Where q is kept in a lower precision, that sum
     is of q before it was rounded to the dtype; where other code has rounded q, what it holds now counts."""
-    if dtype == torch.bfloat16 and group.get("q_dtype") == "bfloat16":
-        return 2 * torch.finfo(dtype).eps
-    return 1e-12 if p.dtype == torch.float64 else 1e-6
+    of_sum = 1e-12 if p.dtype == torch.float64 else 1e-6
+    if (
+        dtype == torch.bfloat16 and group.get("q_dtype") == "bfloat16"
+    ):  # every element is off by at most half an eps of it
+        return (1 + torch.finfo(dtype).eps / 2) ** 2 - 1 + of_sum
+    return of_sum
 
 
 def _norm_sq(x: Tensor) -> Tensor:
