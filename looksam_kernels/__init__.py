@@ -9,6 +9,7 @@ from looksam_kernels.backends import ORDER as BACKENDS
 from looksam_kernels.backends import BackendInfo, BackendName, backend_info, use_backend
 from looksam_kernels.masks import Mask
 from looksam_kernels.ops import coefficients, measure, perturb, restore, step, sums
+from looksam_kernels.preconditioning import Preconditioner, preconditioner
 from looksam_kernels.table import TensorTable
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "BackendInfo",
     "BackendName",
     "Mask",
+    "Preconditioner",
     "TensorTable",
     "backend_info",
     "coefficients",
     "measure",
     "perturb",
+    "preconditioner",
     "restore",
     "step",
     "sums",

@@ -395,7 +395,8 @@ class Ascent(NamedTuple):
     pairs: tuple[Pair, ...]
     inputs: tuple[str, ...] = ("g",)
     adaptive: str | None = None
-    """The rule that takes its place where a group is adaptive: with T = |w| + eta."""
+    """The rule that takes its place where a group is adaptive, with T = |w| + eta, or preconditioned, with the T of
+    :mod:`looksam_kernels.preconditioning` and e = T sum_i c_i x_i."""
     everywhere: bool = False
     """Does it move all tensors, also those outside a perturb filter?"""
     unified: str | None = None
@@ -522,7 +523,7 @@ def is_scale(column: str) -> bool:
 
 
 def stretched(column: str) -> str | None:
-    """Of a virtual column ``Tx``, T times x with ASAM's T = |w| + eta: x; of another ``None``."""
+    """Of a virtual column ``Tx``, T times x with ASAM's T = |w| + eta or a preconditioner's: x; of another ``None``."""
     return column[1:] if column.startswith("T") else None
 
 

@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import formulas, updates
+from looksam_kernels.backends import Adaptive
 from looksam_kernels.formulas import ASCENTS, DESCENTS, Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.numbers import scalar_dtype
+from looksam_kernels.preconditioning import preconditioner as preconditioner
 from looksam_kernels.table import TensorTable
 from looksam_kernels.updates import BASES, STATE_NEEDS, own
 from looksam_kernels.updates import states as states
 
-Adaptive = Sequence[float | None]
-"""ASAM's eta of each row where T = |w| + eta; ``None`` in rows where T = 1."""
 
-
-def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive | None = None) -> Sums:
+def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive = None) -> Sums:
     """Inner products per tensor of pairs of columns, in one read of each column.
 
     ``values[i, p]`` = sum_j x_j y_j over the elements of row p for the i-th pair (x, y); float64, shape [pairs, rows];
     0 where x or y is ``None``. Accumulated in a fixed order: the same inputs give the same bits.
 
     ``"Tg"`` names the virtual column T g, ``"Tm"`` T m, with T = \\|w\\| + eta in rows where ``adaptive`` has an eta, else
-    1. The pair ``("q", "q")`` costs no pass: it is the kept ``q_norm_sq`` of the rows that have a g.
+    1; or with the T of the :class:`looksam_kernels.Preconditioner` that ``adaptive`` is, for which the pairs must hold Tg if
+    they hold Tm. The pair ``("q", "q")`` costs no pass: it is the kept ``q_norm_sq`` of the rows that have a g.
     """
     return table.backend.sums(table, pairs, adaptive)
 
@@ -79,7 +79,7 @@ def measure(
     groups: Groups,
     *,
     known: Sums | None = None,
-    adaptive: Adaptive | None = None,
+    adaptive: Adaptive = None,
     all_reduce: Callable[[Sums], Sums] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -145,7 +145,7 @@ def measure_and_perturb(
     groups: Groups,
     *,
     known: Sums | None = None,
-    adaptive: Adaptive | None = None,
+    adaptive: Adaptive = None,
     mask: Mask | None = None,
     all_reduce: Callable[[Sums], Sums] | None = None,
     grad_scale: Tensor | None = None,
@@ -248,9 +248,10 @@ def _fused(
 
 
 def perturb(
-    table: TensorTable, coefficients: Coefficients, adaptive: Adaptive | None = None, mask: Mask | None = None
+    table: TensorTable, coefficients: Coefficients, adaptive: Adaptive = None, mask: Mask | None = None
 ) -> None:
-    """b <- w, w <- w + T^2 sum_i c_ip x_ip, for the rows that have the first input.
+    """b <- w, w <- w + T^2 sum_i c_ip x_ip, for the rows that have the first input; T as of :func:`sums`, but a
+    preconditioner's once: w <- w + T sum_i c_ip x_ip, so that its rho is the length of e.
 
     With a mask only the elements that :class:`looksam_kernels.Mask` keeps are moved; the others keep b's bits.
 

@@ -233,6 +233,17 @@ def _probe() -> torch.nn.Parameter:
 # The bases by name --------------------------------------------------------------------------------------------------
 
 
+class SecondMoment(NamedTuple):
+    """Where a base keeps the mean square v of its directions: what it divides by is sqrt(v) + eps. A step makes it
+    a v + (1 - a) d^2."""
+
+    state: str
+    decay: str | None
+    """The hyper-parameter a, as in :attr:`Base.hyper`; ``None``: v is a sum, v + d^2."""
+    corrected: bool = False
+    """Is v divided by 1 - a^step? (Unless an option ``bias_correction`` says otherwise.)"""
+
+
 class Base(NamedTuple):
     """Everything that is said of a base in Python. In C++ it is a struct in csrc/core/updates.h, in Triton a function in
     backends/triton/base_updates.py, with the same states and hyper-parameters in the same order."""
@@ -251,6 +262,8 @@ class Base(NamedTuple):
     """Clipping where the user says nothing."""
     takes_trust_ratio: bool = False
     """Are d and weight_decay multiplied by LARS's trust ratio before?"""
+    second_moment: SecondMoment | None = None
+    """``None``: it keeps none, so that its ascent cannot be preconditioned."""
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -258,7 +271,11 @@ class Base(NamedTuple):
         return ("lr", *self.hyper) if self.update is not None else ()
 
 
-_ADAM: Any = {"states": ("exp_avg", "exp_avg_sq"), "hyper": ("weight_decay", "beta1", "beta2", "eps")}
+_ADAM: Any = {
+    "states": ("exp_avg", "exp_avg_sq"),
+    "hyper": ("weight_decay", "beta1", "beta2", "eps"),
+    "second_moment": SecondMoment("exp_avg_sq", "beta2", corrected=True),
+}
 _SGD: Any = {"states": ("momentum_buffer",), "hyper": ("weight_decay", "momentum", "dampening", "nesterov")}
 
 BASES: dict[str, Base] = {
@@ -272,6 +289,7 @@ BASES: dict[str, Base] = {
         options=lamb_options,
         usual=(5e-3, 0.01),
         max_grad_norm=1.0,
+        second_moment=SecondMoment("exp_avg_sq", "beta2", corrected=True),
     ),
     "lars": Base(lars, **_SGD, options=lars_options, usual=(5.0, 1e-4), takes_trust_ratio=True),
     "lion": Base(
@@ -287,12 +305,14 @@ BASES: dict[str, Base] = {
         hyper=("weight_decay", "lr_decay", "eps"),
         options=Adagrad,
         usual=(0.02, 0.0),
+        second_moment=SecondMoment("sum", None),
     ),
     "rmsprop": Base(
         rmsprop,
         states=("square_avg", "grad_avg", "momentum_buffer"),
         hyper=("weight_decay", "alpha", "eps", "momentum", "centered"),
         options=RMSprop,
+        second_moment=SecondMoment("square_avg", "alpha"),
     ),
     "adadelta": Base(
         adadelta,
@@ -300,6 +320,7 @@ BASES: dict[str, Base] = {
         hyper=("weight_decay", "rho", "eps"),
         options=Adadelta,
         usual=(1.0, 0.0),
+        second_moment=SecondMoment("square_avg", "rho"),
     ),
     "adan": Base(
         adan,
@@ -307,6 +328,7 @@ BASES: dict[str, Base] = {
         hyper=("weight_decay", "beta1", "beta2", "beta3", "eps", "no_prox"),
         options=adan_options,
         usual=(1e-3, 0.02),
+        second_moment=SecondMoment("exp_avg_sq", "beta3", corrected=True),
     ),
     "grad": Base(None),
 }

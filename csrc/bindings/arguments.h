@@ -270,6 +270,23 @@ inline std::optional<Col> column_named(const std::string& name) {
 // Of a virtual column Tx, T times x: x; of another itself.
 inline std::string without_stretch(const std::string& name) { return name[0] == 'T' ? name.substr(1) : name; }
 
+// What an op is given as `adaptive`: a preconditioning.Preconditioner, ASAM's eta of each row, or None.
+inline bool is_preconditioner(py::handle adaptive) { return py::hasattr(adaptive, "numbers"); }
+inline constexpr std::size_t kPreconditionerNumbers = 4;
+
+// Which operand's column is the g of a preconditioner; -1 where none is stretched.
+inline int operand_of_gradient(const std::vector<std::string>& operands) {
+  int gradient = -1;
+  bool any_stretched = false;
+  for (std::size_t k = 0; k < operands.size(); ++k) {
+    if (without_stretch(operands[k]) == "g") gradient = static_cast<int>(k);
+    any_stretched = any_stretched || without_stretch(operands[k]) != operands[k];
+  }
+  if (any_stretched && gradient < 0)
+    throw py::value_error("a preconditioner's T is made of g: take the sums of Tg together with those of other Tx");
+  return any_stretched ? gradient : -1;
+}
+
 inline RowHyper rule_hyper(const RuleInfo& rule, py::handle group) {
   RowHyper h = {};
   for (const ParameterField& parameter : kParameters)

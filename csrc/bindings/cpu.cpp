@@ -105,7 +105,7 @@ class Table {
     const RuleInfo& info = rule_named(rule);
     const Scaling scaling = {grad_scale, found_inf, max_grad_norm, lars};
     const Measured found = measured(info, pairs, known, groups, adaptive, scaling, reads);
-    move(inputs_of(info), found.scalars.d.data(), to_eta(adaptive), {key, threshold}, moved, reads);
+    move(inputs_of(info), found.scalars.d.data(), adaptive, {key, threshold}, moved, reads);
     return py::make_tuple(wrap(found.sums), wrap(flag(found.scalars.found_inf)));
   }
 
@@ -132,7 +132,7 @@ class Table {
     check_inputs(inputs);
     Reads reads(*this);
     const at::Tensor c = to_numbers(d, "coefficients.d", inputs.size() * rows(), kHost);
-    move(inputs, doubles(c), to_eta(adaptive), {key, threshold}, moved, reads);
+    move(inputs, doubles(c), adaptive, {key, threshold}, moved, reads);
   }
 
   void step(const std::string& base, const std::vector<std::string>& inputs, py::handle d, py::handle q,
@@ -271,26 +271,47 @@ class Table {
     return at::empty({static_cast<std::int64_t>(count), static_cast<std::int64_t>(rows())}, at::kDouble);
   }
 
-  // NaN in rows where T = 1; empty where it is 1 in all.
-  std::vector<double> to_eta(py::handle adaptive) const {
-    std::vector<double> eta;
-    if (adaptive.is_none()) return eta;
-    for (const py::handle value : adaptive) eta.push_back(value.is_none() ? std::nan("") : number(value, "adaptive"));
-    if (eta.size() != rows()) throw py::value_error("adaptive does not have one entry a row");
-    return eta;
+  // Where the T of each element comes from.
+  struct Stretch {
+    std::vector<double> eta;  // NaN in rows where T = 1; empty where it is 1 in all, or a preconditioner's
+    at::Tensor numbers;       // a preconditioner's; undefined: there is none
+    Column v;
+
+    // Into the arguments of an op.
+    template <class Args>
+    void pass_to(Args& args) const {
+      args.eta = eta.empty() ? nullptr : eta.data();
+      args.numbers = numbers.defined() ? doubles(numbers) : nullptr;
+      args.v = v;
+    }
+  };
+
+  Stretch to_stretch(py::handle adaptive, Reads& reads) const {
+    Stretch stretch = {};
+    if (adaptive.is_none()) return stretch;
+    if (is_preconditioner(adaptive)) {
+      stretch.numbers = to_numbers(adaptive.attr("numbers"), "adaptive", kPreconditionerNumbers * rows(), kHost);
+      stretch.v = reads.of(adaptive.attr("column").cast<std::string>());
+      return stretch;
+    }
+    for (const py::handle value : adaptive)
+      stretch.eta.push_back(value.is_none() ? std::nan("") : number(value, "adaptive"));
+    if (stretch.eta.size() != rows()) throw py::value_error("adaptive does not have one entry a row");
+    return stretch;
   }
 
   // values [pairs, rows]. In batches, should there be more pairs than one pass takes.
   void add_up(const std::vector<Pair>& pairs, py::handle adaptive, double* values, Reads& reads) {
-    const std::vector<double> eta = to_eta(adaptive);
+    const Stretch stretch = to_stretch(adaptive, reads);
     BorrowedColumn w;
     const RowFlags none(rows());
-    borrow("w", Access::read, eta.empty() ? &none : nullptr, w);  // the kernels ask for the types also where T = 1
+    // The kernels ask for the types also where T is made of others.
+    borrow("w", Access::read, stretch.eta.empty() ? &none : nullptr, w);
     for (std::size_t next = 0; next < pairs.size();) {
       cpu::SumsArgs args = {};
       args.map = chunks();
       args.w = w.column();
-      args.eta = eta.empty() ? nullptr : eta.data();
+      stretch.pass_to(args);
       std::vector<std::string> operands;
       const auto operand = [&](const std::string& name) {
         for (std::size_t k = 0; k < operands.size(); ++k)
@@ -316,6 +337,7 @@ class Table {
       }
       args.operands = static_cast<int>(operands.size());
       if (args.pairs == 0) continue;
+      if (args.numbers != nullptr && (args.gradient = operand_of_gradient(operands)) < 0) args.numbers = nullptr;
       const py::gil_scoped_release release;
       cpu::sums(args, batch, parallel_for);
     }
@@ -398,8 +420,9 @@ class Table {
   }
 
   // perturb with the coefficients c [inputs, rows].
-  void move(const std::vector<std::string>& inputs, const double* c, const std::vector<double>& eta, const Mask& mask,
+  void move(const std::vector<std::string>& inputs, const double* c, py::handle adaptive, const Mask& mask,
             py::list& moved, Reads& reads) {
+    const Stretch stretch = to_stretch(adaptive, reads);
     const Tensors &weights = column("w"), &backups = column("b");
     const RowFlags moves = present(inputs[0]);
     const RowFlags were_moved = flags_of(moved, rows());
@@ -414,7 +437,7 @@ class Table {
     args.w = w.column();
     args.b = b.column();
     args.from_b = from_b.data();
-    args.eta = eta.empty() ? nullptr : eta.data();
+    stretch.pass_to(args);
     args.inputs = static_cast<int>(inputs.size());
     for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = reads.of(inputs[i]);
     args.c = c;

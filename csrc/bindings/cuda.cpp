@@ -182,7 +182,11 @@ class Table : public DeviceTable {
       columns.borrow("w", Access::write, moves);
       columns.borrow("b", Access::write, moves);
       for (const std::string& name : inputs) columns.borrow(name, Access::read, moves, /*optional=*/true);
+      const bool preconditioned = is_preconditioner(adaptive);
+      if (preconditioned)
+        columns.borrow(moment_of(adaptive), Access::read, moves, /*optional=*/false, /*wide_only=*/true);
       const Arrangement& arrangement = columns.arrange();
+      const at::Tensor t = preconditioned ? numbers_of(session, adaptive) : at::Tensor();
       const at::Tensor c = numbers(session, d, "coefficients.d", inputs.size());
 
       PerturbArgs args = {};
@@ -190,7 +194,12 @@ class Table : public DeviceTable {
       for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = columns.column(inputs[i]);
       args.w = columns.column("w");
       args.b = columns.column("b");
-      args.eta = to_eta(session, adaptive);
+      if (preconditioned) {
+        args.v = columns.column(moment_of(adaptive));
+        args.numbers = data<double>(t);
+      } else {
+        args.eta = to_eta(session, adaptive);
+      }
       args.c = data<double>(c);
       args.mask = {key, threshold};
       for (const Layout& layout : arrangement.layouts) {
@@ -291,6 +300,12 @@ class Table : public DeviceTable {
     return bits;
   }
 
+  // A preconditioner's column, and its numbers.
+  static std::string moment_of(py::handle adaptive) { return adaptive.attr("column").cast<std::string>(); }
+  at::Tensor numbers_of(const Session& session, py::handle adaptive) const {
+    return numbers(session, adaptive.attr("numbers"), "adaptive", kPreconditionerNumbers);
+  }
+
   void launch_step(const Session& session, const Arrangement& arrangement, StepArgs& args,
                    const std::vector<StepGroup>& groups, const py::list& moved) const {
     args.group = data<std::int32_t>(arrangement.group);
@@ -318,9 +333,13 @@ class Table : public DeviceTable {
   void add_up(const Session& session, const std::vector<Pair>& pairs, py::handle adaptive, double* values,
               RuleArgs* rule, const std::vector<RowHyper>& groups) {
     std::size_t next = 0;
+    const bool stretched = std::any_of(pairs.begin(), pairs.end(), [](const Pair& pair) {
+      return without_stretch(pair.first) != pair.first || without_stretch(pair.second) != pair.second;
+    });
     do {
       SumsArgs args = {};
       std::vector<std::string> operands;
+      if (stretched && is_preconditioner(adaptive)) operands = {"Tg"};  // T is made of operand 0
       for (; next < pairs.size(); ++next) {
         const auto& [x, y] = pairs[next];
         double* const value = values + next * rows();
@@ -351,14 +370,22 @@ class Table : public DeviceTable {
     columns.borrow("w", Access::read, all);
     for (const std::string& name : operands)
       columns.borrow(without_stretch(name), Access::read, all, /*optional=*/true);
+    const bool preconditioned = !operands.empty() && operands[0] == "Tg" && is_preconditioner(adaptive);
+    if (preconditioned) columns.borrow(moment_of(adaptive), Access::read, all, /*optional=*/true);
     if (args.cached_value != nullptr) columns.borrow("g", Access::read, all, /*optional=*/true);
     Arrangement& arrangement = columns.arrange();
 
     args.operands = static_cast<std::int32_t>(operands.size());
-    // The first operand that is not uploaded is passed with this launch, which writes it to the device.
+    for (std::size_t k = 0; k < operands.size(); ++k)
+      if (operands[k] != without_stretch(operands[k])) args.stretched |= 1u << k;
+    const std::string of_t = preconditioned ? moment_of(adaptive) : args.stretched != 0 ? "w" : "";
+    // The first operand that is not uploaded is passed with this launch, which writes it to the device; where another
+    // operand, or T, is of the same column, it would be read while it is written.
     std::string passed;
     for (std::size_t k = 0; k < operands.size() && args.passed_to == nullptr; ++k) {
       const std::string name = without_stretch(operands[k]);
+      const auto of_column = [&](const std::string& other) { return without_stretch(other) == name; };
+      if (name == of_t || std::count_if(operands.begin(), operands.end(), of_column) > 1) continue;
       if (is_uploaded(session, name, columns.refs(name))) continue;
       passed = name;
       columns_[name].uploaded.invalidate();
@@ -368,14 +395,15 @@ class Table : public DeviceTable {
     const auto place = [&](const std::string& name) -> const Ref* {
       return name == passed ? args.passed_to : columns.column(name);
     };
-    for (std::size_t k = 0; k < operands.size(); ++k) {
-      args.operand[k] = place(without_stretch(operands[k]));
-      if (operands[k] != without_stretch(operands[k])) args.stretched |= 1u << k;
-    }
-    if (args.stretched != 0) {
+    for (std::size_t k = 0; k < operands.size(); ++k) args.operand[k] = place(without_stretch(operands[k]));
+    const at::Tensor t = preconditioned ? numbers_of(session, adaptive) : at::Tensor();
+    if (preconditioned) {
+      args.numbers = data<double>(t);
+      args.of_t = place(of_t);
+    } else if (args.stretched != 0) {
       args.eta = to_eta(session, adaptive);
       if (args.eta == nullptr) args.stretched = 0;
-      args.w = place("w");
+      args.of_t = place(of_t);
     }
     if (args.cached_value != nullptr) {
       args.cached = scalars(session, kKeptNorm, at::kDouble, Access::read, RowFlags(rows()));

@@ -194,10 +194,16 @@ struct Sgd : OnePhase {
   }
 };
 
+// sqrt(v / bc2) + eps
+template <class T>
+LOOKSAM_HD T adam_root(T v, T inv_sqrt_bias_correction2, T eps) {
+  return square_root(v) * inv_sqrt_bias_correction2 + eps;
+}
+
 // (m / bc1) / (sqrt(v / bc2) + eps)
 template <class T>
 LOOKSAM_HD T adam_direction(T m, T v, const UpdateScalars<T>& h) {
-  return m * h.inv_bias_correction1 / (square_root(v) * h.inv_sqrt_bias_correction2 + h.eps);
+  return m * h.inv_bias_correction1 / adam_root(v, h.inv_sqrt_bias_correction2, h.eps);
 }
 
 // m = beta1 m + (1 - beta1) d; v = beta2 v + (1 - beta2) d^2
@@ -438,10 +444,33 @@ LOOKSAM_HD T adaptive_scale(T w, T eta) {
   return absolute(w) + eta;
 }
 
-// w + T^2 e
+// w + factor e; the factor is ASAM's T^2
 template <class T>
-LOOKSAM_HD T perturbed(T w, T scale, T e) {
-  return w + scale * scale * e;
+LOOKSAM_HD T perturbed(T w, T factor, T e) {
+  return w + factor * e;
+}
+
+// The T = 1 / (sqrt(v') + eps) of a preconditioned ascent, v' the base's second moment as a step with g would make it;
+// the numbers of a row, as looksam_kernels/preconditioning.py makes them.
+template <class T>
+struct Preconditioner {
+  T of_v, of_g, correction, eps;
+
+  // numbers: [4, rows]
+  LOOKSAM_HD Preconditioner(const double* numbers, std::int64_t rows, std::int64_t row)
+      : of_v(static_cast<T>(numbers[row])),
+        of_g(static_cast<T>(numbers[rows + row])),
+        correction(static_cast<T>(numbers[2 * rows + row])),
+        eps(static_cast<T>(numbers[3 * rows + row])) {}
+
+  // 1 / T
+  LOOKSAM_HD T root(T g, T v) const { return adam_root(of_v * v + of_g * g * g, correction, eps); }
+};
+
+// T x; where the root is 0, as g and v are, -0.0, which changes no bit of what it is added to.
+template <class T>
+LOOKSAM_HD T over_root(T x, T root) {
+  return root > 0 ? x / root : T(-0.0);
 }
 
 }  // namespace looksam

@@ -21,7 +21,10 @@ struct Operand {
 struct SumsArgs {
   ChunkMap map;
   Column w;
-  const double* eta;  // [rows], NaN where T = 1; null: everywhere
+  const double* eta;      // [rows], NaN where T = 1; null: everywhere
+  const double* numbers;  // [4, rows] of a Preconditioner, whose T is then taken; null: none
+  Column v;               // its second moment
+  int gradient;           // the operand whose column is g
   int operands;
   Operand operand[kMaxOperands];
   int pairs;
@@ -30,12 +33,13 @@ struct SumsArgs {
 };
 
 // In the rows that have the first input: b <- w unless they start from b, then w <- origin + T^2 sum_i c_i x_i in the
-// elements that the mask keeps.
+// elements that the mask keeps; with a preconditioner w <- origin + T sum_i c_i x_i, its g the first input.
 struct PerturbArgs {
   ChunkMap map;
   Column w, b;
   const unsigned char* from_b;  // [rows], 1 where b is the origin: w is perturbed already, or b is its master copy
-  const double* eta;            // as in SumsArgs
+  const double *eta, *numbers;  // as in SumsArgs
+  Column v;
   int inputs;
   Column input[kMaxInputs];
   const double* c;  // [inputs, rows]

@@ -193,6 +193,22 @@ struct Summing {
   InnerProduct product[kMaxPairs];
 };
 
+// out <- x / root, the T x of a Preconditioner
+template <class T>
+inline const T* precondition(T* out, const T* x, const T* root, int size) {
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) out[i] = over_root(x[i], root[i]);
+  return out;
+}
+
+// The roots of a tile; v is where its second moment begins.
+template <class T>
+inline void roots(T* out, const T* g, Span v, const Preconditioner<T>& p, int size, Tile<T>& tile) {
+  const T* moment = values(v, size, tile);
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) out[i] = p.root(g[i], moment[i]);
+}
+
 // The operands of one tile, from `begin` of the chunk on.
 template <class T>
 struct Operands {
@@ -213,6 +229,14 @@ struct Operands {
       for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], static_cast<T>(eta)) * x[k][i];
       x[k] = scaled;
     }
+    if (a.numbers != nullptr && x[a.gradient] != nullptr) precondition_operands(a, at, begin);
+  }
+  void precondition_operands(const SumsArgs& a, const Summing& at, int begin) {
+    Tile<T> moment;
+    const Span v = span(a.v, at.chunk.row, at.chunk.offset + begin);
+    roots(weights.at, x[a.gradient], v, Preconditioner<T>(a.numbers, a.map.rows, at.chunk.row), size, moment);
+    for (int k = 0; k < a.operands; ++k)
+      if (a.operand[k].adaptive && x[k] != nullptr) x[k] = precondition(tile[k].at, x[k], weights.at, size);
   }
   bool has(const SumsArgs& a, int pair) const { return x[a.x[pair]] != nullptr && x[a.y[pair]] != nullptr; }
 };
@@ -368,12 +392,21 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
       e = kept;
     }
     T* out = target_of(w_span, out_tile);
+    if (a.numbers != nullptr) {
+      Tile<T> root, moment;
+      const Span v = span(a.v, chunk.row, offset);
+      roots(root.at, x.at[0], v, Preconditioner<T>(a.numbers, a.map.rows, chunk.row), size, moment);
+      e = precondition(e_tile.at, e, root.at, size);
+    }
     if (eta != eta) {
       LOOKSAM_VECTORIZE
       for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], T(1), e[i]);
     } else {
       LOOKSAM_VECTORIZE
-      for (int i = 0; i < size; ++i) out[i] = perturbed(origin[i], adaptive_scale(w[i], static_cast<T>(eta)), e[i]);
+      for (int i = 0; i < size; ++i) {
+        const T t = adaptive_scale(w[i], static_cast<T>(eta));
+        out[i] = perturbed(origin[i], t * t, e[i]);
+      }
     }
     put(w_span, out, size);
   }

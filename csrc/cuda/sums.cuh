@@ -77,8 +77,9 @@ struct SumsArgs {
   Ref* passed_to;           // the operand that is passed in the arguments is written here; null: none is
   std::int32_t passed;      // which operand that is
   std::uint32_t stretched;  // bit k: operand k is T times its column
-  const Ref* w;             // read for T only
+  const Ref* of_t;          // what T is made of: w; or, with a preconditioner, its second moment
   const double* eta;        // [rows], NaN where T = 1
+  const double* numbers;    // [4, rows] of a preconditioner, whose g is operand 0; null: there is none
   double* value[kPairs];    // [rows] each; null where the pair is not asked for
   double* partial;          // [asked pairs, chunks]
   std::uint32_t *row_arrivals, *arrivals;
@@ -153,27 +154,35 @@ struct SumsBody {
       return Span<T>(passed ? launch.column.at(chunk.row - a.rows.first) : a.operand[k][chunk.row], chunk.offset);
     };
     const Span<T> x[kOperands] = {span(0), span(1), span(2)};
-    const double eta = a.stretched != 0 ? a.eta[chunk.row] : 0;
-    const bool scaled = a.stretched != 0 && eta == eta;
-    const Span<T> w(scaled ? a.w[chunk.row] : Ref{0}, chunk.offset);
-    bool aligned = w.aligned();
+    const bool preconditioned = a.numbers != nullptr;
+    const double eta = a.stretched != 0 && !preconditioned ? a.eta[chunk.row] : 0;
+    const bool scaled = a.stretched != 0 && (preconditioned ? x[0].present() : eta == eta);
+    const Span<T> of_t(scaled ? a.of_t[chunk.row] : Ref{0}, chunk.offset);
+    bool aligned = of_t.aligned();
     for (int k = 0; k < kOperands; ++k) aligned = aligned && x[k].aligned();
 
     Wide sum[kPairs] = {};
     struct Loaded {
-      Raw<T> x[kOperands], w;
+      Raw<T> x[kOperands], of_t;
     };
     const auto load = [&](int i, int size, auto is_whole) {
       constexpr bool kWhole = decltype(is_whole)::value;
       return Loaded{{x[0].template load<kWhole>(i, size), x[1].template load<kWhole>(i, size),
                      x[2].template load<kWhole>(i, size)},
-                    w.template load<kWhole>(i, size)};
+                    of_t.template load<kWhole>(i, size)};
     };
     for_each_two_vectors<T>(block, chunk.size, aligned, load, [&](const Loaded& loaded) {
       Vector<T> value[kOperands];
       for (int k = 0; k < kOperands; ++k) value[k] = loaded.x[k].values();
-      if (scaled) {
-        const Vector<T> weight = loaded.w.values();
+      if (scaled && preconditioned) {
+        const Preconditioner<Wide> p(a.numbers, a.map.rows, chunk.row);
+        Vector<T> root = loaded.of_t.values();
+        for (int lane = 0; lane < T::lanes; ++lane) root.lane[lane] = p.root(value[0].lane[lane], root.lane[lane]);
+        for (int k = 0; k < kOperands; ++k)
+          for (int lane = 0; lane < T::lanes; ++lane)
+            if (a.stretched >> k & 1) value[k].lane[lane] = over_root(value[k].lane[lane], root.lane[lane]);
+      } else if (scaled) {
+        const Vector<T> weight = loaded.of_t.values();
         for (int k = 0; k < kOperands; ++k)
           for (int lane = 0; lane < T::lanes; ++lane)
             if (a.stretched >> k & 1) value[k].lane[lane] *= adaptive_scale(weight.lane[lane], static_cast<Wide>(eta));

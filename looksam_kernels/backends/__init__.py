@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
+from looksam_kernels.preconditioning import Preconditioner
+
 if TYPE_CHECKING:
     from looksam_kernels.formulas import Coefficients, Groups, Pair, Scaling, Sums
     from looksam_kernels.masks import Mask
@@ -22,7 +24,16 @@ BackendName = Literal["native", "triton", "reference"]
 ORDER: tuple[BackendName, ...] = get_args(BackendName)
 """The first that runs on a device is taken."""
 
-Adaptive = Sequence[float | None] | None
+Adaptive = Sequence[float | None] | Preconditioner | None
+"""The factor T of each element: ASAM's eta of each row where T = |w| + eta (``None`` in rows where T = 1), or a
+preconditioner; ``None``: T = 1 in all."""
+
+
+def of_rows(adaptive: Adaptive, rows: Sequence[int], device: torch.device) -> Adaptive:
+    """T of these rows, which are on this device."""
+    if adaptive is None or isinstance(adaptive, Preconditioner):
+        return adaptive and adaptive.of_rows(rows, device)
+    return [adaptive[row] for row in rows]
 
 
 class Backend(Protocol):

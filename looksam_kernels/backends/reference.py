@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import formulas
+from looksam_kernels.backends import Adaptive
 from looksam_kernels.formulas import Coefficients, Groups, Hyper, Pair, Scaling, Sums, kept_norm, stretched
 from looksam_kernels.masks import Mask
 from looksam_kernels.numbers import dot, scalar_dtype
+from looksam_kernels.preconditioning import Preconditioner, over
 from looksam_kernels.table import TensorTable
 from looksam_kernels.updates import BASES, own
 
@@ -22,7 +24,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Sequence[float | None] | None) -> Sums:
+def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Adaptive) -> Sums:
     values = torch.zeros(len(pairs), len(table), dtype=scalar_dtype(table.device), device=table.device)
     for i, (x, y) in enumerate(pairs):
         for row in range(len(table)):
@@ -30,9 +32,7 @@ def sums(table: TensorTable, pairs: Sequence[Pair], adaptive: Sequence[float | N
     return Sums(tuple(pairs), values)
 
 
-def _inner_product(
-    table: TensorTable, row: int, x: str, y: str, adaptive: Sequence[float | None] | None
-) -> Tensor | float:
+def _inner_product(table: TensorTable, row: int, x: str, y: str, adaptive: Adaptive) -> Tensor | float:
     if (kept := kept_norm((x, y))) is not None:
         norm_sq = table[kept][row]
         return 0.0 if norm_sq is None or table["g"][row] is None else norm_sq.to(table.device)
@@ -40,12 +40,12 @@ def _inner_product(
     return 0.0 if a is None or b is None else dot(a, b).to(table.device)
 
 
-def _column(table: TensorTable, name: str, row: int, adaptive: Sequence[float | None] | None) -> Tensor | None:
+def _column(table: TensorTable, name: str, row: int, adaptive: Adaptive) -> Tensor | None:
     x = table[stretched(name) or name][row]
     if x is None:
         return None
     x = x.to(table.arithmetic(row))
-    return _t(table, row, adaptive) * x if stretched(name) else x
+    return _stretch(table, row, adaptive, x) if stretched(name) else x
 
 
 def coefficients(
@@ -68,7 +68,7 @@ def evaluate(rule: str, sums: Sums, hyper: Hyper, scaling: Scaling) -> Coefficie
 def perturb(
     table: TensorTable,
     coefficients: Coefficients,
-    adaptive: Sequence[float | None] | None,
+    adaptive: Adaptive,
     mask: Mask | None,
     numbers: Sequence[int] | None = None,
 ) -> None:
@@ -77,10 +77,10 @@ def perturb(
         if x is None:
             continue
         w, b = table["w"][row], table["b"][row]
-        t = _t(table, row, adaptive)
+        e = _combine(table, row, coefficients.inputs, coefficients.d)
+        e = _stretch(table, row, adaptive, e, power=1 if isinstance(adaptive, Preconditioner) else 2)
         if not (table.has_master(row) or table.perturbed[row]):
             b.copy_(w)
-        e = t * t * _combine(table, row, coefficients.inputs, coefficients.d)
         if mask is not None:
             e = torch.where(mask.row(row if numbers is None else numbers[row], w), e, -0.0)  # b + -0.0 has b's bits
         w.copy_(torch.where((coefficients.d[:, row] != 0).any().to(w.device), b + e, b))
@@ -153,7 +153,11 @@ def _combine(table: TensorTable, row: int, inputs: Sequence[str], coefficients: 
     return total
 
 
-def _t(table: TensorTable, row: int, adaptive: Sequence[float | None] | None) -> Tensor | float:
-    """ASAM's T of one row."""
+def _stretch(table: TensorTable, row: int, adaptive: Adaptive, x: Tensor, power: int = 1) -> Tensor:
+    """T x, or T^2 x, of one row."""
+    if isinstance(adaptive, Preconditioner):
+        g, v = (table[name][row] for name in ("g", adaptive.column))
+        return x if g is None or v is None else over(x, adaptive.root(row, g.to(x.dtype), v.to(x.dtype)))
     eta = adaptive[row] if adaptive is not None else None
-    return 1.0 if eta is None else table["w"][row].to(table.arithmetic(row)).abs() + eta
+    t = 1.0 if eta is None else table["w"][row].to(x.dtype).abs() + eta
+    return (t if power == 1 else t * t) * x

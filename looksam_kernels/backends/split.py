@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from looksam_kernels import table as tables
-from looksam_kernels.backends import Adaptive, Backend, name_of, reference
+from looksam_kernels.backends import Adaptive, Backend, name_of, of_rows, reference
 from looksam_kernels.formulas import Coefficients, Groups, Pair, Scaling, Sums
 from looksam_kernels.masks import Mask
 from looksam_kernels.table import TensorTable
@@ -38,7 +38,7 @@ class _Part(NamedTuple):
         return c._replace(d=d, q=of_rows(c.q), found_inf=found_inf, post=of_rows(c.post), trust=of_rows(c.trust))
 
     def adaptive(self, adaptive: Adaptive) -> Adaptive:
-        return None if adaptive is None else [adaptive[row] for row in self.rows]
+        return of_rows(adaptive, self.rows, self.table.device)
 
     def groups(self, groups: Groups) -> Groups:
         """With lr on this device, where it is a tensor on one."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from looksam_kernels import TensorTable, backend_info, updates
+from looksam_kernels import TensorTable, backend_info, ops, updates
+from looksam_kernels.backends import Adaptive
 from looksam_kernels.formulas import Coefficients
 from tests.bases import BASES
 
@@ -175,6 +176,16 @@ def table(
 def eta(rows: Sequence[Row]) -> list[float | None]:
     """ASAM's T on every other row."""
     return [0.01 * (i + 1) if i % 2 == 0 else None for i in range(len(rows))]
+
+
+def factor(kind: str | None, rows: Sequence[Row], made: TensorTable) -> Adaptive:
+    """What T is: 1, ASAM's, or that of a base's case, of gradients with a loss scale of 4."""
+    if kind == "asam":
+        return eta(rows)
+    if kind is None:
+        return None
+    name, groups = BASE_CASES[kind]
+    return ops.preconditioner(made, name, groups, torch.tensor(4.0, device=made.device))
 
 
 def kept_elements(keep: float, seed: int, draw: int, row: int, w: Tensor) -> Tensor:

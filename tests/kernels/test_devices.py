@@ -18,6 +18,7 @@ import looksam_kernels as lk
 from looksam_kernels import TensorTable, backend_info
 from looksam_kernels import table as tables
 from looksam_kernels.backends import native
+from looksam_kernels.updates import BASES
 from tests.kernels import cases
 from tests.kernels.cases import BASE_CASES, CASES, COMBINATIONS, RULE_GROUPS, Columns, Row
 
@@ -74,12 +75,13 @@ def whole_step(backend: str, cols: Columns, base: str, mask: lk.Mask | None = No
     name, groups = BASE_CASES[base]
     made = cases.table(ROWS, cols, backend)
     lars = name == "lars"
-    found, up = lk.measure(made, "asam", RULE_GROUPS, adaptive=cases.eta(ROWS), trust_ratio=lars)
-    lk.perturb(made, up, cases.eta(ROWS), mask)
+    t = cases.factor("asam" if BASES[name].second_moment is None else base, ROWS, made)
+    found, up = lk.measure(made, "asam", RULE_GROUPS, adaptive=t, trust_ratio=lars)
+    lk.perturb(made, up, t, mask)
     assert made.perturbed == [True] * len(ROWS)
     moved = [w.clone() for w in cols["w"] if w is not None]
     lk.restore(made)
-    lk.perturb(made, up, cases.eta(ROWS), mask)
+    lk.perturb(made, up, t, mask)
     found, down = lk.measure(
         made, "looksam_refresh", RULE_GROUPS, known=found, max_grad_norm=1.0, trust_ratio=lars, **options
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,18 +51,29 @@ PAIRS = (("g", "g"), ("g", "s"), ("s", "s"), ("g", "q"), ("w", "w"), ("q", "q"))
 @on_every_target
 @on_every_case
 @pytest.mark.parametrize(
-    "pairs", [PAIRS, PAIRS[:1], STRETCHED[:1], STRETCHED], ids=["all pairs", "gg", "Tg", "Tg and Tm"]
+    ("pairs", "t"),
+    [
+        (PAIRS, None),
+        (PAIRS[:1], None),
+        (STRETCHED[:1], "asam"),
+        (STRETCHED, "asam"),
+        (STRETCHED[:1], "adagrad"),
+        (STRETCHED, "adam"),
+    ],
+    ids=["all pairs", "gg", "Tg", "Tg and Tm", "preconditioned g", "preconditioned g and m"],
 )
-def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> None:
+def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...], t: str | None) -> None:
     rows = CASES[case]
     cols = cases.columns(rows, target.device)
     cols["m"] = cols["q"]
-    eta = cases.eta(rows) if ("Tg", "Tg") in pairs else None
-    found = lk.sums(cases.table(rows, cols, target.backend, device=target.device), pairs, eta)
-    again = lk.sums(cases.table(rows, cases.copy(cols), target.backend, device=target.device), pairs, eta)
 
+    def sums(backend: str, cols: Columns) -> Sums:
+        made = cases.table(rows, cols, backend, device=target.device)
+        return lk.sums(made, pairs, cases.factor(t, rows, made))
+
+    found, again = (sums(target.backend, x) for x in (cols, cases.copy(cols)))
     wide = {name: [None if x is None else x.to(F64) for x in column] for name, column in cols.items()}
-    truth = lk.sums(cases.table(rows, wide, "reference", device=target.device), pairs, eta)
+    truth = sums("reference", wide)
 
     assert found.pairs == pairs
     assert found.values.shape == (len(pairs), len(rows))
@@ -74,31 +86,48 @@ def test_sums(target: Target, case: str, pairs: tuple[tuple[str, str], ...]) -> 
             if a is None or b is None or (x, y) == ("q", "q"):
                 assert value == expected
                 continue
-            if eta is not None and eta[row] is not None:
-                t = cols["w"][row].double().abs() + eta[row]
-                a, b = (t * v if name.startswith("T") else v for name, v in ((x, a), (y, b)))
+            if "T" in x + y and cols["g"][row] is not None:
+                factor = _factor(t, rows, cols, row)
+                a, b = (factor * v if name.startswith("T") else v for name, v in ((x, a), (y, b)))
                 assert abs(expected - (a.double() * b.double()).sum().item()) <= cases.sum_tolerance(a, b, F64)
             tolerance = cases.sum_tolerance(a, b, cases.arithmetic(rows[row].dtype))
             assert abs(value - expected) <= tolerance, f"<{x}, {y}> of row {row}: {value}, not {expected}"
 
 
+def _factor(t: str | None, rows: Sequence[Row], cols: Columns, row: int) -> Tensor:
+    """T of a row in float64, by hand."""
+    w, g = (cols[name][row].double() for name in ("w", "g"))
+    if t == "asam":
+        eta = cases.eta(rows)[row]
+        return torch.ones_like(w) if eta is None else w.abs() + eta
+    group = BASE_CASES[t][1][rows[row].group]
+    if t == "adagrad":
+        return 1 / ((cols["sum"][row].double() + (g / 4) ** 2).sqrt() + group["eps"])
+    b2, count = group["betas"][1], cols["step"][row].item() + 1
+    v = (b2 * cols["exp_avg_sq"][row].double() + (1 - b2) * (g / 4) ** 2) / (1 - b2**count)
+    return 1 / (v.sqrt() + group["eps"])
+
+
 @on_every_target
 @on_every_case
-@pytest.mark.parametrize("inputs", ["c g", "T^2 c g", "c g + c q", "c g from b", "b c g", "b T^2 c g"])
+@pytest.mark.parametrize(
+    "inputs",
+    ["c g", "T^2 c g", "c g + c q", "c g from b", "b c g", "b T^2 c g", "T c g", "b T c g + c q from b"],
+)
 def test_perturb(target: Target, case: str, inputs: str) -> None:
     rows = CASES[case]
-    eta = cases.eta(rows) if "T^2" in inputs else None
+    t = "asam" if "T^2" in inputs else "adamw" if "T" in inputs else None
     mask = lk.Mask(keep=0.6, seed=3, draw=5) if inputs.startswith("b ") else None
     start = cases.columns(rows, target.device)
-    several = Combination(("g", "q"), (0.05, -0.02)) if inputs == "c g + c q" else UP
+    several = Combination(("g", "q"), (0.05, -0.02)) if "c g + c q" in inputs else UP
     c = several.coefficients(rows, target.device)
     moved = [x is not None for x in start["g"]]
-    again = inputs == "c g from b"
+    again = "from b" in inputs
 
     def run(backend: str, cols: Columns) -> Columns:
         made = cases.table(rows, cols, backend, moved if again else None, target.device)
         storage = [w.data_ptr() for w in cols["w"]]
-        lk.perturb(made, c, eta, mask)
+        lk.perturb(made, c, cases.factor(t, rows, made), mask)
         assert made.perturbed == moved
         assert [w.data_ptr() for w in cols["w"]] == storage
         return cols
@@ -343,6 +372,48 @@ def test_restore_is_exact_and_in_place(target: Target, case: str) -> None:
 
 
 @on_every_target
+def test_the_t_of_a_preconditioner_is_made_of_g(target: Target) -> None:
+    """Sums without T may be taken with one; of Tm without Tg only the reference, which reads the table, knows T."""
+    rows = CASES["groups"]
+    cols = cases.columns(rows, target.device)
+    made = cases.table(rows, {**cols, "m": cols["q"]}, target.backend)
+    t = cases.factor("adamw", rows, made)
+    assert torch.equal(lk.sums(made, PAIRS, t).values, lk.sums(made, PAIRS).values)
+    mixed = (("g", "g"), ("Tg", "Tg"), ("g", "Tg"), ("w", "w"), ("Tg", "Tm"))
+    alone = torch.cat([lk.sums(made, (("Tg", "Tg"), pair), t).values[1:] for pair in mixed])
+    made["g"] = [None if g is None else g.clone() for g in cols["g"]]
+    assert torch.equal(lk.sums(made, mixed, t).values, alone)
+    if target.backend != "reference" and "LOOKSAM_HARNESS" not in os.environ:
+        with pytest.raises(ValueError, match="T is made of g: take the sums of Tg together"):
+            lk.sums(made, (("Tm", "Tm"),), t)
+
+
+@on_every_target
+def test_an_element_without_second_moment_and_gradient_is_not_moved(target: Target) -> None:
+    """eps = 0 makes T infinite there; T g is 0, and not NaN."""
+    cols = cases.columns([Row((300,))], target.device)
+    for name in ("g", "exp_avg_sq"):
+        cols[name][0][::2] = 0
+    before = cols["w"][0].clone()
+    made = cases.table([Row((300,))], cols, target.backend)
+    t = ops.preconditioner(made, "adam", [{"betas": (0.9, 0.99), "eps": 0.0}])
+    _, inf = ops.measure_and_perturb(made, "asam", [{"rho": 0.1, "perturb_eps": 0.0}], adaptive=t)
+    assert inf.item() == 0
+    assert torch.equal(cols["w"][0][::2], before[::2])
+    assert (cols["w"][0] - before).norm().item() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_who_cannot_be_preconditioned() -> None:
+    rows = [Row((3,)), Row((3,), absent=("exp_avg_sq",))]
+    made = cases.table(rows, cases.columns(rows), "reference")
+    for base in ("sgd", "lion", "grad", "adma"):
+        with pytest.raises(ValueError, match=f"base '{base}' has no second moment; those that have one: adam, adamw, "):
+            ops.preconditioner(made, base, [{}])
+    with pytest.raises(ValueError, match="row 1 takes part, but column 'exp_avg_sq' has no tensor for it"):
+        ops.preconditioner(made, "adam", [{"betas": (0.9, 0.99), "eps": 1e-8}])
+
+
+@on_every_target
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_c_0_leaves_the_bits_of_w_whatever_g_holds(target: Target, value: float) -> None:
     rows = [Row((33,)), Row((5,), torch.float16), Row((5,), torch.bfloat16, master=True)]
@@ -478,6 +549,7 @@ JOINED: list[tuple[str | None, str, str]] = [
     ("sam", "looksam_refresh", "adamw"),
     ("asam", "wsam", "sgd"),
     ("vasso", "vasso_direction", "adam"),
+    ("friendly_adaptive", "friendly_direction", "adan"),
     ("sam", "gsam", "lamb"),
     ("sam", "at_perturbed", "lars"),
     (None, "looksam_reuse", "adamw"),
@@ -495,7 +567,6 @@ def test_measuring_and_moving_at_once_gives_the_bits_of_one_after_the_other(
     rows = CASES[case]
     groups = [{**a, **b} for a, b in zip(RULE_GROUPS, BASE_CASES[base][1], strict=True)]
     scaling: dict[str, Any] = {"grad_scale": _number(4.0, target)}
-    eta = cases.eta(rows) if ascent == "asam" else None
     lars = base == "lars"
 
     def step(at_once: bool) -> tuple[Columns, Columns, list[bool], Tensor]:
@@ -505,6 +576,8 @@ def test_measuring_and_moving_at_once_gives_the_bits_of_one_after_the_other(
         inf = None if found is None else _number(found, target)
         sums: Sums | None = None
         if ascent is not None:
+            stretch = {"asam": "asam", "friendly_adaptive": base}.get(ascent)
+            eta = cases.factor(stretch, rows, table)
             options: dict[str, Any] = {**scaling, "adaptive": eta, "found_inf": inf, "trust_ratio": lars}
             if at_once:
                 sums, inf = ops.measure_and_perturb(table, ascent, groups, mask=Mask(0.7), **options)

@@ -98,6 +98,19 @@ def stretch(w, eta):
 
 
 @triton.jit
+def number(numbers, i, row, rows, ACC: tl.constexpr):
+    return tl.load(numbers + i * rows + row).to(ACC)
+
+
+@triton.jit
+def over_root(x, g, v, numbers, row, rows, ACC: tl.constexpr):
+    """T x of a preconditioned ascent, T = 1 / (sqrt(v') + eps) with v' = numbers[0] v + numbers[1] g^2; 0 where the root is."""
+    moment = number(numbers, 0, row, rows, ACC) * v + number(numbers, 1, row, rows, ACC) * g * g
+    below = root(moment) * number(numbers, 2, row, rows, ACC) + number(numbers, 3, row, rows, ACC)
+    return tl.where(below > 0, divide(x, below), 0.0)
+
+
+@triton.jit
 def mix(x):
     """:func:`looksam_kernels.masks.mix`."""
     x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)

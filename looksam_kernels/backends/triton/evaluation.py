@@ -12,7 +12,7 @@ from looksam_kernels.backends.triton import gpu, rules
 from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.layout import Layout, layout_of
 from looksam_kernels.backends.triton.memory import forget_oldest
-from looksam_kernels.backends.triton.reductions import reading_of, sums_with
+from looksam_kernels.backends.triton.reductions import moment_of, reading_of, sums_with
 from looksam_kernels.backends.triton.rules import Program
 from looksam_kernels.backends.triton.tuning import RULE_BLOCK
 from looksam_kernels.backends.triton.upload import as_numbers
@@ -52,7 +52,7 @@ def measure(
     adaptive: Adaptive,
     scaling: Scaling,
 ) -> tuple[Sums, Coefficients]:
-    layout, reading = layout_of(table), reading_of(tuple(pairs))
+    layout, reading = layout_of(table), reading_of(tuple(pairs), moment_of(adaptive))
     every = (*(() if known is None else known.pairs), *pairs)
     found = _rule(layout, rule, every, groups, scaling)
     hyper = layout.update(reading.used, groups, () if found is None else found[0].reads, scaling)

@@ -23,6 +23,7 @@ from looksam_kernels.backends.triton.elements import (
     load,
     load_each,
     locate,
+    over_root,
     store,
     stretch,
 )
@@ -37,14 +38,16 @@ ADD_BLOCK = tl.constexpr(256)
 @kernel
 def inner_products(
     columns,
-    w,
-    eta,
+    of_t,
+    numbers,
     partials,
     chunks,
     sizes,
+    rows,
     TYPES: tl.constexpr,
     STRETCHED: tl.constexpr,
-    W: tl.constexpr,
+    OF_T: tl.constexpr,
+    GRADIENT: tl.constexpr,
     PAIRS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -52,16 +55,23 @@ def inner_products(
 ):
     """partials[i, chunk] = sum_j x_j y_j over the chunk, (x, y) the i-th pair of columns; 0 where either is not there.
 
-    STRETCHED: which columns are multiplied by T of :func:`stretch`. A pair ``None`` is not this kernel's.
+    STRETCHED: which columns are multiplied by T. OF_T: the type of the column that T is made of, with the numbers of each row:
+    w and eta of :func:`stretch`; or, where GRADIENT says which of the columns is g, v of :func:`over_root`. A pair ``None`` is
+    not this kernel's.
     """
     place, full = locate(chunks, sizes, CHUNK)
     for FULL in tl.static_range(2):
         if full == FULL:
             xs = load_each(columns, place, TYPES, ACC, ALIGNED, FULL)
+            g = xs[0 if GRADIENT is None else GRADIENT]
             for i in tl.static_range(len(TYPES)):
-                if STRETCHED[i]:
-                    t = stretch(load(w, place, W, ALIGNED, FULL).to(ACC), tl.load(eta + place[0]).to(ACC))
-                    xs = xs[:i] + (t * xs[i],) + xs[i + 1 :]  # noqa: RUF005 - Triton has no unpacking
+                if STRETCHED[i] and TYPES[i] is not None:
+                    at = load(of_t, place, OF_T, ALIGNED, FULL).to(ACC)
+                    if GRADIENT is None:
+                        x = stretch(at, tl.load(numbers + place[0]).to(ACC)) * xs[i]
+                    else:
+                        x = over_root(xs[i], g, at, numbers, place[0], rows, ACC)
+                    xs = xs[:i] + (x,) + xs[i + 1 :]  # noqa: RUF005 - Triton has no unpacking
             for i in tl.static_range(len(PAIRS)):
                 if PAIRS[i] is not None:
                     total = 0.0
@@ -170,7 +180,8 @@ def perturb(
     b,
     inputs,
     c,
-    eta,
+    v,
+    numbers,
     key,
     threshold,
     chunks,
@@ -181,6 +192,7 @@ def perturb(
     TYPES: tl.constexpr,
     FROM_B: tl.constexpr,
     STRETCHED: tl.constexpr,
+    V: tl.constexpr,
     MASKED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -188,6 +200,8 @@ def perturb(
 ):
     """b <- w, w <- w + T^2 sum_i c_i x_i; with FROM_B w <- b + T^2 sum_i c_i x_i. With all c_i = 0 the bits stay.
 
+    STRETCHED: T of :func:`stretch`, with an eta a row in ``numbers``. V: the type of v, where T is :func:`over_root`'s instead,
+    the first input its g, and counts once.
     MASKED: elements that the mask of key and threshold (32 bits each, as int32) does not keep stay, too.
     """
     place, full = locate(chunks, sizes, CHUNK)
@@ -203,11 +217,14 @@ def perturb(
             else:
                 origin = load(w, place, W, ALIGNED, FULL)
                 store(b, place, origin, B, ALIGNED, FULL)
-            e = combine(c, load_each(inputs, place, TYPES, ACC, ALIGNED, FULL), row, rows, TYPES, ACC, CHUNK)
+            xs = load_each(inputs, place, TYPES, ACC, ALIGNED, FULL)
+            e = combine(c, xs, row, rows, TYPES, ACC, CHUNK)
             if STRETCHED:
                 at = load(w, place, W, ALIGNED, FULL) if FROM_B else origin
-                t = stretch(at.to(ACC), tl.load(eta + row).to(ACC))
+                t = stretch(at.to(ACC), tl.load(numbers + row).to(ACC))
                 e = t * t * e
+            if V is not None:
+                e = over_root(e, xs[0], load(v, place, V, ALIGNED, FULL).to(ACC), numbers, row, rows, ACC)
             moves_here = moves
             if MASKED:  # no e = -0.0 instead: Triton before 3.9 takes a scalar -0.0 for +0.0
                 moves_here = moves & keeps(place, chunks, key, threshold, CHUNK)

@@ -28,6 +28,7 @@ from looksam_kernels.backends.triton.upload import (
     Mail,
     Numbers,
     any_on_device,
+    as_numbers,
     as_tensor,
     is_same,
     scalar_on,
@@ -36,6 +37,7 @@ from looksam_kernels.backends.triton.upload import (
     values_of,
 )
 from looksam_kernels.formulas import Groups, Scaling
+from looksam_kernels.preconditioning import Preconditioner
 from looksam_kernels.table import TensorTable, holds_scalars
 
 
@@ -273,8 +275,10 @@ def layout_of(table: TensorTable) -> Layout:
     return handle.layout
 
 
-def eta_of(layout: Layout, adaptive: Adaptive) -> Tensor | None:
-    """-1 where T = 1."""
+def numbers_of(layout: Layout, adaptive: Adaptive) -> Tensor | None:
+    """What T is made of beside a column: a preconditioner's numbers; or eta of each row, -1 where T = 1."""
     if adaptive is None:
         return None
+    if isinstance(adaptive, Preconditioner):
+        return as_numbers(adaptive.numbers)
     return layout.on_device([-1.0 if eta is None else eta for eta in adaptive], torch.float64)

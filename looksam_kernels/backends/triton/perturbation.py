@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from looksam_kernels.backends import Adaptive, reference
+from looksam_kernels.backends import of_rows as t_of_rows
 from looksam_kernels.backends.triton import gpu
 from looksam_kernels.backends.triton.bucket import Bucket
 from looksam_kernels.backends.triton.by_reference import elsewhere, of_rows
 from looksam_kernels.backends.triton.launch import Launch
-from looksam_kernels.backends.triton.layout import Layout, eta_of, layout_of
+from looksam_kernels.backends.triton.layout import Layout, layout_of, numbers_of
 from looksam_kernels.formulas import Coefficients
 from looksam_kernels.masks import Mask
+from looksam_kernels.preconditioning import Preconditioner
 from looksam_kernels.table import TensorTable
 
 
 def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, mask: Mask | None) -> None:
     layout, inputs = layout_of(table), coefficients.inputs
     takes_part = table.present(inputs[0])
-    layout.update(inputs)
-    buckets, odd = layout.split(("b", *inputs), takes_part, rows_from_b(layout))
-    c, eta = coefficients.d.contiguous(), eta_of(layout, adaptive)
+    v = adaptive.column if isinstance(adaptive, Preconditioner) else None
+    read = inputs if v is None else (*inputs, v)
+    layout.update(read)
+    buckets, odd = layout.split(("b", *read), takes_part, rows_from_b(layout))
+    c, numbers = coefficients.d.contiguous(), numbers_of(layout, adaptive)
     key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
     for bucket in buckets:
-        bucket.prepared(_perturb, inputs, eta is not None, mask is not None)(
+        bucket.prepared(_perturb, inputs, numbers is not None, v, mask is not None)(
             (bucket.programs,),
             table.device,
             *layout.addresses("w", "b"),
             layout.addresses(*inputs),
             c,
-            eta,
+            *layout.addresses("w" if v is None else v),
+            numbers,
             key,
             threshold,
             bucket.chunks,
@@ -36,8 +41,7 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
         )
 
     def by_reference(part: TensorTable, rows: list[int]) -> None:
-        eta_of_part = None if adaptive is None else [adaptive[row] for row in rows]
-        reference.perturb(part, of_rows(coefficients, rows), eta_of_part, mask, rows)
+        reference.perturb(part, of_rows(coefficients, rows), t_of_rows(adaptive, rows, table.device), mask, rows)
 
     elsewhere(table, odd, by_reference)
     if any(table.perturbed):
@@ -46,7 +50,7 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
         table.perturbed = list(takes_part)
 
 
-def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, masked: bool) -> Launch:
+def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, v: str | None, masked: bool) -> Launch:
     w, b, *types = bucket.types("w", "b", *inputs)
     return Launch(
         gpu.kernels().perturb,
@@ -54,7 +58,8 @@ def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, masked: bool
         B=b,
         TYPES=tuple(types),
         FROM_B=bucket.from_b,
-        STRETCHED=with_t,
+        STRETCHED=with_t and v is None,
+        V=None if v is None else bucket.types(v)[0],
         MASKED=masked,
         **bucket.walk(),
     )
