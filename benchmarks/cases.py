@@ -176,6 +176,12 @@ STEPS = (
         columns=3,
     ),
     Case(
+        "SAM, preconditioned",
+        "R g,v; R w,g,v W w,b; R b,s,m,v W w,m,v",
+        whole(partial(sam, precondition=True), sharp=True),
+        columns=3,
+    ),
+    Case(
         "LookSAM refresh",
         "R g; R w,g W w,b; R g,s; R g,s,b,m,v W w,m,v,q",
         whole(looksam, sharp=True),

@@ -18,6 +18,7 @@ from looksam.masters import needs_master
 from looksam.messages import arguments, did_you_mean, shown, takes_any
 from looksam.names import BaseEntries, BaseStates, inner, outer
 from looksam_kernels import ops
+from looksam_kernels.preconditioning import with_second_moment
 from looksam_kernels.updates import BASES, FLAGS, INITIAL
 
 NOT_FUSED = ("amsgrad",)
@@ -336,6 +337,24 @@ def _not_maximized(groups: list[Group]) -> Iterator[None]:
     finally:
         for g in turned:
             g["maximize"] = True
+
+
+def refuse_precondition(base: Fused | Wrapped, owner: str) -> None:
+    """
+    Raises:
+        ValueError: the base keeps no second moment that a preconditioned ascent could read.
+    """
+    names = with_second_moment()
+    what = (
+        f"{base.name} has none"
+        if isinstance(base, Fused)
+        else f"none of {base.cls.__name__}, which is wrapped, is known"
+    )
+    if isinstance(base, Wrapped) or base.name not in names:
+        raise ValueError(
+            f"{owner}: precondition=True needs the base's second moment, and {what}; give base_optimizer one of "
+            f"{', '.join(map(repr, names))} (without {', '.join(NOT_FUSED)}), or leave precondition out"
+        )
 
 
 def under_our_names(base: Fused | Wrapped, state_dict: dict[str, Any]) -> dict[str, Any]:

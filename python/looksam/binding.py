@@ -192,6 +192,11 @@ class Binding:
         etas = hyper.etas(self.groups)
         return etas and [etas[number] for number in self.number]
 
+    @property
+    def preconditions(self) -> bool:
+        """Is the ascent preconditioned by the base?"""
+        return "precondition" in self._reads and bool(self.groups[0]["precondition"])
+
     def make_backups(self, column: str) -> None:
         """Somewhere to save the weights that a perturbation along ``column`` moves."""
         table = self.table

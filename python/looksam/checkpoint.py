@@ -160,6 +160,7 @@ ADDED: list[dict[str, tuple[str, ...]]] = [
     dict.fromkeys(("SAM", "LookSAM", "SSAM", "GSAM", "WSAM", "ESAM"), ("adaptive_filter",))
     | {"FriendlySAM": ("adaptive", "eta", "adaptive_filter"), "SAMPa": ("previous_batch", "sgd_step")},
     dict.fromkeys(("SAM", "LookSAM"), ("normalization", "strength")),
+    dict.fromkeys(("SAM", "LookSAM", "SSAM", "GSAM", "WSAM", "ESAM", "FriendlySAM"), ("precondition",)),
 ]
 """The hyper-parameters that classes got after their first release, one after the other: older checkpoints lack them."""
 SCALES = ("y_scale", "momentum_buffer_scale", "exp_avg_scale")

@@ -65,12 +65,13 @@ class ESAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "beta": beta, "gamma": gamma, "seed": seed, "draws": 0}
         hyper |= {"k": k, "perturb_eps": perturb_eps}
-        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter, "precondition": precondition}
         variant = Variant(sharp=sharp_plan("esam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 

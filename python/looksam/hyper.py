@@ -85,6 +85,12 @@ def flag() -> Range:
     return Range(lambda x: isinstance(x, bool), "a flag", lambda x, _: True, "True or False")
 
 
+def flag_without(other: str) -> Range:
+    """A flag that another excludes."""
+    text = f"True or False, and False where {other} is True"
+    return Range(lambda x: isinstance(x, bool), "a flag", lambda x, group: not (x and group.get(other)), text)
+
+
 def one_of(*names: str) -> Range:
     text = f"one of {', '.join(map(repr, names))}"
     return Range(lambda x: isinstance(x, str), "a name", lambda x, _: x in names, text)
@@ -143,12 +149,13 @@ RANGES: dict[str, Range] = {
     "lambda1": finite(),
     "lambda2": finite(),
     "q_dtype": none_or_one_of("bfloat16"),
+    "precondition": flag_without("adaptive"),
     "max_grad_norm": none_or_positive(),
     "nonfinite": one_of("skip", "ignore"),
 }
 """Of every hyper-parameter of a variant, of clipping and finite check. A class narrows one where its method asks for it."""
 
-COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "max_grad_norm", "nonfinite")
+COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "precondition", "max_grad_norm", "nonfinite")
 """What all groups share. A class adds to it."""
 
 

@@ -136,6 +136,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
         ours = bases.Ours(frozenset({"phase", LOSS_SCALE, *hyper}), frozenset(self._own_state))
         mine = [*(x for x in arguments(type(self)) if x != "base_optimizer"), *filters, *checked, *PASSES]
         self._base = bases.resolve(base_optimizer, base_kwargs, ours, owner, mine, example)
+        if hyper.get("precondition") is True:
+            bases.refuse_precondition(self._base, owner)
         self._forget()
         own = {"phase": 0, **hyper} | ({"max_grad_norm": self._base.max_grad_norm} if self._base.clips else {})
         self._filters = Filters(own)
@@ -434,6 +436,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
             if not self._checks.hold(self.param_groups):
                 self.settle()
                 self._checks.follow(self.param_groups)
+            if self.param_groups[0].get("precondition"):
+                bases.refuse_precondition(self._base, type(self).__name__)
             plan = self._plan
             if "strength" in self._base.ours.in_groups:
                 plan = resolved(plan, self.param_groups)

@@ -15,6 +15,7 @@ from looksam.plans import Pass, Plan, spent
 from looksam.ranks import Replicas, TwoRanks
 from looksam_kernels import ops, snapshot
 from looksam_kernels.formulas import ASCENTS, Sums
+from looksam_kernels.ops import Adaptive
 
 
 class RunningStep:
@@ -108,17 +109,20 @@ class RunningStep:
             binding.restore()
         if not self.perturbed:
             binding.make_backups(ASCENTS[rule].inputs[0])
-        etas = binding.etas()
-        if etas is not None:
-            rule = ASCENTS[rule].adaptive or rule
         groups = binding.hyper
+        adaptive: Adaptive = binding.etas()
+        if binding.preconditions:
+            assert isinstance(self._base, bases.Fused)
+            adaptive = ops.preconditioner(binding.table, self._base.name, groups, grad_scale)
+        if adaptive is not None:
+            rule = ASCENTS[rule].adaptive or rule
         self.perturbed = True
         self._sums, self._found_inf = ops.measure_and_perturb(
             binding.table,
             rule,
             hyper.for_ops(groups, self._radius),
             known=self._sums,
-            adaptive=etas,
+            adaptive=adaptive,
             mask=hyper.mask(groups),
             all_reduce=binding.shards.all_reduce,
             grad_scale=grad_scale,

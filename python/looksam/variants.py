@@ -25,12 +25,17 @@ class SAM(SharpnessAware):
 
     Args:
         rho: radius of the perturbation (L2, all tensors jointly), >= 0; per group.
-        adaptive: scale the perturbation with the weights (ASAM); per group.
+        adaptive, eta, adaptive_filter: scale the perturbation with the weights; per group; see :class:`looksam.ASAM`.
         k: a sharp step on every k-th step, >= 1.
         perturb_eps: added to the norm.
-        eta, adaptive_filter: of ASAM; see there.
         normalization: l in e = rho (1 - l + l / ||g||) g, in [0, 1]; 0: without the norm; per group.
         strength: a in d = a s + (1 - a) g on the sharp steps, >= 0; per group. k: as much in k steps as SAM in each.
+
+    Beside these, ``precondition=True`` scales the perturbation as the base scales its update: e = rho T g / (||T g|| +
+    perturb_eps), T = 1 / (sqrt(v) + eps), eps the base's and v its second moment as a step with g would make it, over Adam
+    v = (beta2 v_old + (1 - beta2) g^2) / (1 - beta2^t). So ||e|| is still rho, and in the first step T is about 1 / |g|. It
+    is for the bases with a second moment, by name: adam, adamw, lamb, adagrad, rmsprop, adadelta, adan (any other is a
+    ValueError); the same in all groups; not together with ``adaptive``. Zhang, Li & Giannakis 2025. See :doc:`formulas`.
 
     ``params``, ``base_optimizer``, ``backend``, ``base_kwargs`` and the errors: :class:`looksam.SharpnessAware`.
     """
@@ -47,11 +52,13 @@ class SAM(SharpnessAware):
         adaptive_filter: ParameterFilter | None = None,
         normalization: float = 1.0,
         strength: float = 1.0,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "k": k, "perturb_eps": perturb_eps, "eta": eta}
-        hyper |= {"adaptive_filter": adaptive_filter, "normalization": normalization, "strength": strength}
+        hyper |= {"adaptive_filter": adaptive_filter, "precondition": precondition}
+        hyper |= {"normalization": normalization, "strength": strength}
         variant = Variant(sharp=sharp_plan("sam", "at_perturbed"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -70,7 +77,7 @@ class LookSAM(SharpnessAware):
         alpha: weight of the reused component, >= 0; per group. 0.7 in the paper; smaller with a large rho, or where
             training underfits.
         norm_scope: norms and projection over all tensors jointly (``"global"``) or per tensor (``"tensor"``).
-        rho, perturb_eps, adaptive, eta, adaptive_filter, normalization, strength: as in :class:`looksam.SAM`.
+        rho, perturb_eps, adaptive, eta, adaptive_filter, normalization, strength, precondition: as in :class:`looksam.SAM`.
 
     Beside these: those of the base (``lr``, ``weight_decay``, ``momentum`` or ``betas``, ...); ``max_grad_norm``, to clip;
     ``model``, so that the running statistics of batch norms move once a step. Everything else, and the errors:
@@ -104,12 +111,13 @@ class LookSAM(SharpnessAware):
         adaptive_filter: ParameterFilter | None = None,
         normalization: float = 1.0,
         strength: float = 1.0,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "k": k, "alpha": alpha, "norm_scope": norm_scope}
         hyper |= {"perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
-        hyper |= {"normalization": normalization, "strength": strength}
+        hyper |= {"normalization": normalization, "strength": strength, "precondition": precondition}
         variant = Variant(sharp=sharp_plan("sam", "looksam_refresh"), between=REUSE)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -246,11 +254,12 @@ class SSAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "k": k, "perturb_eps": perturb_eps, "adaptive": adaptive, "eta": eta}
-        hyper |= {"adaptive_filter": adaptive_filter}
+        hyper |= {"adaptive_filter": adaptive_filter, "precondition": precondition}
         variant = Variant(sharp=sharp_plan("sam", "ssam"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -285,12 +294,13 @@ class GSAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "alpha": alpha, "rho_min": rho_min, "lr_max": lr_max, "lr_min": lr_min}
         hyper |= {"k": k, "perturb_eps": perturb_eps}
-        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter, "precondition": precondition}
         variant = Variant(sharp=sharp_plan("sam", "gsam"), between=PLAIN, radius=_follows_lr)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -330,11 +340,12 @@ class WSAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "gamma": gamma, "decouple": decouple, "k": k, "perturb_eps": perturb_eps}
-        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter, "precondition": precondition}
         variant = Variant(sharp=sharp_plan("sam", "wsam" if decouple else "wsam_coupled"), between=PLAIN)
         super().__init__(params, base_optimizer, variant, hyper, backend=backend, base_kwargs=base_kwargs)
 
@@ -429,11 +440,12 @@ class FriendlySAM(SharpnessAware):
         adaptive: bool = False,
         eta: float = 0.01,
         adaptive_filter: ParameterFilter | None = None,
+        precondition: bool = False,
         backend: BackendName | None = None,
         **base_kwargs: Any,
     ) -> None:
         hyper: dict[str, Any] = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "perturb_eps": perturb_eps}
-        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter}
+        hyper |= {"adaptive": adaptive, "eta": eta, "adaptive_filter": adaptive_filter, "precondition": precondition}
         plan = sharp_plan("friendly", "friendly_direction")
         super().__init__(params, base_optimizer, Variant(plan, plan), hyper, backend=backend, base_kwargs=base_kwargs)
 

@@ -43,6 +43,7 @@ def test_bytes_are_those_of_the_passes() -> None:
     assert declared == {
         "AdamW": 28,
         "SAM": 48,
+        "SAM, preconditioned": 56,
         "LookSAM refresh": 64,
         "LookSAM reuse": 36,
         "LAMB": 40,

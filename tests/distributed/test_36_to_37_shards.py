@@ -102,6 +102,11 @@ def test_contract_36_adaptive(ranks: Ranks) -> None:
     check(ranks, "sam", "sgd", adaptive=True)
 
 
+@pytest.mark.parametrize("base", ["adamw", "lamb"])
+def test_contract_36_preconditioned(ranks: Ranks, base: str) -> None:
+    check(ranks, "sam", base, precondition=True)
+
+
 @pytest.mark.parametrize("variant", ["looksam", "looklayersam"])
 def test_contract_36_replicas_count_once(ranks: Ranks, variant: str) -> None:
     check(ranks, variant, "lamb", replicate=2)

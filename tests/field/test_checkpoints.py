@@ -165,13 +165,18 @@ def test_field_09_a_checkpoint_of_the_same_variant_is_no_other(variant: str) -> 
 
 
 OLDER = [
-    *(
-        (name, ("adaptive", "eta", "adaptive_filter", "normalization", "strength"))
-        for name in ("looksam", "ssam", "gsam", "wsam", "friendlysam")
-    ),
-    *((name, ("adaptive_filter",)) for name in ("ssam", "gsam", "wsam")),
-    *((name, ("adaptive_filter", "normalization", "strength")) for name in ("sam", "asam", "looksam")),
-    *((name, ("normalization", "strength")) for name in ("sam", "looksam")),
+    (name, (*lacks, "precondition"))
+    for names, lacks in (
+        (
+            ("looksam", "ssam", "gsam", "wsam", "friendlysam"),
+            ("adaptive", "eta", "adaptive_filter", "normalization", "strength"),
+        ),
+        (("ssam", "gsam", "wsam"), ("adaptive_filter",)),
+        (("sam", "asam", "looksam"), ("adaptive_filter", "normalization", "strength")),
+        (("sam", "looksam"), ("normalization", "strength")),
+        (("sam", "looksam", "ssam", "gsam", "wsam", "friendlysam"), ()),
+    )
+    for name in names
 ]
 """Variants, and what their checkpoints once lacked."""
 ALIKE = {"sam", "asam", "ssam"}

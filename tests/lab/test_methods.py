@@ -180,6 +180,13 @@ def test_options_of_bases_reach_them():
     assert (group["nesterov"], group["lr"]) == (True, 0.3)
 
 
+def test_a_preconditioned_method_is_one_of_the_grammar():
+    text = "looksam-5+adamw:precondition=true,rho=0.2"
+    assert canonical_name(text) == text
+    group = build_optimizer(TrainConfig(text, options=select_options(text, {})), model(), 10).param_groups[0]
+    assert (group["precondition"], group["rho"]) == (True, 0.2)
+
+
 def test_an_option_of_the_variants_never_means_the_bases_of_that_name():
     options = {"alpha": 0.5, "rho": 0.1}
     assert select_options("rmsprop", options) == ()

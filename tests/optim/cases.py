@@ -196,6 +196,18 @@ METHODS |= {
         ("looksam-3-tensor-both", "looksam-3-tensor", _both(UNIFIED, STRENGTHS)),
     )
 }
+MOMENTS = tuple(
+    case
+    for name, base in bases.BASES.items()
+    if looksam_kernels.updates.BASES[name].second_moment
+    for case in base.hyper
+)
+METHODS |= {
+    f"{name}-preconditioned": replace(
+        METHODS[name], options={**METHODS[name].options, "precondition": True}, bases=MOMENTS
+    )
+    for name in ("sam", "looksam-3-tensor", "gsam-3", "friendlysam")
+}
 METHODS |= {
     f"{name}-only": replace(
         METHODS[name],

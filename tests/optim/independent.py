@@ -283,6 +283,16 @@ class Adan:
         return w * (1 - decay) - h["lr"] * u if h["no_prox"] else (w - h["lr"] * u) / (1 + decay)
 
 
+def second_moment(base: Any, i: int, g: Array, h: Hyper) -> Array:
+    """v of a base as a step with the direction g, without any decay in it, would make it: Adam's corrected for its bias."""
+    if isinstance(base, Adagrad):
+        return (h["initial_accumulator_value"] if base.sum[i] is None else base.sum[i]) + g * g
+    b = h["betas"][-1] if "betas" in h else of_base(h, "alpha" if isinstance(base, RMSprop) else "rho")
+    v = b * base.v[i] + (1 - b) * g * g
+    corrected = isinstance(base, Moments | Adan) and h.get("bias_correction", True)
+    return v / (1 - b ** (base.t[i] + 1)) if corrected else v
+
+
 class FromTorch:
     """Any other optimizer: the class itself, one instance a tensor, steps on a d made by hand."""
 
@@ -357,6 +367,15 @@ class Independent:
     def between(self, g: Arrays) -> Arrays:
         return g
 
+    def climb(self, x: Arrays, g: Arrays) -> Arrays:
+        """The method's e along x. Preconditioned: e = rho u / (||u|| + eps), u = x / (sqrt(v) + eps of the base), with v of g."""
+        if not self.h[0].get("precondition", False):
+            return self.ascent(self.w, x, self.h)
+        u: Arrays = []
+        for i, (xp, gp, hp) in enumerate(zip(x, g, self.h, strict=True)):
+            u.append(xp if xp is None else xp / (np.sqrt(second_moment(self.base, i, gp, hp)) + hp["eps"]))
+        return self.ascent(self.w, u, self.h)
+
     def along(self, x: Arrays) -> Arrays:
         """e = rho x / (||x|| + eps)."""
         return ascent_sam(self.w, x, self.h)
@@ -384,7 +403,7 @@ class SAM(Independent):
 
     def sharp(self) -> Arrays:
         g = self.gradient_at()
-        return self.combine(g, self.gradient_at(self.ascent(self.w, g, self.h)))
+        return self.combine(g, self.gradient_at(self.climb(g, g)))
 
     def combine(self, g: Arrays, s: Arrays) -> Arrays:
         if all(hp.get("strength", 1) == 1 for hp in self.h):
@@ -507,7 +526,7 @@ class FriendlySAM(VaSSO):
         g = self.gradient_at()
         columns = list(zip(g, self.kept, self.h, strict=True))
         c = [gp if gp is None or mp is None else gp - hp["sigma"] * mp for gp, mp, hp in columns]
-        s = self.gradient_at(self.ascent(self.w, c, self.h))
+        s = self.gradient_at(self.climb(c, g))
         m = [
             gp if gp is None or mp is None else hp["lambda_"] * mp + (1 - hp["lambda_"]) * gp for gp, mp, hp in columns
         ]
