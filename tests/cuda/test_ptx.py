@@ -7,8 +7,10 @@ show: what ptxas makes of the PTX (test_compile.py), and the order of memory bet
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,54 +25,38 @@ pytestmark = [
 ARCHITECTURE = "90"
 OP_MATRIX = "tests/kernels/test_ops.py"
 COUNTS = "tests/cuda/ptx_cases.py"
+NO_STEP = ("upload", "sums", "perturb")
+"""The kernels without those of the step, which take nvcc longer than all others and most tests together."""
+
+
+class Part(NamedTuple):
+    tests: str
+    chosen: str
+    """pytest's -k."""
+    kernels: tuple[str, ...] = NO_STEP
+    """Those that it launches."""
+
+
 PARTS = {
-    "sums": "test_sums",
-    "perturb": "test_perturb or test_a_mask",
-    "step": "test_step and (dtypes or master)",
-    "coefficients": "test_coefficients and (clipped or plain) and not loosely and not lars",
+    "sums": Part(OP_MATRIX, "native-cpu and test_sums"),
+    "perturb": Part(OP_MATRIX, "native-cpu and (test_perturb or test_a_mask) and not test_perturbed"),
+    "coefficients": Part(
+        OP_MATRIX, "native-cpu and test_coefficients and (clipped or plain) and not loosely and not lars"
+    ),
+    "counts": Part(COUNTS, "not test_step and not aligned"),
+    "step": Part(OP_MATRIX, "native-cpu and (test_step and (dtypes or master) or test_perturbed)", build.KERNELS),
+    "counts of the step": Part(COUNTS, "test_step or aligned", build.KERNELS),
 }
-"""Of the op matrix on the native backend."""
-
-
-@pytest.fixture(scope="module")
-def ptx() -> dict[str, Path]:
-    """Of each file of kernels, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {kernel: pool.submit(build.ptx, kernel, ARCHITECTURE) for kernel in build.KERNELS}
-        return {kernel: job.result() for kernel, job in jobs.items()}
-
-
-@pytest.fixture(scope="module")
-def found(ptx: dict[str, Path]) -> dict[str, Done]:
-    """All parts, two at a time."""
-    module = build.harness(sanitize=False)
-
-    def run(part: str) -> Done:
-        if part == COUNTS:
-            return on_ptx(module, [*ptx.values()], COUNTS)
-        return on_ptx(module, [*ptx.values()], OP_MATRIX, "-k", f"native-cpu and ({PARTS[part]})")
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip((*PARTS, COUNTS), pool.map(run, (*PARTS, COUNTS)), strict=True))
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_op_matrix(found: dict[str, Done], part: str) -> None:
-    assert_green(found[part])
-
-
-def test_counts(found: dict[str, Done]) -> None:
-    assert_green(found[COUNTS])
 
 
 FAULTS = {
     "only 4 of the 16 bytes of a store are written": (
         build.Fault("perturb", "../core/vec.h", "    *target = raw;\n", "    target->x = raw.x;\n"),
-        OP_MATRIX,
+        Part(OP_MATRIX, "native-cpu and test_perturb and shapes"),
     ),
     "a thread takes the next one's vectors too": (
         build.Fault("perturb", "block.cuh", "{ return kThreads; }", "{ return kThreads / 2; }"),
-        OP_MATRIX,
+        Part(OP_MATRIX, "native-cpu and test_perturb and shapes"),
     ),
     "16 bytes are loaded 4 at a time": (
         build.Fault(
@@ -80,35 +66,45 @@ FAULTS = {
             "{*(volatile unsigned*)&source->x, *(volatile unsigned*)&source->y, *(volatile unsigned*)&source->z, "
             "*(volatile unsigned*)&source->w};",
         ),
-        COUNTS,
+        Part(COUNTS, "test_perturb"),
     ),
 }
 """All in code that is for the device alone, each with the tests that must fail. The last makes no wrong number."""
 
 
-CHOSEN = {OP_MATRIX: "native-cpu and test_perturb and shapes", COUNTS: "test_perturb"}
-
-
 @pytest.fixture(scope="module")
-def with_fault(ptx: dict[str, Path]) -> dict[str, Done]:
-    """What the tests say of each fault, two at a time."""
+def results() -> Iterator[dict[str, Future[Done]]]:
+    """Of every part and fault, two at a time: while nvcc compiles the step, what does not need it runs."""
     module = build.harness(sanitize=False)
-
-    def run(name: str) -> Done:
-        fault, tests = FAULTS[name]
-        others = [path for kernel, path in ptx.items() if kernel != fault.kernel]
-        return on_ptx(module, [build.ptx(fault.kernel, ARCHITECTURE, fault), *others], tests, "-k", CHOSEN[tests])
-
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(FAULTS, pool.map(run, FAULTS), strict=True))
+        ptx = {kernel: pool.submit(build.ptx, kernel, ARCHITECTURE) for kernel in ("step", *NO_STEP)}
+
+        def run(part: Part, fault: build.Fault | None = None) -> Done:
+            files = [
+                build.ptx(kernel, ARCHITECTURE, fault) if fault and kernel == fault.kernel else ptx[kernel].result()
+                for kernel in part.kernels
+            ]
+            return on_ptx(module, files, part.tests, "-k", part.chosen)
+
+        early = {name: pool.submit(run, part) for name, part in PARTS.items() if part.kernels == NO_STEP}
+        faulty = {name: pool.submit(run, part, fault) for name, (fault, part) in FAULTS.items()}
+        late = {name: pool.submit(run, part) for name, part in PARTS.items() if part.kernels != NO_STEP}
+        yield early | faulty | late
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_the_op_matrix_and_counts(results: dict[str, Future[Done]], part: str) -> None:
+    assert_green(results[part].result())
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_that_the_harness_does_not_see_is_found(with_fault: dict[str, Done], name: str, tmp_path: Path) -> None:
+def test_a_fault_that_the_harness_does_not_see_is_found(
+    results: dict[str, Future[Done]], name: str, tmp_path: Path
+) -> None:
     fault, _ = FAULTS[name]
     faulty = build.with_fault(fault, tmp_path) / "cuda" / f"{fault.kernel}.cu"
     seen = [build.preprocessed(path) for path in (build.CSRC / "cuda" / f"{fault.kernel}.cu", faulty)]
     assert seen[0] == seen[1], "the harness is compiled from the same text"
-    done = with_fault[name]
+    done = results[name].result()
     assert done.returncode != 0, f"all is green with the fault: {name}"
     assert "AssertionError" in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
