@@ -5,6 +5,7 @@
 #include <deque>
 
 #include "../cpu/ops.h"
+#include "../cpu/reading.h"
 #include "host_columns.h"
 #include "places.h"
 #include "snapshot.h"
@@ -580,5 +581,18 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return std::string(looksam::cpu::isa().name); });
   module.def("use_isa", [](const std::string& name) {
     if (!looksam::cpu::use_isa(name)) throw py::value_error("no instruction set '" + name + "' on this processor");
+  });
+  // Of each op: "plain", "ahead" (chunks in turns, later ones prefetched), or "measured" while the choice is open.
+  module.def("readings", [] {
+    std::map<std::string, std::string> found;
+    looksam::cpu::reading_choices().visit([&](const char* op, looksam::cpu::ReadingChoice& choice) {
+      found[op] = looksam::cpu::ReadingChoice::name_of(choice.chosen());
+    });
+    return found;
+  });
+  module.def("use_reading", [](const std::string& name) {
+    const int way = looksam::cpu::ReadingChoice::way_named(name);
+    looksam::cpu::reading_choices().visit(
+        [&](const char*, looksam::cpu::ReadingChoice& choice) { choice.choose(way); });
   });
 }

@@ -12,6 +12,14 @@ namespace looksam::cpu {
 inline constexpr int kMaxOperands = 5;
 inline constexpr int kMaxPairs = 8;
 
+// How an op reads the memory: of influence on its speed only. Processors differ in what they want.
+struct Reading {
+  static constexpr int kPlaces = 4;
+
+  int places = 1;      // of sums: how many chunks a thread reads in turns, at most kPlaces
+  bool ahead = false;  // are later tiles asked for by instructions?
+};
+
 // One side of an inner product: a column, or T times it.
 struct Operand {
   Column column;
@@ -20,6 +28,7 @@ struct Operand {
 
 struct SumsArgs {
   ChunkMap map;
+  Reading reading;
   Column w;
   const double* eta;      // [rows], NaN where T = 1; null: everywhere
   const double* numbers;  // [4, rows] of a Preconditioner, whose T is then taken; null: none
@@ -36,6 +45,7 @@ struct SumsArgs {
 // elements that the mask keeps; with a preconditioner w <- origin + T sum_i c_i x_i, its g the first input.
 struct PerturbArgs {
   ChunkMap map;
+  Reading reading;
   Column w, b;
   const unsigned char* from_b;  // [rows], 1 where b is the origin: w is perturbed already, or b is its master copy
   const double *eta, *numbers;  // as in SumsArgs
@@ -59,6 +69,7 @@ struct StepRow {
 // input instead of updating. A combination without coefficients is left out.
 struct StepArgs {
   ChunkMap map;
+  Reading reading;
   Base base;
   const StepRow* row;  // [rows]
   int inputs;

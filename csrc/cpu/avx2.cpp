@@ -1,5 +1,7 @@
 // All headers come before the target changes: code that they emit must run on every processor.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "../core/vec.h"
 #include "args.h"
 
@@ -9,6 +11,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define LOOKSAM_VECTOR_BYTES 32
 #define LOOKSAM_ISA avx2
 #define LOOKSAM_ISA_NAME "avx2"
 #include "chunks.h"

@@ -1,5 +1,7 @@
 // All headers come before the target changes: code that they emit must run on every processor.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "../core/vec.h"
 #include "args.h"
 
@@ -10,6 +12,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
+#define LOOKSAM_VECTOR_BYTES 64
 #define LOOKSAM_ISA avx512
 #define LOOKSAM_ISA_NAME "avx512"
 #include "chunks.h"

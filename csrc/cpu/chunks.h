@@ -18,8 +18,9 @@
 namespace looksam::cpu {
 namespace {
 
-constexpr int kTile = 128;
-constexpr int kAhead = 2 * kTile;
+constexpr int kTile = 256;
+constexpr int kStepTile = 128;  // of a step, which has many columns under way
+constexpr int kAhead = 256;     // elements
 
 template <class T>
 struct alignas(64) Tile {
@@ -72,10 +73,10 @@ void narrow_to(Span to, const T* from, int size) {
   }
 }
 
-// Asks the memory for a later tile of x: the processor's own prefetch ends at every page.
-inline void prefetch(Span x) {
+// Asks the memory for as many elements of x, kAhead after them.
+inline void prefetch(Span x, int size) {
   const char* later = static_cast<const char*>(x.data) + kAhead * size_of(x.dtype);
-  for (int i = 0; i < kTile * static_cast<int>(size_of(x.dtype)); i += 64) __builtin_prefetch(later + i);
+  for (int i = 0; i < size * static_cast<int>(size_of(x.dtype)); i += 64) __builtin_prefetch(later + i);
 }
 
 // Asks the memory for the beginning of a row.
@@ -88,9 +89,9 @@ constexpr std::int64_t kChunksAhead = 3, kManyChunks = 512;
 
 // Reading: the tensor itself where it has the type of the arithmetic, else its values in `tile`.
 template <class T>
-inline T* values(Span x, int size, Tile<T>& tile) {
+inline T* values(Span x, int size, Tile<T>& tile, bool ahead) {
   if (x.data == nullptr) return nullptr;
-  if (size == kTile) prefetch(x);  // else the row ends here
+  if (ahead && size % kStepTile == 0) prefetch(x, size);  // else the row ends here
   if (x.dtype == dtype_of<T>) return static_cast<T*>(x.data);
   widen_to(tile.at, x, size);
   return tile.at;
@@ -108,7 +109,7 @@ inline void put(Span x, const T* results, int size) {
 
 // to <- from of one dtype, past the caches; but not the end of a row, as lines of which it fills a part would be slow.
 inline void stream(Span to, const void* from, int size) {
-  if (size < kTile) {
+  if (size % kStepTile != 0) {
     __builtin_memcpy(to.data, from, static_cast<std::size_t>(size) * size_of(to.dtype));
     return;
   }
@@ -125,7 +126,7 @@ inline void restore(Span w, Span b, int size, Tile<T>& tile) {
   if (w.dtype == b.dtype) {
     __builtin_memcpy(w.data, b.data, static_cast<std::size_t>(size) * size_of(w.dtype));
   } else {
-    put(w, values(b, size, tile), size);
+    put(w, values(b, size, tile, false), size);
   }
 }
 
@@ -139,31 +140,77 @@ inline void write_once(Span x, const T* results, int size) {
   }
 }
 
+// As many elements in double as a register holds. The intrinsics stand here because compilers make shuffles through
+// memory of a generic conversion.
+#if LOOKSAM_VECTOR_BYTES == 64
+using Doubles = __m512d;
+inline Doubles doubles(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+inline Doubles doubles(const double* x) { return _mm512_loadu_pd(x); }
+#elif LOOKSAM_VECTOR_BYTES == 32
+using Doubles = __m256d;
+inline Doubles doubles(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
+inline Doubles doubles(const double* x) { return _mm256_loadu_pd(x); }
+#else
+using Doubles = double __attribute__((vector_size(16)));
+template <class T>
+inline Doubles doubles(const T* x) {
+  return Doubles{static_cast<double>(x[0]), static_cast<double>(x[1])};
+}
+#endif
+
 // An inner product in double, in 32 fixed lanes.
 struct InnerProduct {
-  using Vector = double __attribute__((vector_size(64)));
-  static constexpr int kLanes = 32;
+  static constexpr int kLanes = 32, kWidth = sizeof(Doubles) / sizeof(double), kVectors = kLanes / kWidth;
+  static constexpr int kAtOnce = 4;  // vectors that stay in registers, of three products, too
 
-  Vector lane[4];
+  Doubles lane[kVectors];
 
-  void clear() { lane[0] = lane[1] = lane[2] = lane[3] = Vector{}; }
+  void clear() {
+    for (Doubles& some : lane) some = Doubles{};
+  }
 
-  // At most a tile. Products first, then their sums: in one loop the compiler leaves the lanes in memory.
+  // At most a tile.
   template <class T>
   inline void add(const T* x, const T* y, int size) {
-    Tile<double> product;
-    LOOKSAM_VECTORIZE
-    for (int i = 0; i < size; ++i) product.at[i] = static_cast<double>(x[i]) * static_cast<double>(y[i]);
-    for (int i = size; i % kLanes != 0; ++i) product.at[i] = 0;
-    Vector sum0 = lane[0], sum1 = lane[1], sum2 = lane[2], sum3 = lane[3];
-    for (int i = 0; i < size; i += kLanes) {
-      const Vector* of = reinterpret_cast<const Vector*>(product.at + i);
-      sum0 += of[0];
-      sum1 += of[1];
-      sum2 += of[2];
-      sum3 += of[3];
+    const int whole = size / kLanes * kLanes;
+    for (int first = 0; first < kVectors; first += kAtOnce) {
+      Doubles sum[kAtOnce];
+      for (int k = 0; k < kAtOnce; ++k) sum[k] = lane[first + k];
+      for (int i = first * kWidth; i < whole; i += kLanes)
+        for (int k = 0; k < kAtOnce; ++k) sum[k] += doubles(x + i + k * kWidth) * doubles(y + i + k * kWidth);
+      for (int k = 0; k < kAtOnce; ++k) lane[first + k] = sum[k];
     }
-    lane[0] = sum0, lane[1] = sum1, lane[2] = sum2, lane[3] = sum3;
+    add_rest(x, y, whole, size);
+  }
+
+  // xx, xy and yy at once: each element is converted once.
+  template <class T>
+  static inline void add_three(const T* x, const T* y, int size, InnerProduct* three) {
+    const int whole = size / kLanes * kLanes;
+    for (int first = 0; first < kVectors; first += kAtOnce) {
+      Doubles xx[kAtOnce], xy[kAtOnce], yy[kAtOnce];
+      for (int k = 0; k < kAtOnce; ++k)
+        xx[k] = three[0].lane[first + k], xy[k] = three[1].lane[first + k], yy[k] = three[2].lane[first + k];
+      for (int i = first * kWidth; i < whole; i += kLanes)
+        for (int k = 0; k < kAtOnce; ++k) {
+          const Doubles of_x = doubles(x + i + k * kWidth), of_y = doubles(y + i + k * kWidth);
+          xx[k] += of_x * of_x;
+          xy[k] += of_x * of_y;
+          yy[k] += of_y * of_y;
+        }
+      for (int k = 0; k < kAtOnce; ++k)
+        three[0].lane[first + k] = xx[k], three[1].lane[first + k] = xy[k], three[2].lane[first + k] = yy[k];
+    }
+    three[0].add_rest(x, x, whole, size);
+    three[1].add_rest(x, y, whole, size);
+    three[2].add_rest(y, y, whole, size);
+  }
+
+  // The elements from `begin`, a multiple of kLanes, on: fewer than kLanes.
+  template <class T>
+  inline void add_rest(const T* x, const T* y, int begin, int size) {
+    for (int i = begin; i < size; ++i)
+      lane[(i - begin) / kWidth][(i - begin) % kWidth] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
   }
 
   // Of at most kLanes elements altogether, at once: each lane would hold one product, so the bits are those of total().
@@ -178,7 +225,7 @@ struct InnerProduct {
   double total(int size) const {
     double sum = 0;
     const int used = size < kLanes ? size : kLanes;
-    for (int i = 0; i < used; ++i) sum += lane[i / 8][i % 8];
+    for (int i = 0; i < used; ++i) sum += lane[i / kWidth][i % kWidth];
     return sum;
   }
 };
@@ -219,11 +266,11 @@ struct Operands {
   Operands(const SumsArgs& a, const Summing& at, int begin)
       : size(at.chunk.size - begin < kTile ? at.chunk.size - begin : kTile) {
     for (int k = 0; k < a.operands; ++k) {
-      x[k] = values(advance(at.operand[k], begin), size, tile[k]);
+      x[k] = values(advance(at.operand[k], begin), size, tile[k], a.reading.ahead);
       if (!a.operand[k].adaptive || x[k] == nullptr || a.eta == nullptr) continue;
       const double eta = a.eta[at.chunk.row];
       if (eta != eta) continue;
-      const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights);
+      const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights, a.reading.ahead);
       T* scaled = tile[k].at;
       LOOKSAM_VECTORIZE
       for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], static_cast<T>(eta)) * x[k][i];
@@ -241,11 +288,24 @@ struct Operands {
   bool has(const SumsArgs& a, int pair) const { return x[a.x[pair]] != nullptr && x[a.y[pair]] != nullptr; }
 };
 
+// Are the pairs from p on xx, xy and yy of two operands?
+inline bool are_three(const SumsArgs& a, int p) {
+  return p + 2 < a.pairs && a.x[p] == a.y[p] && a.x[p + 1] == a.x[p] && a.y[p + 1] == a.x[p + 2] &&
+         a.x[p + 2] == a.y[p + 2];
+}
+
 template <class T>
 void sums_tile(const SumsArgs& a, Summing& at, int begin) {
   const Operands<T> of(a, at, begin);
-  for (int p = 0; p < a.pairs; ++p)
-    if (of.has(a, p)) at.product[p].add(of.x[a.x[p]], of.x[a.y[p]], of.size);
+  for (int p = 0; p < a.pairs; ++p) {
+    if (!of.has(a, p)) continue;
+    if (are_three(a, p) && of.has(a, p + 2)) {
+      InnerProduct::add_three(of.x[a.x[p]], of.x[a.y[p + 2]], of.size, at.product + p);
+      p += 2;
+    } else {
+      at.product[p].add(of.x[a.x[p]], of.x[a.y[p]], of.size);
+    }
+  }
 }
 
 // A chunk of at most InnerProduct::kLanes elements: models have many such tensors, in which lanes cost more than sums.
@@ -256,15 +316,15 @@ void sums_short(const SumsArgs& a, const Summing& at, std::int64_t index) {
     a.partial[p * a.map.chunks + index] = of.has(a, p) ? InnerProduct::of_few(of.x[a.x[p]], of.x[a.y[p]], of.size) : 0;
 }
 
-// Chunks from four places in turns, a tile of each: a sum reads one or two tensors, and a core that reads in one place
-// only does not fill the memory's bandwidth.
+// Chunks from several places in turns, a tile of each: a sum reads one or two tensors, and there are cores that do not
+// fill the memory's bandwidth from as few places.
 void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
-  constexpr int kPlaces = 4;
-  const std::int64_t share = (last - first + kPlaces - 1) / kPlaces;
-  Summing place[kPlaces];
+  Summing place[Reading::kPlaces];
+  const int places = a.reading.places;
+  const std::int64_t share = (last - first + places - 1) / places;
   for (std::int64_t i = 0; i < share; ++i) {
     int longest = 0;
-    for (int n = 0; n < kPlaces; ++n) {
+    for (int n = 0; n < places; ++n) {
       const std::int64_t index = first + n * share + i;
       Summing& at = place[n];
       at.chunk = index < last ? a.map.at(index) : Chunk{};
@@ -278,12 +338,13 @@ void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
       for (int p = 0; p < a.pairs; ++p) at.product[p].clear();
     }
     for (int begin = 0; begin < longest; begin += kTile) {
-      for (Summing& at : place) {
+      for (int n = 0; n < places; ++n) {
+        Summing& at = place[n];
         if (begin >= at.chunk.size) continue;
         in_double(a.w, at.chunk.row) ? sums_tile<double>(a, at, begin) : sums_tile<float>(a, at, begin);
       }
     }
-    for (int n = 0; n < kPlaces; ++n)
+    for (int n = 0; n < places; ++n)
       for (int p = 0; p < a.pairs && place[n].chunk.size > 0; ++p)
         a.partial[p * a.map.chunks + first + n * share + i] = place[n].product[p].total(place[n].chunk.size);
   }
@@ -351,8 +412,9 @@ template <class T>
 struct Inputs {
   const T* at[kMaxInputs] = {};
 
-  Inputs(const Column* columns, int inputs, std::int32_t row, std::int64_t offset, int size, Tile<T>* tile) {
-    for (int i = 0; i < inputs; ++i) at[i] = values(span(columns[i], row, offset), size, tile[i]);
+  template <class Args>
+  Inputs(const Args& a, std::int32_t row, std::int64_t offset, int size, Tile<T>* tile) {
+    for (int i = 0; i < a.inputs; ++i) at[i] = values(span(a.input[i], row, offset), size, tile[i], a.reading.ahead);
   }
 };
 
@@ -374,9 +436,9 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
       if (from_b) restore(w_span, b_span, size, out_tile);
       continue;
     }
-    const T* w = values(w_span, size, w_tile);
-    const T* origin = from_b ? values(b_span, size, origin_tile) : w;
-    const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
+    const T* w = values(w_span, size, w_tile, a.reading.ahead);
+    const T* origin = from_b ? values(b_span, size, origin_tile, a.reading.ahead) : w;
+    const Inputs<T> x(a, chunk.row, offset, size, input_tile);
     const T* e = ascent.of(x.at, size, e_tile);
     if (a.mask.present()) {
       const MaskSpan mask(a.mask, chunk.row, offset);
@@ -475,17 +537,17 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
   if (two_phases) ww.clear(), uu.clear();
   Tile<T> input_tile[kMaxInputs], d_tile, q_tile, post_tile, origin_tile, out_tile, state_tile[kMaxStates];
 
-  for (int begin = 0; begin < chunk.size; begin += kTile) {
-    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+  for (int begin = 0; begin < chunk.size; begin += kStepTile) {
+    const int size = chunk.size - begin < kStepTile ? chunk.size - begin : kStepTile;
     const std::int64_t offset = chunk.offset + begin;
-    const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
+    const Inputs<T> x(a, chunk.row, offset, size, input_tile);
     const T* d = direction.of(x.at, size, d_tile);
     // Before anything is written: what is written, a state or w may be one of the inputs.
     const T* added = post.terms > 0 && !two_phases ? post.copy_of(x.at, size, post_tile) : nullptr;
     const T* q = a.q != nullptr && a.written.has(chunk.row) ? second.of(x.at, size, q_tile) : nullptr;
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
-    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
+    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile, a.reading.ahead);
     if (a.base == Base::grad) {
       if (row.from_b) restore(w_span, b_span, size, out_tile);
     } else {
@@ -495,7 +557,8 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
       T* state[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k) {
         state_span[k] = span(a.state[k], chunk.row, offset);
-        state[k] = state_span[k].data != nullptr ? values(state_span[k], size, state_tile[k]) : state_tile[k].at;
+        state[k] = state_span[k].data != nullptr ? values(state_span[k], size, state_tile[k], a.reading.ahead)
+                                                 : state_tile[k].at;
       }
       update(out, w, d, state, size, h);
       for (int k = 0; k < kMaxStates; ++k) put(state_span[k], state[k], size);
@@ -544,18 +607,18 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
   const Combination<T> post(a.post, a.input, a.inputs, a.map, chunk.row);
   const bool master = is_master(a.b, a.w, chunk.row);
   Tile<T> input_tile[kMaxInputs], post_tile, origin_tile, out_tile;
-  for (int begin = 0; begin < chunk.size; begin += kTile) {
-    const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
+  for (int begin = 0; begin < chunk.size; begin += kStepTile) {
+    const int size = chunk.size - begin < kStepTile ? chunk.size - begin : kStepTile;
     const std::int64_t offset = chunk.offset + begin;
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
-    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile);
-    const T* u = values(Span{static_cast<T*>(a.u) + offset, dtype_of<T>}, size, out_tile);
+    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile, a.reading.ahead);
+    const T* u = values(Span{static_cast<T*>(a.u) + offset, dtype_of<T>}, size, out_tile, a.reading.ahead);
     const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
     T* out = target.target_for_new();
     LOOKSAM_VECTORIZE
     for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], u[i], trust_ratio, h);
     if (post.terms > 0) {
-      const Inputs<T> x(a.input, a.inputs, chunk.row, offset, size, input_tile);
+      const Inputs<T> x(a, chunk.row, offset, size, input_tile);
       add(out, post.of(x.at, size, post_tile), size);
     }
     target.put_new(out, size);

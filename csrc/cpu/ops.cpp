@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "reading.h"
+
 namespace looksam::cpu {
 
 namespace {
@@ -21,6 +23,16 @@ std::int64_t grain(const ChunkMap& map) {
 // element, half a MiB) are still in its second-level cache. Depends on sizes only, as all that decides an order of
 // sums.
 constexpr std::int64_t kCachedChunks = 8;
+
+template <class Args>
+void read_in_chosen_way(ReadingChoice& choice, void (*kernel)(const Args&, std::int64_t, std::int64_t),
+                        const Args& args, std::int64_t first, std::int64_t last) {
+  Args own = args;
+  choice.over(args.map, first, last, [&](std::int64_t from, std::int64_t to, Reading reading) {
+    own.reading = reading;
+    kernel(own, from, to);
+  });
+}
 
 double total(const double* partial, const ChunkMap& map, std::int64_t row) {
   double sum = 0;
@@ -44,6 +56,7 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
     if (rows[row].action == Action::update)
       rows[row].trust_ratio = trust_ratio(total(args.w_sq, map, row), total(args.u_sq, map, row), *base_of_row[row]);
   };
+  args.reading = reading_choices().step.current();
   std::vector<std::int64_t> small, large;
   std::int64_t elements_of_small = 0;
   for (std::int64_t row = 0; row < map.rows; ++row) {
@@ -66,8 +79,9 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
   for (const std::int64_t row : large) {
     const std::int64_t begin = map.first[row];
     args.u = scratch_for_u(args, row);
-    parallel_for(chunks_of(row), kGrain / kChunk,
-                 [&](std::int64_t first, std::int64_t last) { kernels.step(args, begin + first, begin + last); });
+    parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
+      read_in_chosen_way(reading_choices().step, kernels.step, args, begin + first, begin + last);
+    });
     find_trust_ratio(row);
     parallel_for(chunks_of(row), kGrain / kChunk,
                  [&](std::int64_t first, std::int64_t last) { kernels.lamb_apply(args, begin + first, begin + last); });
@@ -111,8 +125,9 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
   std::vector<double> partial(static_cast<std::size_t>(args.pairs * args.map.chunks));
   args.partial = partial.data();
   if (args.pairs > 0)
-    parallel_for(args.map.chunks, grain(args.map),
-                 [&](std::int64_t first, std::int64_t last) { kernels.sums(args, first, last); });
+    parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) {
+      read_in_chosen_way(reading_choices().sums, kernels.sums, args, first, last);
+    });
   for (std::int64_t p = 0; p < args.pairs; ++p)
     for (std::int64_t row = 0; row < args.map.rows; ++row)
       values[p * args.map.rows + row] = total(args.partial + p * args.map.chunks, args.map, row);
@@ -120,8 +135,9 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
 
 void perturb(const PerturbArgs& args, const ParallelFor& parallel_for) {
   const Kernels& kernels = isa();
-  parallel_for(args.map.chunks, grain(args.map),
-               [&](std::int64_t first, std::int64_t last) { kernels.perturb(args, first, last); });
+  parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) {
+    read_in_chosen_way(reading_choices().perturb, kernels.perturb, args, first, last);
+  });
 }
 
 void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, double* q_sq_of_row,
@@ -137,8 +153,9 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
   if (two_phases) {
     step_lamb(args, rows, base_of_row, parallel_for);
   } else {
-    parallel_for(args.map.chunks, grain(args.map),
-                 [&](std::int64_t first, std::int64_t last) { kernels.step(args, first, last); });
+    parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) {
+      read_in_chosen_way(reading_choices().step, kernels.step, args, first, last);
+    });
   }
   for (std::int64_t row = 0; row < args.map.rows && q_sq_of_row != nullptr; ++row)
     if (rows[row].action == Action::update) q_sq_of_row[row] = total(args.q_sq, args.map, row);

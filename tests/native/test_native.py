@@ -108,6 +108,39 @@ def test_same_bits_for_any_instruction_set(base: str) -> None:
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_same_bits_for_any_way_of_reading(base: str) -> None:
+    from looksam_kernels import _C
+
+    results = []
+    try:
+        for way in ("plain", "ahead", "measured"):
+            _C.use_reading(way)
+            results.append(run(base))
+    finally:
+        _C.use_reading("measured")
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_the_way_of_reading_is_chosen_on_the_first_large_tensor_of_each_op() -> None:
+    from looksam_kernels import _C
+
+    with pytest.raises(ValueError, match="plain, ahead or measured, not fast"):
+        _C.use_reading("fast")
+    _C.use_reading("measured")
+    assert set(_C.readings().values()) == {"measured"}
+    size = 2 * 8192 * 16 * 12 * 2  # enough full blocks in each way, whichever thread ends first
+    w = torch.zeros(size)
+    columns = {name: [torch.ones(size)] for name in ("g", "b", "momentum_buffer")}
+    table = TensorTable([w], backend="native", step=[torch.tensor(0.0)], **columns)
+    _, coefficients = ops.measure(table, "sam", [GROUP])
+    assert _C.readings()["sums"] in ("plain", "ahead")
+    assert _C.readings()["perturb"] == "measured"
+    ops.perturb(table, coefficients)
+    ops.step(table, "sgd", ops.measure(table, "at_w", [GROUP])[1], [GROUP])
+    assert set(_C.readings().values()) <= {"plain", "ahead"}
+
+
 def test_every_written_tensor_says_so_to_autograd() -> None:
     table = make_table(master=False)
     versions = {name: [x._version for x in table[name]] for name in table}
