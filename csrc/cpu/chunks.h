@@ -250,8 +250,8 @@ inline const T* precondition(T* out, const T* x, const T* root, int size) {
 
 // The roots of a tile; v is where its second moment begins.
 template <class T>
-inline void roots(T* out, const T* g, Span v, const Preconditioner<T>& p, int size, Tile<T>& tile) {
-  const T* moment = values(v, size, tile);
+inline void roots(T* out, const T* g, Span v, const Preconditioner<T>& p, int size, Tile<T>& tile, bool ahead) {
+  const T* moment = values(v, size, tile, ahead);
   LOOKSAM_VECTORIZE
   for (int i = 0; i < size; ++i) out[i] = p.root(g[i], moment[i]);
 }
@@ -281,7 +281,8 @@ struct Operands {
   void precondition_operands(const SumsArgs& a, const Summing& at, int begin) {
     Tile<T> moment;
     const Span v = span(a.v, at.chunk.row, at.chunk.offset + begin);
-    roots(weights.at, x[a.gradient], v, Preconditioner<T>(a.numbers, a.map.rows, at.chunk.row), size, moment);
+    roots(weights.at, x[a.gradient], v, Preconditioner<T>(a.numbers, a.map.rows, at.chunk.row), size, moment,
+          a.reading.ahead);
     for (int k = 0; k < a.operands; ++k)
       if (a.operand[k].adaptive && x[k] != nullptr) x[k] = precondition(tile[k].at, x[k], weights.at, size);
   }
@@ -457,7 +458,7 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
     if (a.numbers != nullptr) {
       Tile<T> root, moment;
       const Span v = span(a.v, chunk.row, offset);
-      roots(root.at, x.at[0], v, Preconditioner<T>(a.numbers, a.map.rows, chunk.row), size, moment);
+      roots(root.at, x.at[0], v, Preconditioner<T>(a.numbers, a.map.rows, chunk.row), size, moment, a.reading.ahead);
       e = precondition(e_tile.at, e, root.at, size);
     }
     if (eta != eta) {
