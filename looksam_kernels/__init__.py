@@ -10,6 +10,7 @@ from looksam_kernels.backends import BackendInfo, BackendName, backend_info, use
 from looksam_kernels.masks import Mask
 from looksam_kernels.ops import coefficients, measure, perturb, restore, step, sums
 from looksam_kernels.preconditioning import Preconditioner, preconditioner
+from looksam_kernels.rounding import Rounding
 from looksam_kernels.table import TensorTable
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "BackendName",
     "Mask",
     "Preconditioner",
+    "Rounding",
     "TensorTable",
     "backend_info",
     "coefficients",

@@ -40,19 +40,29 @@ class Mask(NamedTuple):
     @property
     def key(self) -> int:
         """What the kernels need of seed and draw, 32 bits."""
-        key = 0x9E3779B9
-        for word in (self.seed, self.seed >> 32, self.draw):
-            key = mix(key ^ (word & BITS))
-        return key
+        return key_of(0x9E3779B9, self.seed, self.seed >> 32, self.draw)
 
     def row(self, row: int, w: Tensor) -> Tensor:
         """The bits of a row, bool, in the shape and memory order of its parameter w."""
-        index = torch.empty_like(w, dtype=torch.int64)  # in w's order if w is dense
-        if index.stride() != w.stride():
-            index = torch.empty(w.shape, dtype=torch.int64, device=w.device)
-        index.as_strided((w.numel(),), (1,)).copy_(torch.arange(w.numel(), device=w.device))
-        key = mix(mix(self.key ^ row) ^ (index >> 32))
-        return mix(mix(index & BITS ^ key) + key & BITS) < self.threshold
+        return hashes(self.key, row, w) < self.threshold
+
+
+def key_of(start: int, *words: int) -> int:
+    """32 bits of so many words, of each the lowest 32 bits. ``start`` is another for every purpose."""
+    key = start
+    for word in words:
+        key = mix(key ^ (word & BITS))
+    return key
+
+
+def hashes(key: Word, row: int, w: Tensor) -> Tensor:
+    """A word for each element of a row, int64, in the shape and memory order of its parameter w."""
+    index = torch.empty_like(w, dtype=torch.int64)  # in w's order if w is dense
+    if index.stride() != w.stride():
+        index = torch.empty(w.shape, dtype=torch.int64, device=w.device)
+    index.as_strided((w.numel(),), (1,)).copy_(torch.arange(w.numel(), device=w.device))
+    here = mix(mix(key ^ row) ^ (index >> 32))
+    return mix(mix(index & BITS ^ here) + here & BITS)
 
 
 def mix(x: Word) -> Word:

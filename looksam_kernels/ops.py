@@ -162,7 +162,7 @@ def measure_and_perturb(
     """
     fused = _fused(table, "measure_and_perturb", rule, all_reduce, inside)
     if fused is not None:
-        _need(table, "b", table.present(ASCENTS[rule].inputs[0]))
+        _check_perturb(table, ASCENTS[rule].inputs[0])
         pairs = _unknown(table, rule, known, False, trust_ratio)
         done: tuple[Sums, Tensor] | None
         done = fused(table, rule, pairs, known, groups, adaptive, Scaling(grad_scale, found_inf), mask)
@@ -253,6 +253,8 @@ def perturb(
     """b <- w, w <- w + T^2 sum_i c_ip x_ip, for the rows that have the first input; T as of :func:`sums`, but a
     preconditioner's once: w <- w + T sum_i c_ip x_ip, so that its rho is the length of e.
 
+    What w then holds is rounded as ``table.rounding`` says: to nearest where that is ``None``.
+
     With a mask only the elements that :class:`looksam_kernels.Mask` keeps are moved; the others keep b's bits.
 
     Rows that are perturbed already, and rows with a master copy, start from b and leave it alone: w <- round(b + ...).
@@ -260,10 +262,18 @@ def perturb(
     ``table.perturbed``. The storage of w stays where it is.
 
     Raises:
-        ValueError: a row that takes part has no b.
+        ValueError: a row that takes part has no b, or no ``step`` to round by.
     """
-    _need(table, "b", table.present(coefficients.inputs[0]))
+    _check_perturb(table, coefficients.inputs[0])
     table.backend.perturb(table, coefficients, adaptive, mask)
+
+
+def _check_perturb(table: TensorTable, first: str) -> None:
+    """Has the table what a perturbation needs in the rows that have the ``first`` input?"""
+    takes_part = table.present(first)
+    _need(table, "b", takes_part)
+    if table.rounding is not None:
+        _need(table, "step", [part and table.rounds_stochastically(row) for row, part in enumerate(takes_part)])
 
 
 def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Groups) -> None:
@@ -276,6 +286,8 @@ def step(table: TensorTable, base: str, coefficients: Coefficients, groups: Grou
     the step. Inputs that are ``None`` count as 0. ``coefficients.kept`` goes to the rows of its column.
     Perturbed rows without the first input are restored, not updated. With ``found_inf`` every row is restored and
     nothing else changes, device-side counters included.
+
+    New weights are rounded as ``table.rounding`` says; restored ones are exact.
 
     {bases}
 

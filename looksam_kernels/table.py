@@ -10,6 +10,7 @@ from torch import Tensor
 
 from looksam_kernels import backends
 from looksam_kernels.memory import readable
+from looksam_kernels.rounding import Rounding
 
 NOTHING = type(None)
 PLAIN = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
@@ -44,6 +45,7 @@ class TensorTable:
         device: where an empty table is: on the CPU if this is not said. Of any other it is the device of its first parameter.
         backend: ``"native"``, ``"triton"``, ``"reference"`` or ``None`` for the first that runs on w's device, chosen
             for each where there are several.
+        rounding: how new weights of bfloat16 without a master copy are rounded; ``None``: to nearest. It needs ``step``.
         columns: further columns.
 
     Raises:
@@ -59,6 +61,7 @@ class TensorTable:
         *,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        rounding: Rounding | None = None,
         **columns: Sequence[Tensor | None],
     ) -> None:
         weights = list(w)
@@ -76,6 +79,8 @@ class TensorTable:
         self.device = devices[0]
         there = readable(x for x in weights if x.device.type != "meta")  # the meta device is asked for like any other
         self.backend: backends.Backend = backends.select(backend, *devices, readable=there)
+        self.rounding = rounding
+        """Of bfloat16 weights without a master copy. It stays as it is."""
         self.dirty: set[str] = set()
         """Columns set since the backend last looked at them."""
         self.handle: Any = None
@@ -167,6 +172,10 @@ class TensorTable:
         """Is b the master copy of w, rather than a place to save it in?"""
         b = self["b"][row]
         return b is not None and b.dtype != self["w"][row].dtype
+
+    def rounds_stochastically(self, row: int) -> bool:
+        """Are new weights of this row rounded by ``rounding``?"""
+        return self.rounding is not None and self["w"][row].dtype == torch.bfloat16 and not self.has_master(row)
 
     def arithmetic(self, row: int) -> torch.dtype:
         """The type in which a row is computed: float64 where w or its master copy is, else float32."""

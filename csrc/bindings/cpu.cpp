@@ -26,6 +26,9 @@ class Table {
     if (!at::Device(device).is_cpu()) throw py::type_error("there is no code here for a table on " + device);
   }
 
+  // From now on weights of bfloat16 without a master copy are rounded stochastically.
+  void round_stochastically(std::uint32_t key) { rounding_key_ = key; }
+
   // tensors: None forgets the column.
   void set(const std::string& name, const std::optional<py::list>& tensors) {
     columns_.erase(name);
@@ -261,6 +264,15 @@ class Table {
     borrowed.take(name, tensors, column("w"), access, mask);
   }
 
+  bool rounds_stochastically(std::size_t row) const {
+    const at::Tensor& w = column("w")[row];
+    return rounding_key_ && w.scalar_type() == at::kBFloat16 && !is_master(column("b")[row], w);
+  }
+  // updates: as of rounding_key().
+  Rounding rounding(std::size_t row, WrittenBy op, double updates) const {
+    return rounds_stochastically(row) ? Rounding{looksam::rounding_key(*rounding_key_, op, updates), true} : Rounding{};
+  }
+
   ChunkMap chunks() {
     std::vector<std::int64_t> numel;
     for (const at::Tensor& w : column("w")) numel.push_back(w.numel());
@@ -443,6 +455,11 @@ class Table {
     for (std::size_t i = 0; i < inputs.size(); ++i) args.input[i] = reads.of(inputs[i]);
     args.c = c;
     args.mask = mask;
+    std::vector<Rounding> roundings(rounding_key_ ? rows() : 0);
+    for (std::size_t row = 0; row < roundings.size(); ++row)
+      if (moves[row] && rounds_stochastically(row))
+        roundings[row] = rounding(row, WrittenBy::perturb, read_scalar(column("step")[row], Where("step", row)) + 1);
+    args.rounding = rounding_key_ ? roundings.data() : nullptr;
     {
       const py::gil_scoped_release release;
       cpu::perturb(args, parallel_for);
@@ -490,6 +507,7 @@ class Table {
       const bool as_before = row > 0 && updated[row - 1] && group_[row] == group_[row - 1] &&
                              count[row] == count[row - 1] && of.trust == nullptr;
       const double r = of.trust != nullptr ? of.trust[row] : 1;
+      plan[row].rounding = rounding(row, WrittenBy::step, count[row]);
       plan[row].scalars = as_before ? plan[row - 1].scalars : base_scalars(h, count[row], r);
     }
 
@@ -536,6 +554,7 @@ class Table {
   std::vector<int> group_;
   Tensors absent_ = Tensors(group_.size());
   std::unordered_map<std::string, Tensors> columns_;
+  std::optional<std::uint32_t> rounding_key_;
   ChunkList chunks_;
 };
 
@@ -556,6 +575,7 @@ PYBIND11_MODULE(_C, module) {
   using looksam::Table;
   py::class_<Table>(module, "Table")
       .def(py::init<std::vector<int>, const std::string&>())
+      .def("round_stochastically", &Table::round_stochastically)
       .def("set", &Table::set)
       .def("get", &Table::get)
       .def("take_gradients", &Table::take_gradients)

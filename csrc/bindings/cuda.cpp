@@ -202,6 +202,12 @@ class Table : public DeviceTable {
       }
       args.c = data<double>(c);
       args.mask = {key, threshold};
+      if (rounding_key_) {
+        RowFlags needed(rows());
+        for (std::size_t row = 0; row < rows(); ++row) needed[row] = moves[row] && rounds_stochastically(row);
+        args.count = scalars(session, "step", at::kFloat, Access::read, needed);
+        args.rounding_key = *rounding_key_;
+      }
       for (const Layout& layout : arrangement.layouts) {
         for (const Window& window : windows(layout, /*groups=*/false)) {
           args.map = layout.map;
@@ -311,6 +317,8 @@ class Table : public DeviceTable {
     args.group = data<std::int32_t>(arrangement.group);
     args.row_arrivals = data<std::uint32_t>(arrangement.counters);
     args.trust_ratio = data<double>(arrangement.trust_ratio);
+    args.rounds_stochastically = rounding_key_.has_value();
+    args.rounding_key = rounding_key_.value_or(0);
     for (const Layout& layout : arrangement.layouts) {
       for (const Window& window : windows(layout, /*groups=*/true)) {
         args.map = layout.map;
@@ -473,6 +481,7 @@ PYBIND11_MODULE(LOOKSAM_MODULE, module) {
       .def(py::init([](std::vector<int> group, const std::string& device) {
         return Table(std::move(group), at::Device(device));
       }))
+      .def("round_stochastically", &Table::round_stochastically)
       .def("set", &Table::set)
       .def("sums", &Table::sums)
       .def("evaluates", &Table::evaluates)

@@ -93,6 +93,9 @@ class DeviceTable {
     if (device_.is_cuda() && !device_.has_index()) device_.set_index(0);
   }
 
+  // From now on weights of bfloat16 without a master copy are rounded stochastically.
+  void round_stochastically(std::uint32_t key) { rounding_key_ = key; }
+
   // tensors: None forgets the column.
   void set(const std::string& name, const std::optional<py::list>& tensors) {
     Column& column = columns_[name];
@@ -122,6 +125,11 @@ class DeviceTable {
   const Tensors& column(const std::string& name) const {
     const auto found = columns_.find(name);
     return found != columns_.end() ? found->second.tensors : absent_;
+  }
+
+  bool rounds_stochastically(std::size_t row) const {
+    const at::Tensor& w = column("w")[row];
+    return rounding_key_ && w.scalar_type() == at::kBFloat16 && !is_master(column("b")[row], w);
   }
 
   RowFlags present(const std::string& name) const {
@@ -347,6 +355,7 @@ class DeviceTable {
   std::list<Arrangement> arrangements_;  // the last used first
   std::vector<double> eta_;
   at::Tensor eta_on_device_;
+  std::optional<std::uint32_t> rounding_key_;
   Uploaded eta_uploaded_;
   std::optional<Stream> first_stream_;
   bool several_streams_ = false;

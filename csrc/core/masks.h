@@ -12,6 +12,17 @@ LOOKSAM_HD std::uint32_t mix(std::uint32_t x) {
   return x ^ (x >> 16);
 }
 
+// The hashes of a row's elements from one offset on, up to the next multiple of 2^32.
+struct HashSpan {
+  std::uint32_t key, first;
+
+  LOOKSAM_HD HashSpan(std::uint32_t draw_key, std::int32_t row, std::int64_t offset)
+      : key(mix(mix(draw_key ^ static_cast<std::uint32_t>(row)) ^ static_cast<std::uint32_t>(offset >> 32))),
+        first(static_cast<std::uint32_t>(offset)) {}
+
+  LOOKSAM_HD std::uint32_t hash(int i) const { return mix(mix((first + static_cast<std::uint32_t>(i)) ^ key) + key); }
+};
+
 struct Mask {
   std::uint32_t key;
   std::uint32_t threshold;  // 2^32 times the probability that an element is kept; 0: there is no mask
@@ -19,16 +30,12 @@ struct Mask {
   LOOKSAM_HD bool present() const { return threshold != 0; }
 };
 
-// The mask from one offset of a row on, up to the next multiple of 2^32.
-struct MaskSpan {
-  std::uint32_t key, threshold, first;
+struct MaskSpan : HashSpan {
+  std::uint32_t threshold;
 
   LOOKSAM_HD MaskSpan(Mask mask, std::int32_t row, std::int64_t offset)
-      : key(mix(mix(mask.key ^ static_cast<std::uint32_t>(row)) ^ static_cast<std::uint32_t>(offset >> 32))),
-        threshold(mask.threshold),
-        first(static_cast<std::uint32_t>(offset)) {}
+      : HashSpan(mask.key, row, offset), threshold(mask.threshold) {}
 
-  LOOKSAM_HD std::uint32_t hash(int i) const { return mix(mix((first + static_cast<std::uint32_t>(i)) ^ key) + key); }
   LOOKSAM_HD bool keeps(int i) const { return hash(i) < threshold; }
 };
 

@@ -5,6 +5,7 @@
 
 #include "../core/formulas.h"
 #include "../core/masks.h"
+#include "../core/rounding.h"
 #include "../core/table.h"
 
 namespace looksam::cpu {
@@ -54,6 +55,7 @@ struct PerturbArgs {
   Column input[kMaxInputs];
   const double* c;  // [inputs, rows]
   Mask mask;
+  const Rounding* rounding;  // [rows]; null: everywhere to nearest
 };
 
 enum class Action : std::uint8_t { skip, restore, update };
@@ -63,6 +65,7 @@ struct StepRow {
   bool from_b;  // as in PerturbArgs
   double trust_ratio;
   UpdateScalars<double> scalars;
+  Rounding rounding;
 };
 
 // d = sum_i d_i x_i, the base update, w += sum_i post_i x_i, written <- sum_i q_i x_i. grad writes d over the first

@@ -419,6 +419,18 @@ struct Inputs {
   }
 };
 
+// New weights of bfloat16, before they are stored.
+template <class T>
+void round_stochastically(T* x, Rounding rounding, std::int32_t row, std::int64_t offset, int size) {
+  if (!rounding.stochastic) return;
+  const HashSpan random(rounding.key, row, offset);
+  std::uint32_t hash[kTile];
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) hash[i] = random.hash(i);
+  LOOKSAM_VECTORIZE
+  for (int i = 0; i < size; ++i) x[i] = stochastically_rounded(x[i], hash[i]);
+}
+
 // perturb
 // ---------------------------------------------------------------------------------------------------------------
 
@@ -471,6 +483,7 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
         out[i] = perturbed(origin[i], t * t, e[i]);
       }
     }
+    if (a.rounding != nullptr) round_stochastically(out, a.rounding[chunk.row], chunk.row, offset, size);
     put(w_span, out, size);
   }
 }
@@ -568,6 +581,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
         uu.add(out, out, size);
       } else {
         if (added != nullptr) add(out, added, size);
+        round_stochastically(out, row.rounding, chunk.row, offset, size);
         target.put_new(out, size);
       }
     }
@@ -622,6 +636,7 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
       const Inputs<T> x(a, chunk.row, offset, size, input_tile);
       add(out, post.of(x.at, size, post_tile), size);
     }
+    round_stochastically(out, row.rounding, chunk.row, offset, size);
     target.put_new(out, size);
   }
 }

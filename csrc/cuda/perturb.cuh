@@ -21,6 +21,8 @@ struct PerturbArgs {
   const double* numbers;  // and its numbers, [4, rows of the whole table]
   const double* c;        // [inputs, rows of the whole table]
   Mask mask;
+  const Ref* count;  // scalars of type float; null: everything is rounded to nearest
+  std::uint32_t rounding_key;
   Bits perturbed;  // rows that start from b and leave it alone, as those do whose b is a master copy
 };
 
@@ -51,6 +53,11 @@ struct PerturbBody {
     const Span<T> current(!from_b || scaled ? a.w[chunk.row] : Ref{0}, chunk.offset);
     const StateSpan<T> v(at(a.v, chunk.row), chunk.offset);
     const MaskSpan mask(a.mask, chunk.row, chunk.offset);
+    Rounding rounding = {};
+    if (has_bfloat16<T> && a.count != nullptr && w.narrow() && b.narrow())
+      rounding = {rounding_key(a.rounding_key, WrittenBy::perturb,
+                               *reinterpret_cast<const float*>(a.count[chunk.row].data()) + 1),
+                  true};
     const bool aligned =
         w.aligned() && b.aligned() && x[0].aligned() && x[1].aligned() && x[2].aligned() && v.aligned();
 
@@ -89,6 +96,7 @@ struct PerturbBody {
           const Wide t = scaled ? adaptive_scale(before.lane[k], static_cast<Wide>(eta)) : Wide(1);
           moved.lane[k] = looksam::perturbed(origin.lane[k], t * t, e.lane[k]);
         }
+        round_stochastically<T>(moved, rounding, chunk, i);
       }
       const auto store = [&](auto is_whole) {
         constexpr bool kWhole = decltype(is_whole)::value;

@@ -33,6 +33,8 @@ struct StepTable {
   const double* trust;        // lars' ratios, [rows of the whole table]; null: the base is another
   double* trust_ratio;        // lamb's, likewise
   const std::int32_t* group;  // [rows of the whole table]
+  std::uint32_t rounding_key;
+  bool rounds_stochastically;
   Bits perturbed;
 };
 
@@ -60,6 +62,9 @@ struct StepRow {
         from_b(perturbed || master),
         origin(from_b ? a.b[chunk.row] : a.w[chunk.row], chunk.offset) {}
 
+  // Without a master copy.
+  LOOKSAM_HD bool bfloat16() const { return has_bfloat16<T> && w.narrow() && !master; }
+
   template <class Block>
   LOOKSAM_HD void restore(const Block& block, const Chunk& chunk) const {
     for_each_vector<T>(block, chunk.size, w.aligned() && b.aligned(), [&](int i, int size, bool whole) {
@@ -74,9 +79,11 @@ struct StepRow {
 
 template <class T, int kSums>
 struct StepShared {
+  using Wide = typename T::Wide;
   BlockSums<kSums> sums;
   double total[kSums];
-  UpdateScalars<typename T::Wide> scalars;
+  UpdateScalars<Wide> scalars;
+  Rounding rounding;
 };
 
 LOOKSAM_HD StepGroup group_of(const StepArgs& a, std::int32_t row) {
@@ -91,17 +98,19 @@ LOOKSAM_HD float* count_of(const StepArgs& a, std::int32_t row) {
   return reinterpret_cast<float*>(a.count[row].data());
 }
 
-// The scalars of a row's update, made by one thread for all. updates: how many the row has had, this one included.
-template <class Wide, class Block>
-LOOKSAM_HD const UpdateScalars<Wide>& scalars_of(const Block& block, UpdateScalars<Wide>& shared, const StepArgs& a,
-                                                 std::int32_t row, int updates_to_come) {
+// The scalars of a row's update, and the rounding of its weights: made by one thread for all. updates: how many the row
+// has had, this one included.
+template <class Shared, class Block>
+LOOKSAM_HD const auto& scalars_of(const Block& block, Shared& shared, const StepArgs& a, std::int32_t row,
+                                  bool of_bfloat16, int updates_to_come) {
   if (block.rank() == 0) {
     const double updates = static_cast<double>(*count_of(a, row)) + updates_to_come;
     const double trust = a.trust != nullptr ? a.trust[row] : 1;
-    shared = base_scalars(group_of(a, row).hyper, updates, trust).template to<Wide>();
+    shared.scalars = base_scalars(group_of(a, row).hyper, updates, trust).template to<typename Shared::Wide>();
+    shared.rounding = {rounding_key(a.rounding_key, WrittenBy::step, updates), of_bfloat16 && a.rounds_stochastically};
   }
   block.barrier();
-  return shared;
+  return shared.scalars;
 }
 
 // Update: a base of core/updates.h; GradRunsAs for grad too.
@@ -152,7 +161,8 @@ struct StepBody {
     const bool updates = !std::is_same<Update, GradRunsAs>::value || a.base != Base::grad;
     const Span<T> output(updates ? Ref{0} : a.input[0][chunk.row], chunk.offset);
     // They stay in shared memory: in registers they would leave too few.
-    const UpdateScalars<Wide>& h = updates ? scalars_of(block, shared.scalars, a, chunk.row, 1) : shared.scalars;
+    const UpdateScalars<Wide>& h =
+        updates ? scalars_of(block, shared, a, chunk.row, row.bfloat16(), 1) : shared.scalars;
     const auto state_of_row = [&](int k) {
       return StateSpan<T>(updates && has_state<Update>(k, h) ? a.state[k][chunk.row] : Ref{0}, chunk.offset);
     };
@@ -201,6 +211,7 @@ struct StepBody {
         }
         if (adds) w_k += added.lane[k];
       }
+      if (updates && !Update::two_phases) round_stochastically<T>(weight, shared.rounding, chunk, i);
 
       const auto store = [&](auto is_whole) {
         constexpr bool kWhole = decltype(is_whole)::value;
@@ -258,7 +269,9 @@ struct LambBody {
   using Wide = typename T::Wide;
   static constexpr int kBlocksPerProcessor = T::blocks_per_processor;
   struct Shared {
+    using Wide = typename T::Wide;
     UpdateScalars<Wide> scalars;
+    Rounding rounding;
   };
 
   template <class Block>
@@ -274,7 +287,7 @@ struct LambBody {
     const StateSpan<T> m(a.state[0][chunk.row], chunk.offset), v(a.state[1][chunk.row], chunk.offset);
     const bool aligned = x[0].aligned() && x[1].aligned() && x[2].aligned() && row.w.aligned() && row.b.aligned() &&
                          m.aligned() && v.aligned();
-    const UpdateScalars<Wide> h = scalars_of(block, shared.scalars, a, chunk.row, 0);
+    const UpdateScalars<Wide> h = scalars_of(block, shared, a, chunk.row, row.bfloat16(), 0);
     const bool adds = !post.is_zero();
     const Wide trust_ratio = static_cast<Wide>(a.trust_ratio[chunk.row]);
 
@@ -300,6 +313,7 @@ struct LambBody {
         weight.lane[k] = Lamb::apply(weight.lane[k], u, trust_ratio, h);
         if (adds) weight.lane[k] += added.lane[k];
       }
+      round_stochastically<T>(weight, shared.rounding, chunk, i);
 
       const auto store = [&](auto is_whole) {
         constexpr bool kWhole = decltype(is_whole)::value;

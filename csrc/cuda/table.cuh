@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../core/formulas.h"
+#include "../core/rounding.h"
 #include "../core/table.h"
 #include "../core/vec.h"
 
@@ -182,6 +183,18 @@ struct Combination {
     return sum;
   }
 };
+
+// The storage type that is rounded stochastically.
+template <class T>
+inline constexpr bool has_bfloat16 = std::is_same<typename T::Narrow, bfloat16>::value;
+
+// New weights, before they are stored. i: the first lane's place in the chunk.
+template <class T>
+LOOKSAM_HD void round_stochastically(Vector<T>& x, Rounding rounding, const Chunk& chunk, int i) {
+  if (!has_bfloat16<T> || !rounding.stochastic) return;
+  const HashSpan random(rounding.key, chunk.row, chunk.offset);
+  for (int k = 0; k < T::lanes; ++k) x.lane[k] = stochastically_rounded(x.lane[k], random.hash(i + k));
+}
 
 // A state of the base update: always of the wide type, which spares its kernel the registers of a choice.
 template <class T>

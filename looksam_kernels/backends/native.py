@@ -185,6 +185,8 @@ def _synced(table: TensorTable) -> Any:
     """The C++ table, with the columns that were set since the last op."""
     if table.handle is None:
         table.handle = (_cuda if table.device.type == "cuda" else _C).Table(table.group, str(table.device))
+        if table.rounding is not None:
+            table.handle.round_stochastically(table.rounding.key)
     for name in table.dirty:
         table.handle.set(name, table[name] if name in table else None)
     table.dirty.clear()

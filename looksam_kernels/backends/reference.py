@@ -73,6 +73,7 @@ def perturb(
     numbers: Sequence[int] | None = None,
 ) -> None:
     """``numbers``: the rows' numbers where the table is a part of another, which the mask counts."""
+    rounding = table.rounding
     for row, x in enumerate(table[coefficients.inputs[0]]):
         if x is None:
             continue
@@ -83,7 +84,10 @@ def perturb(
             b.copy_(w)
         if mask is not None:
             e = torch.where(mask.row(row if numbers is None else numbers[row], w), e, -0.0)  # b + -0.0 has b's bits
-        w.copy_(torch.where((coefficients.d[:, row] != 0).any().to(w.device), b + e, b))
+        moved = b + e
+        if rounding is not None and table.rounds_stochastically(row):
+            moved = rounding(moved, "perturb", table["step"][row] + 1, row, w)
+        w.copy_(torch.where((coefficients.d[:, row] != 0).any().to(w.device), moved, b))
         table.perturbed[row] = True
 
 
@@ -133,6 +137,8 @@ def _step_row(table: TensorTable, row: int, base: str, coefficients: Coefficient
     new_w, new_state = update(origin.to(d.dtype), d, state, count.to(scalar_dtype(count.device)), group)
     if post is not None:
         new_w = new_w + post
+    if table.rounding is not None and table.rounds_stochastically(row):
+        new_w = table.rounding(new_w, "step", count, row, w)
     w.copy_(torch.where(keep, origin, new_w))
     if table.has_master(row):
         commit(origin, new_w)

@@ -139,7 +139,11 @@ class Split:
         for device, rows in rows_of.items():
             weights, groups = [table["w"][row] for row in rows], [table.group[row] for row in rows]
             parts.append(
-                _Part(rows, numbers(rows), TensorTable(weights, groups, backend=name_of(self._backend_of[device])))
+                _Part(
+                    rows,
+                    numbers(rows),
+                    TensorTable(weights, groups, backend=name_of(self._backend_of[device]), rounding=table.rounding),
+                )
             )
         together = [row for part in parts for row in part.rows]
         order = numbers([together.index(row) for row in range(len(table))])

@@ -22,7 +22,7 @@ from .process import Done, assert_green, on_harness
 
 pytestmark = pytest.mark.slow
 
-OP_MATRIX = "tests/kernels/test_ops.py"
+OP_MATRIX = ("tests/kernels/test_ops.py", "tests/kernels/test_rounding.py")
 LAUNCHES = ("tests/cuda/launch_cases.py", "tests/cuda/harness_cases.py")
 
 
@@ -39,7 +39,7 @@ def matrix() -> dict[str, Done]:
     module = build.harness(sanitize=True)
 
     def run(part: str) -> Done:
-        return on_harness(module, OP_MATRIX, "-k", f"native-cpu and ({PARTS[part]})", sanitize=True)
+        return on_harness(module, *OP_MATRIX, "-k", f"native-cpu and ({PARTS[part]})", sanitize=True)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(PARTS, pool.map(run, PARTS), strict=True))
@@ -138,7 +138,7 @@ def with_fault() -> dict[str, Done]:
     def run(name: str) -> Done:
         fault, sanitize = FAULTS[name], name in FOUND_BY_SANITIZER
         chosen = f"native-cpu and {TESTS_OF[fault.kernel]}"
-        return on_harness(build.harness(sanitize, fault), OP_MATRIX, "-k", chosen, sanitize=sanitize)
+        return on_harness(build.harness(sanitize, fault), *OP_MATRIX, "-k", chosen, sanitize=sanitize)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(TRIED, pool.map(run, TRIED), strict=True))

@@ -189,17 +189,22 @@ def factor(kind: str | None, rows: Sequence[Row], made: TensorTable) -> Adaptive
 
 
 def kept_elements(keep: float, seed: int, draw: int, row: int, w: Tensor) -> Tensor:
-    """The mask of a row, from the hash's description alone, in NumPy."""
+    """The mask of a row."""
+    return hashes((0x9E3779B9, seed % 2**32, seed // 2**32, draw, row, 0), w) < round(keep * 2**32)
+
+
+def hashes(words: Sequence[int], w: Tensor) -> Tensor:
+    """The hash of each element of w under these words, the first of which is the start; from the description alone, in NumPy."""
 
     def mix(x: Any) -> Any:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             x = np.multiply(x ^ (x >> np.uint32(shift)), np.uint32(factor))
         return x ^ (x >> np.uint32(16))
 
-    key = np.array([0x9E3779B9], np.uint32)
-    for word in (seed % 2**32, seed // 2**32, draw, row, 0):
+    key = np.array([words[0]], np.uint32)
+    for word in words[1:]:
         key = mix(key ^ np.uint32(word))
-    drawn = mix(mix(np.arange(w.numel(), dtype=np.uint32) ^ key) + key) / 2**32 < keep
+    drawn = mix(mix(np.arange(w.numel(), dtype=np.uint32) ^ key) + key).astype(np.int64)
     dense = w.numel() == 0 or 1 + sum((n - 1) * s for n, s in zip(w.shape, w.stride(), strict=True)) == w.numel()
     by_place = sorted(range(w.ndim), key=lambda d: -w.stride(d)) if dense else range(w.ndim)
     shape = [w.shape[d] for d in by_place]

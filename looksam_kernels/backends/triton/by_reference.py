@@ -16,7 +16,9 @@ def elsewhere(table: TensorTable, rows: list[int], op: Callable[[TensorTable, li
     """Does an op on rows that no kernel walks through: by the reference, in a table of their own."""
     if rows:
         columns: dict[str, Any] = {name: [table[name][row] for row in rows] for name in table}
-        part = TensorTable(group=[table.group[row] for row in rows], backend="reference", **columns)
+        rounding = table.rounding and table.rounding._replace(rows=rows)
+        group = [table.group[row] for row in rows]
+        part = TensorTable(group=group, backend="reference", rounding=rounding, **columns)
         part.perturbed = [table.perturbed[row] for row in rows]
         op(part, rows)
 

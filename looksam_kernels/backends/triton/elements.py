@@ -119,13 +119,28 @@ def mix(x):
 
 
 @triton.jit
+def hashes(place, chunks, key, CHUNK: tl.constexpr):
+    """:func:`looksam_kernels.masks.hashes` of this program's elements. key: uint32."""
+    start = tl.load(chunks + tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * CHUNK
+    here = mix(mix(key ^ place[0].to(tl.uint32, bitcast=True)) ^ (start >> 32).to(tl.uint32))
+    index = (start & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, CHUNK).to(tl.uint32)
+    return mix(mix(index ^ here) + here)
+
+
+@triton.jit
 def keeps(place, chunks, key, threshold, CHUNK: tl.constexpr):
     """The bits of :class:`looksam_kernels.Mask` for this program's elements."""
-    start = tl.load(chunks + tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * CHUNK
-    of_row = mix(key.to(tl.uint32, bitcast=True) ^ place[0].to(tl.uint32, bitcast=True))
-    here = mix(of_row ^ (start >> 32).to(tl.uint32))
-    index = (start & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, CHUNK).to(tl.uint32)
-    return mix(mix(index ^ here) + here) < threshold.to(tl.uint32, bitcast=True)
+    return hashes(place, chunks, key.to(tl.uint32, bitcast=True), CHUNK) < threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def round_stochastically(x, place, chunks, key, OP: tl.constexpr, updates, CHUNK: tl.constexpr):
+    """:class:`looksam_kernels.Rounding` of this program's elements, float32. key: int32; updates: float."""
+    of_op = mix(key.to(tl.uint32, bitcast=True) ^ tl.full([], OP, tl.uint32))
+    random = hashes(place, chunks, mix(of_op ^ updates.to(tl.uint32)), CHUNK) >> 16
+    bits = x.to(tl.uint32, bitcast=True)
+    moved = (bits + random) & 0xFFFF0000
+    return tl.where((bits & 0x7FFFFFFF) >= 0x7F7F0000, bits, moved).to(tl.float32, bitcast=True)
 
 
 # Arithmetic: Triton's own / and sqrt are approximate in float32 -------------------------------------------------------

@@ -24,12 +24,16 @@ from looksam_kernels.backends.triton.elements import (
     load_each,
     locate,
     over_root,
+    round_stochastically,
     store,
     stretch,
 )
+from looksam_kernels.rounding import OPS as rounding_ops
 
 ADD_BLOCK = tl.constexpr(256)
 """How many partial sums are added at a time."""
+PERTURB = tl.constexpr(rounding_ops["perturb"])
+STEP = tl.constexpr(rounding_ops["step"])
 
 
 # Sums -----------------------------------------------------------------------------------------------------------------
@@ -184,6 +188,8 @@ def perturb(
     numbers,
     key,
     threshold,
+    rounding,
+    step,
     chunks,
     sizes,
     rows,
@@ -194,6 +200,7 @@ def perturb(
     STRETCHED: tl.constexpr,
     V: tl.constexpr,
     MASKED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -203,6 +210,7 @@ def perturb(
     STRETCHED: T of :func:`stretch`, with an eta a row in ``numbers``. V: the type of v, where T is :func:`over_root`'s instead,
     the first input its g, and counts once.
     MASKED: elements that the mask of key and threshold (32 bits each, as int32) does not keep stay, too.
+    ROUNDED: the type of ``step`` where w is rounded stochastically, with the key ``rounding``; else ``None``.
     """
     place, full = locate(chunks, sizes, CHUNK)
     row = place[0]
@@ -228,7 +236,11 @@ def perturb(
             moves_here = moves
             if MASKED:  # no e = -0.0 instead: Triton before 3.9 takes a scalar -0.0 for +0.0
                 moves_here = moves & keeps(place, chunks, key, threshold, CHUNK)
-            moved = tl.where(moves_here, convert(origin.to(ACC) + e, W), convert(origin, W))
+            x = origin.to(ACC) + e
+            if ROUNDED is not None:
+                updates = tl.load(tl.load(step + row).to(tl.pointer_type(ROUNDED))) + 1
+                x = round_stochastically(x, place, chunks, rounding, PERTURB, updates, CHUNK)
+            moved = tl.where(moves_here, convert(x, W), convert(origin, W))
             store(w, place, moved, W, ALIGNED, FULL)
 
 
@@ -307,6 +319,8 @@ def step(
     hyper,
     group,
     partials,
+    rounding,
+    count,
     chunks,
     sizes,
     rows,
@@ -322,6 +336,7 @@ def step(
     STATES: tl.constexpr,
     FROM_B: tl.constexpr,
     MASTER: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -332,7 +347,7 @@ def step(
     ``partials`` [3, chunks] takes ||q||^2, and with TWO_PHASES (LAMB) ||w||^2 and ||u||^2: its weights wait for
     :func:`apply_lamb`.
     With found_inf w <- b where it was moved, and nothing else. ``trust``: what the weight decay is multiplied by, LARS's
-    ratio a row.
+    ratio a row. ROUNDED: the type of ``count``, :func:`advance`'s ``step``, where w is rounded stochastically, else ``None``.
     """
     place, full = locate(chunks, sizes, CHUNK)
     row = place[0]
@@ -374,6 +389,9 @@ def step(
                     else:
                         if c_post is not None:
                             new_w += combine(c_post, xs, row, rows, INPUTS, ACC, CHUNK)
+                        if ROUNDED is not None:
+                            updates = tl.load(tl.load(count + row).to(tl.pointer_type(ROUNDED)))
+                            new_w = round_stochastically(new_w, place, chunks, rounding, STEP, updates, CHUNK)
                         store(w, place, new_w, W, ALIGNED, FULL)
                         if MASTER:
                             store(b, place, new_w, B, ALIGNED, FULL)
@@ -434,6 +452,8 @@ def apply_lamb(
     trust_ratio,
     hyper,
     group,
+    rounding,
+    count,
     chunks,
     sizes,
     rows,
@@ -446,6 +466,7 @@ def apply_lamb(
     STATES: tl.constexpr,
     FROM_B: tl.constexpr,
     MASTER: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -467,6 +488,9 @@ def apply_lamb(
                 if c_post is not None:
                     xs = load_each(inputs, place, INPUTS, ACC, ALIGNED, FULL)
                     new_w += combine(c_post, xs, row, rows, INPUTS, ACC, CHUNK)
+                if ROUNDED is not None:
+                    updates = tl.load(tl.load(count + row).to(tl.pointer_type(ROUNDED)))
+                    new_w = round_stochastically(new_w, place, chunks, rounding, STEP, updates, CHUNK)
                 store(w, place, new_w, W, ALIGNED, FULL)
                 if MASTER:
                     store(b, place, new_w, B, ALIGNED, FULL)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from looksam_kernels.backends import Adaptive, reference
 from looksam_kernels.backends import of_rows as t_of_rows
 from looksam_kernels.backends.triton import gpu
@@ -19,13 +23,14 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
     layout, inputs = layout_of(table), coefficients.inputs
     takes_part = table.present(inputs[0])
     v = adaptive.column if isinstance(adaptive, Preconditioner) else None
-    read = inputs if v is None else (*inputs, v)
+    count = () if table.rounding is None else ("step",)
+    read = (*inputs, *count) if v is None else (*inputs, v, *count)
     layout.update(read)
     buckets, odd = layout.split(("b", *read), takes_part, rows_from_b(layout))
     c, numbers = coefficients.d.contiguous(), numbers_of(layout, adaptive)
     key, threshold = (0, 0) if mask is None else (_int32(mask.key), _int32(mask.threshold))
     for bucket in buckets:
-        bucket.prepared(_perturb, inputs, numbers is not None, v, mask is not None)(
+        bucket.prepared(_perturb, inputs, numbers is not None, v, mask is not None, table.rounding is not None)(
             (bucket.programs,),
             table.device,
             *layout.addresses("w", "b"),
@@ -35,6 +40,8 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
             numbers,
             key,
             threshold,
+            rounding_key(table),
+            *layout.addresses(*count or ("w",)),
             bucket.chunks,
             layout.sizes,
             len(table),
@@ -50,7 +57,9 @@ def perturb(table: TensorTable, coefficients: Coefficients, adaptive: Adaptive, 
         table.perturbed = list(takes_part)
 
 
-def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, v: str | None, masked: bool) -> Launch:
+def _perturb(
+    bucket: Bucket, inputs: tuple[str, ...], with_t: bool, v: str | None, masked: bool, rounded: bool
+) -> Launch:
     w, b, *types = bucket.types("w", "b", *inputs)
     return Launch(
         gpu.kernels().perturb,
@@ -61,8 +70,19 @@ def _perturb(bucket: Bucket, inputs: tuple[str, ...], with_t: bool, v: str | Non
         STRETCHED=with_t and v is None,
         V=None if v is None else bucket.types(v)[0],
         MASKED=masked,
+        ROUNDED=type_of_count(bucket) if rounded else None,
         **bucket.walk(),
     )
+
+
+def type_of_count(bucket: Bucket) -> Any:
+    """Of ``step`` where weights are rounded stochastically, in a table whose weights of bfloat16 are."""
+    rounds = bucket.dtypes["w"] == torch.bfloat16 and not bucket.master
+    return bucket.types("step")[0] if rounds else None
+
+
+def rounding_key(table: TensorTable) -> int:
+    return 0 if table.rounding is None else _int32(table.rounding.key)
 
 
 def rows_from_b(layout: Layout) -> list[bool]:

@@ -13,7 +13,7 @@ from looksam_kernels.backends.triton.bucket import Bucket
 from looksam_kernels.backends.triton.by_reference import elsewhere, of_rows
 from looksam_kernels.backends.triton.launch import Launch
 from looksam_kernels.backends.triton.layout import Layout, layout_of
-from looksam_kernels.backends.triton.perturbation import restore_rows, rows_from_b
+from looksam_kernels.backends.triton.perturbation import restore_rows, rounding_key, rows_from_b, type_of_count
 from looksam_kernels.backends.triton.rules import Read
 from looksam_kernels.backends.triton.tuning import ROWS_BLOCK
 from looksam_kernels.formulas import Coefficients, Groups
@@ -54,7 +54,9 @@ class _StepLaunches(NamedTuple):
     keeps_norm: bool
 
 
-def _step_launches(bucket: Bucket, base: str, inputs: tuple[str, ...], writes: str | None) -> _StepLaunches:
+def _step_launches(
+    bucket: Bucket, base: str, inputs: tuple[str, ...], writes: str | None, rounded: bool
+) -> _StepLaunches:
     kernels, update = gpu.kernels(), gpu.kernels().UPDATES[base]
     w, b = bucket.types("w", "b")
     norm = None if writes is None else bucket.types(f"{writes}_norm_sq")[0]
@@ -62,6 +64,7 @@ def _step_launches(bucket: Bucket, base: str, inputs: tuple[str, ...], writes: s
     numbers = {"HYPER": len(BASES[base].read), "FACTORS": update.factors}
     tensors = {"INPUTS": bucket.types(*inputs), "STATES": bucket.types(*BASES[base].states)}
     origin = {"W": w, "B": b, "FROM_B": bucket.from_b, "MASTER": bucket.master}
+    origin["ROUNDED"] = type_of_count(bucket) if rounded and base != "grad" else None
     return _StepLaunches(
         Launch(
             kernels.advance,
@@ -93,7 +96,9 @@ def _step(layout: Layout, bucket: Bucket, base: str, coefficients: Coefficients,
         None if x is None else x.contiguous() for x in (coefficients.d, coefficients.q, coefficients.post)
     )
     writes = None if c_q is None else coefficients.writes
-    launches: _StepLaunches = bucket.prepared(_step_launches, base, inputs, writes)
+    rounded = layout.table.rounding is not None
+    launches: _StepLaunches = bucket.prepared(_step_launches, base, inputs, writes, rounded)
+    key, (count,) = rounding_key(layout.table), layout.addresses("step" if base != "grad" else "w")
     found_inf, trust = coefficients.found_inf, coefficients.trust
     two_phases, factor_count = base == "lamb", gpu.kernels().UPDATES[base].factors
     factors = layout.scratch("factors", factor_count, rows)
@@ -106,7 +111,7 @@ def _step(layout: Layout, bucket: Bucket, base: str, coefficients: Coefficients,
         launches.advance(
             (-(-bucket.size // ROWS_BLOCK),),
             device,
-            *layout.addresses("step"),
+            count,
             factors,
             bucket.members,
             hyper,
@@ -133,6 +138,8 @@ def _step(layout: Layout, bucket: Bucket, base: str, coefficients: Coefficients,
         hyper,
         layout.group,
         partials,
+        key,
+        count,
         bucket.chunks,
         layout.sizes,
         rows,
@@ -169,6 +176,8 @@ def _step(layout: Layout, bucket: Bucket, base: str, coefficients: Coefficients,
             trust_ratio,
             hyper,
             layout.group,
+            key,
+            count,
             bucket.chunks,
             layout.sizes,
             rows,
