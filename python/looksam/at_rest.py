@@ -125,7 +125,7 @@ class OnePass(SharpnessAware):
         for row, (p, w, b, x, c) in enumerate(zip(binding.params, *columns, strict=True)):
             if x is not None and c is not None:
                 place = b if table.has_master(row) else w
-                yield p, place, x.to(place.dtype) * c.to(place.dtype)
+                yield p, place, x.to(table.arithmetic(row)) * c.to(table.arithmetic(row))
 
     def _set_mode(self, mode: bool) -> None:
         binding = self._bound()

@@ -89,7 +89,7 @@ class Fused(NamedTuple):
         """Groups and state are all there is."""
 
     def missing(self, p: Tensor, group: Group, state: State) -> State:
-        names = ("step", *self.states(group), *(("master_param",) if needs_master(p) else ()))
+        names = ("step", *self.states(group), *(("master_param",) if needs_master(p, group.get("rounding")) else ()))
         lacking = {name for name in names if state.get(name) is None}
         if not lacking:
             return {}
@@ -115,8 +115,8 @@ class Fused(NamedTuple):
     def state_for(self, p: Tensor, group: Mapping[str, Any]) -> State:
         """Fresh state: float32 (float64 for float64 parameters), in the parameter's memory order.
 
-        A float16 or bfloat16 parameter gets a float32 ``master_param``: a perturbation of rho = 0.05 would mostly be
-        rounded away otherwise.
+        A float16 or bfloat16 parameter gets a float32 ``master_param``, unless its rounding is chosen: a perturbation of
+        rho = 0.05 would mostly be rounded away otherwise.
         """
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
@@ -124,7 +124,7 @@ class Fused(NamedTuple):
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if name in INITIAL:
                 state[name].fill_(ops.own(group, INITIAL[name]))
-        if needs_master(p):
+        if needs_master(p, group.get("rounding")):
             state["master_param"] = p.detach().to(dtype)
         return state
 
@@ -167,7 +167,16 @@ class Wrapped:
         return {}
 
     def check(self, group: Group) -> None:
-        """The class has its own checks."""
+        """The class has its own checks, but for the rounding, which is not in its hands.
+
+        Raises:
+            ValueError: a rounding is given.
+        """
+        if group.get("rounding") is not None:
+            raise ValueError(
+                f"rounding={group['rounding']!r} is for fused bases, and {self.cls.__name__} writes the weights itself: leave it "
+                "out, or give one of the bases by name"
+            )
 
     def share(self, groups: list[Group], state: MutableMapping[Tensor, State]) -> None:
         """The inner optimizer, made at the first call, sees the groups and the state of now; its constructor's errors are

@@ -80,7 +80,7 @@ class Binding:
         masters = ("master_param",) if base.columns else ()
         self._entries = (*base.columns, *own_entries(written), *self._numbers, *masters)
         self._reads = base.reads
-        self._filtered = [name for name in FILTERS if name in base.reads]
+        self._filtered = [name for name in (*FILTERS, *hyper.STORAGE) if name in base.reads]
         self.params: list[Tensor] = []
         """Those that take part, one a row of the table: each once, and none that cannot train as it is."""
         self._others: list[tuple[int, Tensor]] = []
@@ -240,7 +240,7 @@ class Binding:
         return changes
 
     def _filters_now(self) -> list[Any]:
-        """The filters, which decide on the rows' hyper-parameters: copies, to be compared."""
+        """The filters, which decide on the rows' hyper-parameters, and what decides on the table: copies, to be compared."""
         groups = self.groups
         return [list(f) if isinstance(f := g.get(name), list) else f for name in self._filtered for g in groups]
 
@@ -281,7 +281,11 @@ class Binding:
             (p.device for p in (*self.params, *(p for p, _, _ in _distinct(groups))) if p.device.type != "meta"), None
         )
         self._table = table = TensorTable(
-            self.weights(), [scaled[n] for n in self.number], backend=self._backend, device=device
+            self.weights(),
+            [scaled[n] for n in self.number],
+            backend=self._backend,
+            device=device,
+            rounding=hyper.rounding(groups) if "rounding" in self._reads else None,
         )
         stay = set(self.params)
         self._saved = {p: b for p, b in self._saved.items() if p in stay and _alike(b, p)}
@@ -367,6 +371,9 @@ class Binding:
         """Column b: the master; else, of a row that is perturbed, what holds its weight; else where it will be saved."""
         table = self.table
         has = "master_param" in self._entries
+        for i, state in zip(self._group, states, strict=True):
+            if has and self.groups[i].get("rounding") is not None:
+                state.pop("master_param", None)  # of a checkpoint, or of before it was given
         masters = [self._entry(row, s, "master_param") if has else None for row, s in enumerate(states)]
         rows = zip(self.params, self.shards.local(masters), table["b"], table.perturbed, strict=True)
         table["b"] = [

@@ -153,6 +153,8 @@ HYPER = {*RANGES, *FILTERS, "draws", "mu", "var", "t", "train_mode"} - {
     "perturb_filter",
     "nonfinite",
     "q_dtype",
+    "rounding",
+    "rounding_seed",
 }
 """The names by which the groups of variants differ. (Those with a q have a q_dtype, which older checkpoints lack.)"""
 ADDED: list[dict[str, tuple[str, ...]]] = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from looksam.messages import did_you_mean, is_slip, shown
-from looksam_kernels import Mask
+from looksam_kernels import Mask, Rounding
 
 Group = dict[str, Any]
 
@@ -152,10 +152,14 @@ RANGES: dict[str, Range] = {
     "precondition": flag_without("adaptive"),
     "max_grad_norm": none_or_positive(),
     "nonfinite": one_of("skip", "ignore"),
+    "rounding": none_or_one_of("nearest", "stochastic"),
+    "rounding_seed": whole_at_least(0),
 }
-"""Of every hyper-parameter of a variant, of clipping and finite check. A class narrows one where its method asks for it."""
+"""Of every hyper-parameter of a variant, and of what all variants have. A class narrows one where its method asks for it."""
 
-COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "precondition", "max_grad_norm", "nonfinite")
+STORAGE = ("rounding", "rounding_seed")
+"""Says how bfloat16 weights are kept."""
+COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "precondition", "max_grad_norm", "nonfinite", *STORAGE)
 """What all groups share. A class adds to it."""
 
 
@@ -351,3 +355,10 @@ def mask(groups: list[Group]) -> Mask | None:
     if "draws" not in first or first["beta"] == 1:
         return None
     return Mask(first["beta"], first["seed"], first["draws"])
+
+
+def rounding(groups: list[Group]) -> Rounding | None:
+    """Of new bfloat16 weights; ``None``: to nearest."""
+    if not groups or groups[0].get("rounding") != "stochastic":
+        return None
+    return Rounding(groups[0].get("rounding_seed", 0))

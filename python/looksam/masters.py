@@ -7,10 +7,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+NOT_FLOAT16 = (
+    "rounding is for bfloat16 parameters, and one is of float16: convert it to bfloat16, or leave rounding out, for a float32 "
+    "master copy"
+)
 
-def needs_master(p: Tensor) -> bool:
-    """Would the parameter's own precision round small updates and perturbations away?"""
-    return p.dtype not in (torch.float32, torch.float64)
+
+def needs_master(p: Tensor, rounding: str | None) -> bool:
+    """Would the parameter's own precision round small updates and perturbations away? Not if its ``rounding`` is chosen.
+
+    Raises:
+        ValueError: a rounding of a float16 parameter.
+    """
+    if rounding is not None and p.dtype == torch.float16:
+        raise ValueError(NOT_FLOAT16)
+    return p.dtype not in (torch.float32, torch.float64) and rounding is None
 
 
 class Masters:

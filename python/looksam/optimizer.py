@@ -20,6 +20,7 @@ from looksam.checkpoint import from_another_variant, generations, load_exactly
 from looksam.filters import Filters
 from looksam.grad_mode import grad_enabled
 from looksam.hyper import COMMON, RANGES, Group, GroupChecks, Range, check_keys
+from looksam.masters import NOT_FLOAT16
 from looksam.messages import arguments, check_backend, shown
 from looksam.passes import PassRunner
 from looksam.plans import Plan, Variant, resolved
@@ -80,6 +81,12 @@ class SharpnessAware(ScaledGradients, Optimizer):
             every step is checked). The check reads the last gradient once more where no norm that the method, the clipping
             or LARS needs has read it: steps of the base alone, second gradients of SAM. Elsewhere it costs nothing.
 
+    bfloat16 and float16 parameters have float32 master copies, unless ``rounding`` is given: then bfloat16 parameters hold
+    the only copy of the weights (docs/amp.md). ``rounding="stochastic"`` rounds what a perturbation or an update makes of them up
+    or down by chance, so that moves which are small against 2^-9 of a weight count in the mean; a hash of ``rounding_seed``,
+    the parameter and its count of updates decides. ``rounding="nearest"`` loses such moves. For fused bases; not for
+    float16.
+
     What stores a q also takes ``q_dtype="bfloat16"``: half the memory and traffic of q, each element rounded to 8 bits
     (default ``None``: float32, or the parameter's dtype where that is wider). It counts where a q is made anew.
 
@@ -128,6 +135,7 @@ class SharpnessAware(ScaledGradients, Optimizer):
         self._passes = PassRunner(**{name: base_kwargs.pop(name) for name in PASSES if name in base_kwargs})
         filters = {"perturb_filter": base_kwargs.pop("perturb_filter", None)} if _perturbs(variant) else {}
         checked = {"nonfinite": base_kwargs.pop("nonfinite", "skip")}
+        checked |= {"rounding": base_kwargs.pop("rounding", None), "rounding_seed": base_kwargs.pop("rounding_seed", 0)}
         if "q" in self._written:
             checked["q_dtype"] = base_kwargs.pop("q_dtype", None)
         hyper = {**hyper, **filters, **checked}
@@ -284,6 +292,9 @@ class SharpnessAware(ScaledGradients, Optimizer):
             if p.requires_grad and (p.is_complex() or p.layout is not torch.strided):
                 self.param_groups.pop()
                 raise TypeError(f"{kind(p)} is among the parameters: {UNSUPPORTED}")
+            if p.requires_grad and group["rounding"] is not None and p.dtype == torch.float16:
+                self.param_groups.pop()
+                raise ValueError(NOT_FLOAT16)
         group.update({name: self.param_groups[0][name] for name in self.counted})
         self._filters.settle(self.param_groups)
 

@@ -131,6 +131,8 @@ class Shards(Whole):
             new = lamb_apply(w, u, w_norm[row], u_norm[row], groups[table.group[row]])
             if (post := added[row]) is not None:
                 new = new + post
+            if table.rounding is not None and table.rounds_stochastically(row):
+                new = table.rounding(new, "step", table["step"][row], row, table["w"][row])
             new = torch.where(keep, w, new)
             if table.has_master(row):
                 table["b"][row].copy_(new)

@@ -11,7 +11,7 @@ from typing_extensions import Never
 from looksam.messages import refuse
 from looksam.optimizer import SharpnessAware
 from looksam.plans import PLAIN, Variant
-from looksam.types import BackendName, NonFinite
+from looksam.types import BackendName, NonFinite, WeightRounding
 
 
 class LAMB(SharpnessAware):
@@ -26,7 +26,7 @@ class LAMB(SharpnessAware):
         always_adapt: use the trust ratio in groups without weight decay too.
         trust_clip: r at most 1.
         bias_correction: without it m and v are used as they are, as in the implementations for BERT.
-        nonfinite, backend: see :class:`looksam.SharpnessAware`.
+        nonfinite, rounding, rounding_seed, backend: see :class:`looksam.SharpnessAware`.
     """
 
     fused_base = "lamb"
@@ -44,6 +44,8 @@ class LAMB(SharpnessAware):
         bias_correction: bool = True,
         maximize: bool = False,
         nonfinite: NonFinite = "skip",
+        rounding: WeightRounding | None = None,
+        rounding_seed: int = 0,
         backend: BackendName | None = None,
         **unknown: Never,
     ) -> None:
@@ -59,6 +61,8 @@ class LAMB(SharpnessAware):
             "bias_correction": bias_correction,
             "maximize": maximize,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)
         super().__init__(params, "lamb", variant, {}, backend=backend, base_kwargs=base_kwargs)
@@ -77,7 +81,7 @@ class LARS(SharpnessAware):
         trust_clip: r = min(1, r / lr), so that a tensor's rate is the smaller of lr and r (LARC).
         always_adapt: use the trust ratio in groups without weight decay too.
         max_grad_norm: clips the global norm of the gradients before; ``None``: not.
-        nonfinite, backend: see :class:`looksam.SharpnessAware`.
+        nonfinite, rounding, rounding_seed, backend: see :class:`looksam.SharpnessAware`.
     """
 
     fused_base = "lars"
@@ -97,6 +101,8 @@ class LARS(SharpnessAware):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "skip",
+        rounding: WeightRounding | None = None,
+        rounding_seed: int = 0,
         backend: BackendName | None = None,
         **unknown: Never,
     ) -> None:
@@ -114,6 +120,8 @@ class LARS(SharpnessAware):
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)
         super().__init__(params, "lars", variant, {}, backend=backend, base_kwargs=base_kwargs)
@@ -131,7 +139,7 @@ class Lion(SharpnessAware):
         weight_decay: decoupled, as torch.optim.AdamW's.
         max_grad_norm: clips the global norm of the gradients before; ``None``: not.
         maximize: ascend instead of descend.
-        nonfinite, backend: see :class:`looksam.SharpnessAware`.
+        nonfinite, rounding, rounding_seed, backend: see :class:`looksam.SharpnessAware`.
     """
 
     fused_base = "lion"
@@ -145,6 +153,8 @@ class Lion(SharpnessAware):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         nonfinite: NonFinite = "skip",
+        rounding: WeightRounding | None = None,
+        rounding_seed: int = 0,
         backend: BackendName | None = None,
         **unknown: Never,
     ) -> None:
@@ -156,6 +166,8 @@ class Lion(SharpnessAware):
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
             "nonfinite": nonfinite,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
         }
         variant = Variant(sharp=PLAIN, between=PLAIN)
         super().__init__(params, "lion", variant, {}, backend=backend, base_kwargs=base_kwargs)

@@ -15,6 +15,7 @@ BaseName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "la
 BaseOptimizer = BaseName | type[Optimizer]
 NormScope = Literal["global", "tensor"]
 NonFinite = Literal["skip", "ignore"]
+WeightRounding = Literal["nearest", "stochastic"]
 LayerScale = Literal["trust_normalized", "trust", "trust_global", "unit"]
 ParameterFilter = Callable[[Tensor], bool]
 """Says of a parameter whether it is among those that are meant."""
