@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 class Usage(NamedTuple):
     """Bytes for each parameter: ``kept`` between steps, when the gradients are gone, ``peak`` within a step, both with the weights'
-    own 4; ``grown``: how much more is kept after a cycle than before it."""
+    own; ``grown``: how much more is kept after a cycle than before it."""
 
     kept: float
     peak: float
@@ -209,9 +209,11 @@ PEERS = {
 }
 
 
-def usage(build: Callable[[Sequence[Parameter]], Step], shapes: Sequence[Shape]) -> Usage:
+def usage(
+    build: Callable[[Sequence[Parameter]], Step], shapes: Sequence[Shape], dtype: torch.dtype = torch.float32
+) -> Usage:
     """Of the second cycle of steps, when all state is there."""
-    params = [Parameter(0.02 * torch.randn(shape)) for shape in shapes]
+    params = [Parameter(0.02 * torch.randn(shape, dtype=dtype)) for shape in shapes]
     numel = sum(p.numel() for p in params)
     made: list[Step] = []
 
@@ -222,7 +224,8 @@ def usage(build: Callable[[Sequence[Parameter]], Step], shapes: Sequence[Shape])
             made[0]()
 
     held, again = allocated(cycle).left, allocated(cycle)
-    return Usage(4 + (held + again.left) / numel, 4 + (held + again.peak) / numel, again.left / numel)
+    own = dtype.itemsize
+    return Usage(own + (held + again.left) / numel, own + (held + again.peak) / numel, again.left / numel)
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -61,16 +61,28 @@ def test_the_mean_of_many_roundings_is_the_number() -> None:
         assert abs(rounded.double().mean() - x.double()) <= SIGMAS * sigma + (high - low) * 2**-16
 
 
-def test_what_bfloat16_holds_stays_and_the_ends_are_rounded_to_nearest() -> None:
+def test_what_bfloat16_holds_stays() -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     exact = bits.view(BF16).float()
     for seed in range(3):
         rounded = lk.Rounding(seed)(exact, "perturb", torch.tensor(1.0), 0, exact)
         assert torch.equal(rounded.view(torch.int32), exact.view(torch.int32))
-    largest = torch.tensor([0x7F7F0000], dtype=torch.int32).view(F32)
-    beyond = torch.cat([largest * (1 + 2**-10), largest * (1 + 2**-9), torch.tensor([math.inf, -math.inf, math.nan])])
-    rounded = lk.Rounding()(beyond, "perturb", torch.tensor(1.0), 0, beyond).to(BF16)
-    assert torch.equal(rounded.nan_to_num(7.0), beyond.to(BF16).nan_to_num(7.0))
+
+
+@on_every_target
+def test_the_largest_number_and_beyond_are_rounded_to_nearest(target: Target) -> None:
+    largest = torch.finfo(BF16).max
+    e = torch.tensor([0.0, largest * 2.0**-10, largest * 2.0**-8, math.inf, math.nan]).repeat_interleave(100)
+    ends = []
+    for rounding in (lk.Rounding(SEED), None):
+        g = torch.cat([e, -e]).to(BF16).to(target.device)
+        w = torch.full((1000,), largest, dtype=BF16, device=target.device).copysign(g)
+        columns = {"w": [w], "b": [w.clone()], "g": [g], "step": [torch.zeros((), device=target.device)]}
+        c = cases.Combination(("g",), (1.0,)).coefficients([Row(())], target.device)
+        lk.perturb(lk.TensorTable(backend=target.backend, rounding=rounding, **columns), c)
+        ends.append(w.nan_to_num(7.0, math.inf, -math.inf))
+    assert torch.equal(*ends)
+    assert set(ends[0].tolist()) == {largest, -largest, math.inf, -math.inf, 7.0}
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"seed": 2**32}, {"op": "step"}, {"updates": 2.0}, {"row": 1}])
