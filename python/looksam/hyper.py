@@ -159,8 +159,10 @@ RANGES: dict[str, Range] = {
 
 STORAGE = ("rounding", "rounding_seed")
 """Says how bfloat16 weights are kept."""
-COMMON = ("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "precondition", "max_grad_norm", "nonfinite")
-COMMON += STORAGE
+COMMON = (
+    *("k", "norm_scope", "layer_scale", "decouple", "perturb_eps", "precondition", "max_grad_norm", "nonfinite"),
+    *STORAGE,
+)
 """What all groups share. A class adds to it."""
 
 
