@@ -19,6 +19,8 @@ class BorrowedColumns {
               bool wide_only = false) {
     const Tensors &tensors = table_.column(name), &weights = table_.column("w");
     for (std::size_t row = 0; row < rows.size(); ++row) {
+      prefetch_after(tensors, row);
+      prefetch_after(weights, row);
       if (tensors[row].defined()) {
         check_tensor(tensors[row], weights[row], table_.device(), name, row);
       } else if (rows[row] && !optional) {
@@ -39,6 +41,7 @@ class BorrowedColumns {
     const Tensors& weights = table_.column("w");
     const Tensors& masters = table_.column("b");
     for (std::size_t row = 0; row < kinds.size(); ++row) {
+      prefetch_after(weights, row);
       const at::ScalarType w = weights[row].scalar_type();
       if (w == at::kBFloat16) kinds[row] = Kind::bf16;
       if (w == at::kHalf) kinds[row] = Kind::f16;
@@ -90,6 +93,8 @@ class BorrowedColumns {
     const Tensors &tensors = table_.column(borrowed.name), &weights = table_.column("w");
     borrowed.refs.assign(kinds.size(), 0);
     for (std::size_t row = 0; row < kinds.size(); ++row) {
+      prefetch_after(tensors, row);
+      prefetch_after(weights, row);
       const at::Tensor& x = tensors[row];
       if (!x.defined()) continue;
       const Dtype dtype = *dtype_of(x);
