@@ -17,6 +17,7 @@ from benchmarks import communication, epoch, figures, memory
 from benchmarks.cases import OPS, STEPS
 from benchmarks.peers import YARDSTICK
 from benchmarks.report import facts
+from benchmarks.shapes import ON_DEMAND
 from benchmarks.targets import Verdict, verdicts
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +178,24 @@ def epochs() -> str:
     return f"{where_of(content)}:\n\n{epoch.markdown(content)}\n{figure}"
 
 
+def sizes() -> str:
+    """Nanoseconds an element, and the same over torch's fused AdamW, from a million elements to a hundred."""
+    result = next((r for r in newest() if all(record(r, shapes, "SAM") for shapes in ON_DEMAND)), None)
+    if result is None:
+        return "Not measured yet."
+    rows = []
+    for case in list(WORDS)[:5]:
+        of_lists = [record(result, shapes, case) for shapes in ON_DEMAND]
+        each = [1e6 * r["median_ms"] / r["params"] for r in of_lists if r is not None]
+        if len(each) < len(ON_DEMAND):
+            continue
+        rows.append([WORDS[case], *(f"{x:.2f}" for x in each), f"{100 * (max(each) / min(each) - 1):.0f} %"])
+        ratios = [fused(r) for r in of_lists]
+        rows.append([f"{WORDS[case]}, ratio", *map(_number, ratios), ""])
+    columns = ["step", *(f">{shapes} elements" for shapes in ON_DEMAND), ">largest over smallest"]
+    return f"{where_of(result)}:\n\n{table(columns, rows)}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "speed figure": speed_figure,
@@ -184,6 +203,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "measured on": measured_on,
     "finite check": finite_check,
     "epochs": epochs,
+    "sizes": sizes,
     "memory": lambda: memory.markdown(newest_memory()).strip(),
     "communication": lambda: communication.table().strip(),
 }

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import machine, peers, report, timing
 from benchmarks.cases import OPS, STEPS, Arena, Case, Run
 from benchmarks.peers import PEERS, YARDSTICK, Missing
-from benchmarks.shapes import LISTS
+from benchmarks.shapes import LISTS, ON_DEMAND
 
 COPY = "copy"
 COMPILED = "torch.compile AdamW"
@@ -31,7 +31,8 @@ Record = dict[str, Any]
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("--shapes", default=",".join(LISTS), help="parameter lists (%(default)s)")
+    usual = ",".join(name for name in LISTS if name not in ON_DEMAND)
+    add("--shapes", default=usual, help=f"parameter lists (%(default)s; also: {', '.join(ON_DEMAND)})")
     add("--only", default="", help="cases whose name contains this, such as 'LookSAM' or 'step'")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--backend", help="native, triton or reference; default: the fastest that is there")
@@ -183,7 +184,7 @@ class Bench:
             self.console.print(f"[dim]{name}: {cases[0].name if len(cases) == 1 else 'ops'}[/]", highlight=False)
             runs = self.contenders(name, arena, cases, guests)
             others = machine.Others()
-            flush = self.copy.step if COPY in runs else None
+            flush = self.copy.step if COPY in runs or self.args.alone else None
             times = timing.measure(runs, self.clock, seconds, self.args.repeat, flush)
             disturbed = others.percent()
             extra = self.extra(name, runs, times, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 
 Shape = tuple[int, ...]
 CLASSES = 1000
@@ -67,6 +68,11 @@ def tiny(tensors: int = 152) -> Iterator[Shape]:
         yield (1 + i % 16,)
 
 
+def blocks(numel: int) -> Iterator[Shape]:
+    """About so many elements in tensors of 2^18: what an element costs, from lists that fit into a cache to large ones."""
+    yield from [(256, 1024)] * (numel // 2**18)
+
+
 LISTS: dict[str, Callable[[], list[Shape]]] = {
     "vit-s": lambda: list(vit(384)),
     "vit-b": lambda: list(vit(768)),
@@ -74,4 +80,7 @@ LISTS: dict[str, Callable[[], list[Shape]]] = {
     "resnet-50": lambda: list(resnet((3, 4, 6, 3), bottleneck=True)),
     "many": lambda: list(many()),
     "tiny": lambda: list(tiny()),
+    **{f"{millions}M": partial(lambda n: list(blocks(n)), millions * 10**6) for millions in (1, 10, 100)},
 }
+ON_DEMAND = ("1M", "10M", "100M")
+"""Lists that are measured only where they are named."""

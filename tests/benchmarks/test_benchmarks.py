@@ -163,7 +163,7 @@ def test_all_of_it_takes_less_than_ten_minutes_by_design(monkeypatch: pytest.Mon
     """Whatever the first steps and slow rounds take, as long as it is less than the rounds' shares."""
     monkeypatch.setattr(peers, "copy", lambda device: None)
     bench = run.Bench(run.options([]), Console())
-    rounds = [r for name in LISTS for cases in bench.chosen() for r in bench.rounds(name, cases)]
+    rounds = [r for name in run.options([]).shapes for cases in bench.chosen() for r in bench.rounds(name, cases)]
     assert len(rounds) > 60
     now = 0.0
     budget = run.Budget(run.options([]).minutes, len(rounds), lambda: now)
