@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,9 +60,10 @@ def preconditioner(
     moment = BASES[base].second_moment if base in BASES else None
     if moment is None:
         raise ValueError(f"base {base!r} has no second moment; those that have one: {', '.join(with_second_moment())}")
-    for row, (takes_part, there) in enumerate(zip(table.present("g"), table.present(moment.state), strict=True)):
-        if takes_part and not there:
-            raise ValueError(f"row {row} takes part, but column {moment.state!r} has no tensor for it")
+    if not table.is_full(moment.state):
+        for row, (takes_part, there) in enumerate(zip(table.present("g"), table.present(moment.state), strict=True)):
+            if takes_part and not there:
+                raise ValueError(f"row {row} takes part, but column {moment.state!r} has no tensor for it")
     counts = _counts(table) + 1
     inv_scale = 1.0 if grad_scale is None else 1 / grad_scale.to(counts).reshape(())
     parts, first = [], 0
@@ -71,12 +72,15 @@ def preconditioner(
         count, h = counts[first:last], groups[group]
         decay = 1.0 if moment.decay is None else hyper_of(h, moment.decay)
         new = 1.0 if moment.decay is None else 1 - decay
-        one = torch.ones_like(count)
         corrects = own(h, "bias_correction") if "bias_correction" in BASES[base].hyper else moment.corrected
-        correction = one_minus_power(decay, count).rsqrt() if corrects else one
-        parts.append(torch.stack([one * decay, one * (new * inv_scale**2), correction, one * own(h, "eps")]))
+        numbers = (decay, new * inv_scale**2, one_minus_power(decay, count).rsqrt() if corrects else 1.0, own(h, "eps"))
+        parts.append(torch.stack([_filled(count, x) for x in numbers]))
         first = last
     return Preconditioner(moment.state, torch.cat(parts, 1) if parts else counts.new_zeros(4, 0))
+
+
+def _filled(like: Tensor, x: Any) -> Tensor:
+    return x.to(like).expand_as(like) if isinstance(x, Tensor) else torch.full_like(like, x)
 
 
 def with_second_moment() -> list[str]:
@@ -87,6 +91,8 @@ def with_second_moment() -> list[str]:
 def _counts(table: TensorTable) -> Tensor:
     """How many updates each row has had; 0 in rows without a count."""
     dtype, device = scalar_dtype(table.device), table.device
-    zero = torch.zeros((), dtype=torch.float32, device=device)
-    counts = [zero if x is None else x.to(device, torch.float32) for x in table["step"]]
+    counts = table["step"]
+    if not (counts and table.is_full("step") and all(x.dtype == torch.float32 and x.device == device for x in counts)):
+        zero = torch.zeros((), device=device)
+        counts = [zero if x is None else x.to(device, torch.float32) for x in counts]
     return torch.stack(counts).to(dtype) if counts else torch.zeros(0, dtype=dtype, device=device)

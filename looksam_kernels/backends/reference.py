@@ -79,7 +79,7 @@ def perturb(
             continue
         w, b = table["w"][row], table["b"][row]
         e = _combine(table, row, coefficients.inputs, coefficients.d)
-        e = _stretch(table, row, adaptive, e, power=1 if isinstance(adaptive, Preconditioner) else 2)
+        e = _stretch(table, row, adaptive, e, for_e=True)
         if not (table.has_master(row) or table.perturbed[row]):
             b.copy_(w)
         if mask is not None:
@@ -159,11 +159,11 @@ def _combine(table: TensorTable, row: int, inputs: Sequence[str], coefficients: 
     return total
 
 
-def _stretch(table: TensorTable, row: int, adaptive: Adaptive, x: Tensor, power: int = 1) -> Tensor:
-    """T x, or T^2 x, of one row."""
+def _stretch(table: TensorTable, row: int, adaptive: Adaptive, x: Tensor, for_e: bool = False) -> Tensor:
+    """T x of one row; for e ASAM's T^2 x, but a preconditioner's T x."""
     if isinstance(adaptive, Preconditioner):
         g, v = (table[name][row] for name in ("g", adaptive.column))
         return x if g is None or v is None else over(x, adaptive.root(row, g.to(x.dtype), v.to(x.dtype)))
     eta = adaptive[row] if adaptive is not None else None
     t = 1.0 if eta is None else table["w"][row].to(x.dtype).abs() + eta
-    return (t if power == 1 else t * t) * x
+    return (t * t if for_e else t) * x

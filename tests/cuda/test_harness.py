@@ -94,6 +94,18 @@ FAULTS = {
         "mask(a.mask, chunk.row, chunk.offset)",
         "mask(a.mask, chunk.row, 0)",
     ),
+    "a preconditioner's T is not made of g in the sums": build.Fault(
+        "sums",
+        "sums.cuh",
+        "p.root(value[0].lane[lane], root.lane[lane])",
+        "p.root(value[1].lane[lane], root.lane[lane])",
+    ),
+    "a preconditioner's T is not made of g in the perturbation": build.Fault(
+        "perturb",
+        "perturb.cuh",
+        "p.root(inputs[0].lane[k], moment.lane[k])",
+        "p.root(inputs[1].lane[k], moment.lane[k])",
+    ),
     "only some threads reach a barrier": build.Fault(
         "sums",
         "block.cuh",
