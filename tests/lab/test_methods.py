@@ -187,6 +187,18 @@ def test_a_preconditioned_method_is_one_of_the_grammar():
     assert (group["precondition"], group["rho"]) == (True, 0.2)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_q_dtype_is_an_option_of_the_methods_that_keep_a_q(variant):
+    base = "+adamw" if variant == "msam" else ""
+    optimizer = build_optimizer(TrainConfig(variant + base), model(), 10)
+    keeps = "q_dtype" in optimizer.param_groups[0]
+    assert parse_method(variant + base).takes("q_dtype", by_name=True) == keeps
+    if keeps:
+        text = f"{variant}:q_dtype=bfloat16"
+        group = build_optimizer(TrainConfig(text, options=select_options(text, {})), model(), 10).param_groups[0]
+        assert group["q_dtype"] == "bfloat16"
+
+
 def test_an_option_of_the_variants_never_means_the_bases_of_that_name():
     options = {"alpha": 0.5, "rho": 0.1}
     assert select_options("rmsprop", options) == ()

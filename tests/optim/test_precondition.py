@@ -199,6 +199,22 @@ def test_bfloat16_weights_with_masters(backend: str) -> None:
 
 
 @on_backends
+def test_bfloat16_weights_without_masters(backend: str) -> None:
+    """Rounded at random: most elements have the bits of the reference after a step."""
+    ends = []
+    for name in (backend, "reference"):
+        model = network(dtype=torch.bfloat16)
+        optimizer = build(
+            model.parameters(), "sam", "adamw", k=1, backend=name, rounding="stochastic", **{**ON, "rho": 1.0}
+        )
+        train(model, optimizer, 2)
+        e = perturbation(model, optimizer)
+        assert e.float().norm().item() == pytest.approx(1.0, rel=2.0**-4)
+        ends.append(torch.cat([w.flatten() for w in weights(model)]))
+    assert (ends[0] != ends[1]).double().mean() < 0.03
+
+
+@on_backends
 def test_a_perturb_filter_leaves_the_others_where_they_are(backend: str) -> None:
     model = network()
     optimizer = build(model.parameters(), "sam", "adam", backend=backend, perturb_filter=lambda p: p.ndim == 2, **ON)

@@ -88,9 +88,13 @@ _NOT_OPTIONS = {
 }
 
 
+_KEEPING_Q = (looksam.LookSAM, looksam.LookLayerSAM, looksam.AELookSAM)
+
+
 def arguments_of(cls: type) -> frozenset[str]:
-    """The keyword arguments of a class that can be options here."""
-    return frozenset(inspect.signature(cls).parameters) - _NOT_OPTIONS
+    """The keyword arguments of a class that can be options here; of those that keep a q its dtype, too."""
+    of_q = {"q_dtype"} if issubclass(cls, _KEEPING_Q) else set()
+    return (frozenset(inspect.signature(cls).parameters) | of_q) - _NOT_OPTIONS
 
 
 VARIANT_OPTIONS = frozenset[str]().union(*map(arguments_of, VARIANTS.values()))
