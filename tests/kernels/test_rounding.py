@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import looksam_kernels as lk
+from looksam.shards import Shards
 from tests.kernels import cases
 from tests.kernels.cases import BASE_CASES, BF16, COMBINATIONS, F16, F32, F64, TARGETS, Columns, Row, Target
 from tests.nightly import NIGHTLY
@@ -238,3 +239,18 @@ def test_without_a_count_it_is_an_error(target: Target) -> None:
     cols["step"][1] = None
     with pytest.raises(ValueError, match="row 1 takes part, but column 'step' has no tensor for it"):
         lk.perturb(table(cols, target.backend, lk.Rounding()), COMBINATIONS["s"].coefficients(ROWS, target.device))
+
+
+@on_every_target
+def test_lamb_on_shards_rounds_as_lamb(target: Target) -> None:
+    """It is computed tensor by tensor, after the norms of whole layers are known."""
+    name, groups = BASE_CASES["lamb"]
+    begin = start(target)
+    c = COMBINATIONS["s"].coefficients(ROWS, target.device)
+    found, full = cases.copy(begin), wide(begin)
+    for cols, rounding in ((found, lk.Rounding(SEED)), (full, None)):
+        Shards(cols["w"]).step(table(cols, target.backend, rounding), name, c, groups)
+    for row, stochastic in enumerate(STOCHASTIC):
+        if stochastic and begin["s"][row] is not None:
+            updates = int(begin["step"][row]) + 1
+            assert torch.equal(found["w"][row], expected(full["w"][row], STEP, updates, row, found["w"][row])), row

@@ -64,6 +64,25 @@ def test_replays_have_the_bits_of_eager_steps(gpu: Gpu) -> None:
     assert kept
 
 
+def test_replays_round_as_eager_steps_by_the_count_on_the_device(gpu: Gpu) -> None:
+    """Each replay otherwise: the bits of the capture again would round the same elements up for ever."""
+    rows = [Row(shape, cases.BF16) for shape in SHAPES]
+
+    def pure() -> lk.TensorTable:
+        return lk.TensorTable(backend="triton", rounding=lk.Rounding(3), **cases.columns(rows, DEVICE))
+
+    eager, graphed = pure(), pure()
+    for made in (eager, graphed):
+        step(made)
+    with gpu.capture() as graph:
+        kept = step(graphed)
+    for _ in range(3):
+        graph.replay()
+        step(eager)
+        assert cases.same_bits(bits(eager), bits(graphed))
+    assert kept
+
+
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> int:
     """How much of a kind is kept, less than usual."""
