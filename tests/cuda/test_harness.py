@@ -106,6 +106,12 @@ FAULTS = {
         "p.root(inputs[0].lane[k], moment.lane[k])",
         "p.root(inputs[1].lane[k], moment.lane[k])",
     ),
+    "stochastic rounding is counted from the chunk on": build.Fault(
+        "perturb",
+        "table.cuh",
+        "random(rounding.key, chunk.row, chunk.offset)",
+        "random(rounding.key, chunk.row, 0)",
+    ),
     "only some threads reach a barrier": build.Fault(
         "sums",
         "block.cuh",

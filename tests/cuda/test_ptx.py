@@ -24,6 +24,7 @@ pytestmark = [
 
 ARCHITECTURE = "90"
 OP_MATRIX = "tests/kernels/test_ops.py"
+ROUNDING = "tests/kernels/test_rounding.py"
 COUNTS = "tests/cuda/ptx_cases.py"
 NO_STEP = ("upload", "sums", "perturb")
 """The kernels without those of the step, which take nvcc longer than all others and most tests together."""
@@ -45,6 +46,7 @@ PARTS = {
     ),
     "counts": Part(COUNTS, "not test_step and not aligned"),
     "step": Part(OP_MATRIX, "native-cpu and (test_step and (dtypes or master) or test_perturbed)", build.KERNELS),
+    "rounding": Part(ROUNDING, "native-cpu and (test_perturb or test_step or largest)", build.KERNELS),
     "counts of the step": Part(COUNTS, "test_step or aligned", build.KERNELS),
 }
 
