@@ -447,6 +447,8 @@ class SharpnessAware(ScaledGradients, Optimizer):
             if not self._checks.hold(self.param_groups):
                 self.settle()
                 self._checks.follow(self.param_groups)
+                for group in self.param_groups:
+                    self._base.check(group)
             if self.param_groups[0].get("precondition"):
                 bases.refuse_precondition(self._base, type(self).__name__)
             plan = self._plan

@@ -218,6 +218,17 @@ def test_what_cannot_be_is_refused() -> None:
         optimizer.first_step()
 
 
+def test_a_group_that_gets_it_later_over_a_wrapped_base_is_refused() -> None:
+    model = pure()
+    optimizer = build(model.parameters(), "sam", "wrapped rmsprop")
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["rounding"] = "nearest"
+    before = weights(model)
+    with pytest.raises(ValueError, match="rounding='nearest' is for fused bases"):
+        train(model, optimizer, 1)
+    assert_same(before, weights(model))
+
+
 def test_older_checkpoints_lack_it() -> None:
     model = pure()
     optimizer = build(model.parameters(), "looksam", **STOCHASTIC)
