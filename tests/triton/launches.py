@@ -99,17 +99,21 @@ def words_of_16_bytes(access: str) -> bool:
 
 
 def launch_everything() -> None:
-    """Each op on float32 rows, and on bfloat16 rows with a master copy."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """Each op on float32 rows, and on bfloat16 rows with a master copy; for some bases on bfloat16 rows that are rounded
+    stochastically, too."""
+    pure = lk.Rounding()
+    for dtype, rounding in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, pure)):
         for base, row in BASES.items():
+            if rounding is not None and base not in ("sgd", "lamb", "adan"):
+                continue
             states = row.states
             names = ("w", "b", "g", "s", "q", *states)
-            wide = ("b", "q", *states)
+            wide = (*(("b",) if rounding is None else ()), "q", *states)
             columns: dict[str, Any] = {
                 name: [torch.zeros(8192, dtype=torch.float32 if name in wide else dtype)] for name in names
             }
             columns |= {"step": [torch.zeros(())], "q_norm_sq": [torch.zeros((), dtype=torch.float64)]}
-            table = lk.TensorTable(backend="triton", **columns)
+            table = lk.TensorTable(backend="triton", rounding=rounding, **columns)
             c = torch.ones(2, 1, dtype=torch.float64)
             up = Coefficients(("g",), c[:1], None, torch.tensor(0.0))
             down = Coefficients(("s", "g"), c, c, torch.tensor(0.0), None if row.update is None else c)
