@@ -127,7 +127,7 @@ C10_ALWAYS_INLINE bool alike(const c10::TensorImpl& x, const c10::TensorImpl& w)
     return same;
   };
   return &x == &w ||
-         (equal(x.sizes(), w.sizes()) && (equal(x.strides(), w.strides()) || (x.is_contiguous() && w.is_contiguous())));
+         (equal(x.sizes(), w.sizes()) && ((x.is_contiguous() && w.is_contiguous()) || equal(x.strides(), w.strides())));
 }
 
 // Does memory hold the elements of x, on the device that it says? That of FakeTensors and of wrappers around other

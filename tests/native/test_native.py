@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from looksam_kernels import Mask, TensorTable, backend_info, ops
+from looksam_kernels import Mask, Rounding, TensorTable, backend_info, ops
 from looksam_kernels.updates import BASES
 from tests import bases
 from tests.kernels.cases import STATES
@@ -57,6 +57,7 @@ def make_table(master: bool = True) -> TensorTable:
     return TensorTable(
         w,
         backend="native",
+        rounding=None if master else Rounding(seed=3),
         b=column(wide=master),
         g=column(wide=False),
         s=column(wide=False),
@@ -67,9 +68,9 @@ def make_table(master: bool = True) -> TensorTable:
     )
 
 
-def run(base: str) -> list[Tensor]:
-    """A refresh, a reuse, and all that they leave."""
-    table = make_table()
+def run(base: str, master: bool = True) -> list[Tensor]:
+    """A refresh, a reuse, and all that they leave. Without master copies bfloat16 weights are rounded stochastically."""
+    table = make_table(master)
     group, lars = GROUP | bases.with_all_states(base), BASES[base].takes_trust_ratio
     sums, coefficients = ops.measure(table, "trust_normalized", [group], trust_ratio=lars)
     ops.perturb(table, coefficients, mask=Mask(keep=0.6))
@@ -81,6 +82,9 @@ def run(base: str) -> list[Tensor]:
     return [sums.values, more.values, *moved, *(x for name in table for x in table[name])]
 
 
+MASTER = pytest.mark.parametrize("master", [True, False], ids=["master copies", "rounded stochastically"])
+
+
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     as_bytes = (
         [x.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for x in tensors] for tensors in (a, b)
@@ -88,35 +92,38 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     return next(as_bytes) == next(as_bytes)
 
 
+@MASTER
 @pytest.mark.parametrize("base", BASES)
-def test_same_bits_for_any_number_of_threads(base: str) -> None:
+def test_same_bits_for_any_number_of_threads(base: str, master: bool) -> None:
     results = []
     for threads in (1, 2, 4, 2):
         torch.set_num_threads(threads)
-        results.append(run(base))
+        results.append(run(base, master))
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@MASTER
 @pytest.mark.parametrize("base", BASES)
-def test_same_bits_for_any_instruction_set(base: str) -> None:
+def test_same_bits_for_any_instruction_set(base: str, master: bool) -> None:
     from looksam_kernels import _C
 
     results = []
     for isa in _C.isas():
         _C.use_isa(isa)
-        results.append(run(base))
+        results.append(run(base, master))
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@MASTER
 @pytest.mark.parametrize("base", BASES)
-def test_same_bits_for_any_way_of_reading(base: str) -> None:
+def test_same_bits_for_any_way_of_reading(base: str, master: bool) -> None:
     from looksam_kernels import _C
 
     results = []
     try:
         for way in ("plain", "ahead", "measured"):
             _C.use_reading(way)
-            results.append(run(base))
+            results.append(run(base, master))
     finally:
         _C.use_reading("measured")
     assert all(same_bits(results[0], other) for other in results[1:])
