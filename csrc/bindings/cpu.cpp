@@ -4,8 +4,8 @@
 
 #include <deque>
 
+#include "../cpu/memory.h"
 #include "../cpu/ops.h"
-#include "../cpu/reading.h"
 #include "host_columns.h"
 #include "places.h"
 #include "snapshot.h"
@@ -602,17 +602,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_isa", [](const std::string& name) {
     if (!looksam::cpu::use_isa(name)) throw py::value_error("no instruction set '" + name + "' on this processor");
   });
-  // Of each op: "plain", "ahead" (chunks in turns, later ones prefetched), or "measured" while the choice is open.
-  module.def("readings", [] {
+  // Of each op: a name of MemoryChoice::kNames, or "measured" while the choice is open.
+  module.def("memory_uses", [] {
     std::map<std::string, std::string> found;
-    looksam::cpu::reading_choices().visit([&](const char* op, looksam::cpu::ReadingChoice& choice) {
-      found[op] = looksam::cpu::ReadingChoice::name_of(choice.chosen());
+    looksam::cpu::memory_choices().visit([&](const char* op, looksam::cpu::MemoryChoice& choice) {
+      found[op] = looksam::cpu::MemoryChoice::name_of(choice.chosen());
     });
     return found;
   });
-  module.def("use_reading", [](const std::string& name) {
-    const int way = looksam::cpu::ReadingChoice::way_named(name);
-    looksam::cpu::reading_choices().visit(
-        [&](const char*, looksam::cpu::ReadingChoice& choice) { choice.choose(way); });
+  module.def("use_memory", [](const std::string& name) {
+    const int way = looksam::cpu::MemoryChoice::way_named(name);
+    looksam::cpu::memory_choices().visit([&](const char*, looksam::cpu::MemoryChoice& choice) { choice.choose(way); });
   });
 }

@@ -13,12 +13,14 @@ namespace looksam::cpu {
 inline constexpr int kMaxOperands = 5;
 inline constexpr int kMaxPairs = 8;
 
-// How an op reads the memory: of influence on its speed only. Processors differ in what they want.
-struct Reading {
+// How an op uses the memory: of influence on its speed only. Processors differ in what they want.
+struct MemoryUse {
   static constexpr int kPlaces = 4;
 
-  int places = 1;      // of sums: how many chunks a thread reads in turns, at most kPlaces
-  bool ahead = false;  // are later tiles asked for by instructions?
+  bool ahead = false;    // are later tiles asked for by instructions, and chunks of sums read from kPlaces in turns?
+  bool streams = false;  // is what nothing reads soon (backup, q, w from the backup) written past the caches?
+
+  int places() const { return ahead ? kPlaces : 1; }
 };
 
 // One side of an inner product: a column, or T times it.
@@ -29,7 +31,7 @@ struct Operand {
 
 struct SumsArgs {
   ChunkMap map;
-  Reading reading;
+  MemoryUse memory;
   Column w;
   const double* eta;      // [rows], NaN where T = 1; null: everywhere
   const double* numbers;  // [4, rows] of a Preconditioner, whose T is then taken; null: none
@@ -46,7 +48,7 @@ struct SumsArgs {
 // elements that the mask keeps; with a preconditioner w <- origin + T sum_i c_i x_i, its g the first input.
 struct PerturbArgs {
   ChunkMap map;
-  Reading reading;
+  MemoryUse memory;
   Column w, b;
   const unsigned char* from_b;  // [rows], 1 where b is the origin: w is perturbed already, or b is its master copy
   const double *eta, *numbers;  // as in SumsArgs
@@ -72,7 +74,7 @@ struct StepRow {
 // input instead of updating. A combination without coefficients is left out.
 struct StepArgs {
   ChunkMap map;
-  Reading reading;
+  MemoryUse memory;
   Base base;
   const StepRow* row;  // [rows]
   int inputs;

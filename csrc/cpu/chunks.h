@@ -107,9 +107,10 @@ inline void put(Span x, const T* results, int size) {
   if (x.data != nullptr && x.data != results) narrow_to(x, results, size);
 }
 
-// to <- from of one dtype, past the caches; but not the end of a row, as lines of which it fills a part would be slow.
-inline void stream(Span to, const void* from, int size) {
-  if (size % kStepTile != 0) {
+// to <- from of one dtype, past the caches if it streams; but never the end of a row, as lines of which it fills a part
+// would be slow.
+inline void copy(Span to, const void* from, int size, bool streams) {
+  if (!streams || size % kStepTile != 0) {
     __builtin_memcpy(to.data, from, static_cast<std::size_t>(size) * size_of(to.dtype));
     return;
   }
@@ -130,11 +131,11 @@ inline void restore(Span w, Span b, int size, Tile<T>& tile) {
   }
 }
 
-// As put(), past the caches where nothing has to be converted.
+// As put(), past the caches if it streams and nothing has to be converted.
 template <class T>
-inline void write_once(Span x, const T* results, int size) {
+inline void write_once(Span x, const T* results, int size, bool streams) {
   if (x.dtype == dtype_of<T>) {
-    stream(x, results, size);
+    copy(x, results, size, streams);
   } else {
     put(x, results, size);
   }
@@ -266,11 +267,11 @@ struct Operands {
   Operands(const SumsArgs& a, const Summing& at, int begin)
       : size(at.chunk.size - begin < kTile ? at.chunk.size - begin : kTile) {
     for (int k = 0; k < a.operands; ++k) {
-      x[k] = values(advance(at.operand[k], begin), size, tile[k], a.reading.ahead);
+      x[k] = values(advance(at.operand[k], begin), size, tile[k], a.memory.ahead);
       if (!a.operand[k].adaptive || x[k] == nullptr || a.eta == nullptr) continue;
       const double eta = a.eta[at.chunk.row];
       if (eta != eta) continue;
-      const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights, a.reading.ahead);
+      const T* w = values(span(a.w, at.chunk.row, at.chunk.offset + begin), size, weights, a.memory.ahead);
       T* scaled = tile[k].at;
       LOOKSAM_VECTORIZE
       for (int i = 0; i < size; ++i) scaled[i] = adaptive_scale(w[i], static_cast<T>(eta)) * x[k][i];
@@ -282,7 +283,7 @@ struct Operands {
     Tile<T> moment;
     const Span v = span(a.v, at.chunk.row, at.chunk.offset + begin);
     roots(weights.at, x[a.gradient], v, Preconditioner<T>(a.numbers, a.map.rows, at.chunk.row), size, moment,
-          a.reading.ahead);
+          a.memory.ahead);
     for (int k = 0; k < a.operands; ++k)
       if (a.operand[k].adaptive && x[k] != nullptr) x[k] = precondition(tile[k].at, x[k], weights.at, size);
   }
@@ -320,8 +321,8 @@ void sums_short(const SumsArgs& a, const Summing& at, std::int64_t index) {
 // Chunks from several places in turns, a tile of each: a sum reads one or two tensors, and there are cores that do not
 // fill the memory's bandwidth from as few places.
 void sums(const SumsArgs& a, std::int64_t first, std::int64_t last) {
-  Summing place[Reading::kPlaces];
-  const int places = a.reading.places;
+  Summing place[MemoryUse::kPlaces];
+  const int places = a.memory.places();
   const std::int64_t share = (last - first + places - 1) / places;
   for (std::int64_t i = 0; i < share; ++i) {
     int longest = 0;
@@ -415,7 +416,7 @@ struct Inputs {
 
   template <class Args>
   Inputs(const Args& a, std::int32_t row, std::int64_t offset, int size, Tile<T>* tile) {
-    for (int i = 0; i < a.inputs; ++i) at[i] = values(span(a.input[i], row, offset), size, tile[i], a.reading.ahead);
+    for (int i = 0; i < a.inputs; ++i) at[i] = values(span(a.input[i], row, offset), size, tile[i], a.memory.ahead);
   }
 };
 
@@ -444,13 +445,13 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
     const int size = chunk.size - begin < kTile ? chunk.size - begin : kTile;
     const std::int64_t offset = chunk.offset + begin;
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
-    if (!from_b) stream(b_span, w_span.data, size);
+    if (!from_b) copy(b_span, w_span.data, size, a.memory.streams);
     if (ascent.terms == 0) {
       if (from_b) restore(w_span, b_span, size, out_tile);
       continue;
     }
-    const T* w = values(w_span, size, w_tile, a.reading.ahead);
-    const T* origin = from_b ? values(b_span, size, origin_tile, a.reading.ahead) : w;
+    const T* w = values(w_span, size, w_tile, a.memory.ahead);
+    const T* origin = from_b ? values(b_span, size, origin_tile, a.memory.ahead) : w;
     const Inputs<T> x(a, chunk.row, offset, size, input_tile);
     const T* e = ascent.of(x.at, size, e_tile);
     if (a.mask.present()) {
@@ -470,7 +471,7 @@ void perturb_chunk(const PerturbArgs& a, const Chunk chunk) {
     if (a.numbers != nullptr) {
       Tile<T> root, moment;
       const Span v = span(a.v, chunk.row, offset);
-      roots(root.at, x.at[0], v, Preconditioner<T>(a.numbers, a.map.rows, chunk.row), size, moment, a.reading.ahead);
+      roots(root.at, x.at[0], v, Preconditioner<T>(a.numbers, a.map.rows, chunk.row), size, moment, a.memory.ahead);
       e = precondition(e_tile.at, e, root.at, size);
     }
     if (eta != eta) {
@@ -514,7 +515,7 @@ void restore_chunk(const StepArgs& a, const Chunk chunk) {
 template <class T>
 struct Weights {
   Span w, b;
-  bool w_was_read;
+  bool w_was_read, streams;
   Tile<T>& tile;
 
   T* target_for_new() const {
@@ -522,7 +523,7 @@ struct Weights {
   }
   void put_new(const T* results, int size) const {
     put(b, results, size);
-    w_was_read ? put(w, results, size) : write_once(w, results, size);
+    w_was_read ? put(w, results, size) : write_once(w, results, size, streams);
   }
 };
 
@@ -561,17 +562,18 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
     const T* q = a.q != nullptr && a.written.has(chunk.row) ? second.of(x.at, size, q_tile) : nullptr;
 
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
-    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile, a.reading.ahead);
+    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile, a.memory.ahead);
     if (a.base == Base::grad) {
       if (row.from_b) restore(w_span, b_span, size, out_tile);
     } else {
-      const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
+      const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, a.memory.streams,
+                              out_tile};
       T* out = two_phases ? static_cast<T*>(a.u) + offset : target.target_for_new();
       Span state_span[kMaxStates];
       T* state[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k) {
         state_span[k] = span(a.state[k], chunk.row, offset);
-        state[k] = state_span[k].data != nullptr ? values(state_span[k], size, state_tile[k], a.reading.ahead)
+        state[k] = state_span[k].data != nullptr ? values(state_span[k], size, state_tile[k], a.memory.ahead)
                                                  : state_tile[k].at;
       }
       update(out, w, d, state, size, h);
@@ -587,7 +589,7 @@ void step_chunk(const StepArgs& a, std::int64_t index) {
     }
     if (q != nullptr) {
       qq.add(q, q, size);
-      write_once(span(a.written, chunk.row, offset), q, size);
+      write_once(span(a.written, chunk.row, offset), q, size, a.memory.streams);
     }
     // Last, because q may be the first input itself.
     if (a.base == Base::grad) put(span(a.input[0], chunk.row, offset), d, size);
@@ -626,9 +628,10 @@ void lamb_apply_chunk(const StepArgs& a, const Chunk chunk) {
     const int size = chunk.size - begin < kStepTile ? chunk.size - begin : kStepTile;
     const std::int64_t offset = chunk.offset + begin;
     const Span w_span = span(a.w, chunk.row, offset), b_span = span(a.b, chunk.row, offset);
-    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile, a.reading.ahead);
-    const T* u = values(Span{static_cast<T*>(a.u) + offset, dtype_of<T>}, size, out_tile, a.reading.ahead);
-    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, out_tile};
+    const T* w = values(row.from_b ? b_span : w_span, size, origin_tile, a.memory.ahead);
+    const T* u = values(Span{static_cast<T*>(a.u) + offset, dtype_of<T>}, size, out_tile, a.memory.ahead);
+    const Weights<T> target{w_span, master ? b_span : Span{nullptr, Dtype::f32}, !row.from_b, a.memory.streams,
+                            out_tile};
     T* out = target.target_for_new();
     LOOKSAM_VECTORIZE
     for (int i = 0; i < size; ++i) out[i] = Lamb::apply(w[i], u[i], trust_ratio, h);

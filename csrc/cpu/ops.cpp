@@ -2,7 +2,7 @@
 
 #include <numeric>
 
-#include "reading.h"
+#include "memory.h"
 
 namespace looksam::cpu {
 
@@ -25,11 +25,11 @@ std::int64_t grain(const ChunkMap& map) {
 constexpr std::int64_t kCachedChunks = 8;
 
 template <class Args>
-void read_in_chosen_way(ReadingChoice& choice, void (*kernel)(const Args&, std::int64_t, std::int64_t),
-                        const Args& args, std::int64_t first, std::int64_t last) {
+void in_chosen_way(MemoryChoice& choice, void (*kernel)(const Args&, std::int64_t, std::int64_t), const Args& args,
+                   std::int64_t first, std::int64_t last) {
   Args own = args;
-  choice.over(args.map, first, last, [&](std::int64_t from, std::int64_t to, Reading reading) {
-    own.reading = reading;
+  choice.over(args.map, first, last, [&](std::int64_t from, std::int64_t to, MemoryUse memory) {
+    own.memory = memory;
     kernel(own, from, to);
   });
 }
@@ -56,7 +56,7 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
     if (rows[row].action == Action::update)
       rows[row].trust_ratio = trust_ratio(total(args.w_sq, map, row), total(args.u_sq, map, row), *base_of_row[row]);
   };
-  args.reading = reading_choices().step.current();
+  args.memory = memory_choices().step.current();
   std::vector<std::int64_t> small, large;
   std::int64_t elements_of_small = 0;
   for (std::int64_t row = 0; row < map.rows; ++row) {
@@ -80,7 +80,7 @@ void step_lamb(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row
     const std::int64_t begin = map.first[row];
     args.u = scratch_for_u(args, row);
     parallel_for(chunks_of(row), kGrain / kChunk, [&](std::int64_t first, std::int64_t last) {
-      read_in_chosen_way(reading_choices().step, kernels.step, args, begin + first, begin + last);
+      in_chosen_way(memory_choices().step, kernels.step, args, begin + first, begin + last);
     });
     find_trust_ratio(row);
     parallel_for(chunks_of(row), kGrain / kChunk,
@@ -126,7 +126,7 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
   args.partial = partial.data();
   if (args.pairs > 0)
     parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) {
-      read_in_chosen_way(reading_choices().sums, kernels.sums, args, first, last);
+      in_chosen_way(memory_choices().sums, kernels.sums, args, first, last);
     });
   for (std::int64_t p = 0; p < args.pairs; ++p)
     for (std::int64_t row = 0; row < args.map.rows; ++row)
@@ -136,7 +136,7 @@ void sums(SumsArgs args, double* values, const ParallelFor& parallel_for) {
 void perturb(const PerturbArgs& args, const ParallelFor& parallel_for) {
   const Kernels& kernels = isa();
   parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) {
-    read_in_chosen_way(reading_choices().perturb, kernels.perturb, args, first, last);
+    in_chosen_way(memory_choices().perturb, kernels.perturb, args, first, last);
   });
 }
 
@@ -154,7 +154,7 @@ void step(StepArgs args, StepRow* rows, const BaseHyper* const* base_of_row, dou
     step_lamb(args, rows, base_of_row, parallel_for);
   } else {
     parallel_for(args.map.chunks, grain(args.map), [&](std::int64_t first, std::int64_t last) {
-      read_in_chosen_way(reading_choices().step, kernels.step, args, first, last);
+      in_chosen_way(memory_choices().step, kernels.step, args, first, last);
     });
   }
   for (std::int64_t row = 0; row < args.map.rows && q_sq_of_row != nullptr; ++row)

@@ -1,4 +1,4 @@
-// How an op reads the memory, chosen by a measurement on its own first chunks: processors differ in what they want, and
+// How an op uses the memory, chosen by a measurement on its own first chunks: processors differ in what they want, and
 // their names do not say it. No result depends on the choice.
 #pragma once
 
@@ -15,13 +15,14 @@
 
 namespace looksam::cpu {
 
-class ReadingChoice {
+class MemoryChoice {
  public:
   static constexpr int kMeasured = -1;  // choose by measurement
-  static constexpr std::array<Reading, 2> kWays = {{{1, false}, {Reading::kPlaces, true}}};
+  static constexpr std::array<MemoryUse, 4> kWays = {{{false, false}, {false, true}, {true, false}, {true, true}}};
+  static constexpr std::array<const char*, 4> kNames = {"plain", "streams", "ahead", "ahead, streams"};
 
-  // run(first, last, reading) over the chunks first .. last - 1. While nothing is chosen, blocks of them are read in
-  // each way in turns and timed; several threads may do so at once.
+  // run(first, last, memory) over the chunks first .. last - 1. While nothing is chosen, blocks of them are worked
+  // off in each way in turns and timed; several threads may do so at once.
   template <class Run>
   void over(const ChunkMap& map, std::int64_t first, std::int64_t last, const Run& run) {
     while (first < last && chosen() == kMeasured && last - first >= kBlock) {
@@ -36,14 +37,15 @@ class ReadingChoice {
     if (first < last) run(first, last, current());
   }
 
-  Reading current() const { return kWays[chosen() == kMeasured ? 0 : chosen()]; }
+  MemoryUse current() const { return kWays[chosen() == kMeasured ? 0 : chosen()]; }
   int chosen() const { return chosen_.load(std::memory_order_relaxed); }
 
-  static const char* name_of(int way) { return way == kMeasured ? "measured" : way == 0 ? "plain" : "ahead"; }
+  static const char* name_of(int way) { return way == kMeasured ? "measured" : kNames[way]; }
   static int way_named(const std::string& name) {
     for (int way = kMeasured; way < static_cast<int>(kWays.size()); ++way)
       if (name == name_of(way)) return way;
-    throw std::invalid_argument("a way of reading is plain, ahead or measured, not " + name);
+    throw std::invalid_argument("a use of the memory is plain; streams; ahead; ahead, streams; or measured, not " +
+                                name);
   }
 
   // From now on: one of kWays, or kMeasured to measure anew.
@@ -54,8 +56,9 @@ class ReadingChoice {
   }
 
  private:
-  static constexpr std::int64_t kBlock = 16;               // chunks: of one column half a MiB
-  static constexpr std::size_t kEnough = 12;               // blocks in each way
+  static constexpr std::int64_t kBlock =
+      64;  // chunks: of one column two MiB, as what is written late must not fall to others' blocks
+  static constexpr std::size_t kEnough = 5;                // blocks in each way
   static constexpr double kFull = 0.75 * kBlock * kChunk;  // elements; blocks of smaller rows measure something else
 
   static double elements(const ChunkMap& map, std::int64_t first, std::int64_t last) {
@@ -70,7 +73,10 @@ class ReadingChoice {
     seconds_[way].push_back(seconds / elements);
     const auto has_enough = [](const std::vector<double>& times) { return times.size() >= kEnough; };
     if (chosen() != kMeasured || !std::all_of(seconds_.begin(), seconds_.end(), has_enough)) return;
-    chosen_ = median(seconds_[1]) < median(seconds_[0]) ? 1 : 0;
+    std::array<double, kWays.size()> each;
+    std::transform(seconds_.begin(), seconds_.end(), each.begin(),
+                   [](std::vector<double>& times) { return median(times); });
+    chosen_ = static_cast<int>(std::min_element(each.begin(), each.end()) - each.begin());
   }
 
   static double median(std::vector<double>& times) {
@@ -85,9 +91,9 @@ class ReadingChoice {
   std::array<std::vector<double>, kWays.size()> seconds_;
 };
 
-// Of each op that reads chunks.
-struct ReadingChoices {
-  ReadingChoice sums, perturb, step;
+// Of each op that walks over chunks.
+struct MemoryChoices {
+  MemoryChoice sums, perturb, step;
 
   template <class Visit>
   void visit(const Visit& visit) {
@@ -95,8 +101,8 @@ struct ReadingChoices {
   }
 };
 
-inline ReadingChoices& reading_choices() {
-  static ReadingChoices choices;
+inline MemoryChoices& memory_choices() {
+  static MemoryChoices choices;
   return choices;
 }
 
