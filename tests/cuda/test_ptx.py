@@ -41,11 +41,13 @@ class Part(NamedTuple):
 PARTS = {
     "sums": Part(OP_MATRIX, "native-cpu and test_sums"),
     "perturb": Part(OP_MATRIX, "native-cpu and (test_perturb or test_a_mask) and not test_perturbed"),
-    "coefficients": Part(
-        OP_MATRIX, "native-cpu and test_coefficients and (clipped or plain) and not loosely and not lars"
-    ),
+    "coefficients": Part(OP_MATRIX, "native-cpu and test_coefficients and clipped and not (loosely or lars or tensor)"),
     "counts": Part(COUNTS, "not test_step and not aligned"),
-    "step": Part(OP_MATRIX, "native-cpu and (test_step and (dtypes or master) or test_perturbed)", build.KERNELS),
+    "step": Part(
+        OP_MATRIX,
+        "native-cpu and (test_step and (master or dtypes and (adamw or lamb)) or test_perturbed)",
+        build.KERNELS,
+    ),
     "rounding": Part(ROUNDING, "native-cpu and (test_perturb or test_step or largest)", build.KERNELS),
     "counts of the step": Part(COUNTS, "test_step or aligned", build.KERNELS),
 }

@@ -666,7 +666,7 @@ def test_the_order_of_parameters_and_groups_changes_nothing(variant, base, backe
     [
         name
         for name in METHODS
-        if not any(x in name for x in ("filter", "global", "unified", "both"))
+        if not any(x in name for x in ("filter", "global", "unified", "both", "preconditioned"))
         and name not in ("sam", "gsam-3", "gsam-3-only")
     ],
 )
@@ -676,8 +676,8 @@ def test_a_loss_scale_changes_neither_the_ascent_nor_the_reuse(variant, backend,
     """With lr / scale the whole run, and every perturbed weight in it, has the same bits: 2^n only moves exponents.
 
     The formula itself excludes GSAM's schedule, which follows lr; "trust_global", whose size is rho ||w_p|| / ||g||;
-    unified SAM, whose e grows with g; and tensors with L_p = 1 by definition: those of zeros and those outside the layer
-    filter.
+    unified SAM, whose e grows with g; preconditioned ascents, for which SGD has no second moment; and tensors with
+    L_p = 1 by definition: those of zeros and those outside the layer filter.
     """
     visited: list[list[torch.Tensor]] = []
     for scale in (1.0, 2.0**power):
