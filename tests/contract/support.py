@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -202,3 +203,18 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
             assert_same(x, y, f"{where}{i}/")
     else:
         assert a == b, where
+
+
+def assert_goes_on_from_a_checkpoint(
+    run: tuple[nn.Module, Any], fresh: tuple[nn.Module, Any], train: Callable[[nn.Module, Any, int], Any], steps: int
+) -> None:
+    """A model and its optimizer, saved and loaded into others, make the same next steps bit for bit."""
+    buffer = io.BytesIO()
+    torch.save([x.state_dict() for x in run], buffer)
+    buffer.seek(0)
+    for x, saved in zip(fresh, torch.load(buffer, weights_only=True), strict=True):
+        x.load_state_dict(saved)
+    for model, optimizer in (run, fresh):
+        train(model, optimizer, steps)
+    assert_same(weights(run[0]), weights(fresh[0]))
+    assert_same(states(run[1]), states(fresh[1]))

@@ -40,6 +40,7 @@ def _as_before() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     _C.use_isa(isa)
+    _C.use_memory("measured")
 
 
 def make_table(master: bool = True) -> TensorTable:
@@ -120,12 +121,9 @@ def test_same_bits_for_any_use_of_the_memory(base: str, master: bool) -> None:
     from looksam_kernels import _C
 
     results = []
-    try:
-        for way in ("plain", "streams", "ahead", "ahead, streams", "measured"):
-            _C.use_memory(way)
-            results.append(run(base, master))
-    finally:
-        _C.use_memory("measured")
+    for way in ("plain", "streams", "ahead", "ahead, streams", "measured"):
+        _C.use_memory(way)
+        results.append(run(base, master))
     assert all(same_bits(results[0], other) for other in results[1:])
 
 

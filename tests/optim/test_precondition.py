@@ -1,7 +1,6 @@
 """``precondition=True``: the perturbation is scaled as the base's update is. The formulas: test_against_formulas.py."""
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -11,7 +10,16 @@ from torch import Tensor, nn
 import looksam
 from looksam_kernels import Mask
 from looksam_kernels.preconditioning import with_second_moment
-from tests.contract.support import VARIANTS, Closure, assert_same, build, network, states, train, weights
+from tests.contract.support import (
+    VARIANTS,
+    Closure,
+    assert_goes_on_from_a_checkpoint,
+    assert_same,
+    build,
+    network,
+    train,
+    weights,
+)
 from tests.field.test_scaler import scaled_steps
 from tests.optim.cases import BACKENDS, QUICK
 
@@ -144,19 +152,10 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit(backend: str, variant: st
     model = network()
     optimizer = build(model.parameters(), variant, "adamw", backend=backend, **ON)
     train(model, optimizer, 3)
-    buffer = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
     other = network(1)
     second = build(other.parameters(), variant, "adamw", backend=backend)
-    other.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
+    assert_goes_on_from_a_checkpoint((model, optimizer), (other, second), train, 3)
     assert second.param_groups[0]["precondition"] is True
-    train(model, optimizer, 3)
-    train(other, second, 3)
-    assert_same(weights(model), weights(other))
-    assert_same(states(optimizer), states(second))
 
 
 def test_older_checkpoints_lack_it_and_those_of_other_variants_do_not_bring_it() -> None:

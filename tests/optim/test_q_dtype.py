@@ -1,6 +1,5 @@
 """``q_dtype="bfloat16"``: LookSAM's stored component in half the memory."""
 
-import io
 from typing import Any
 
 import pytest
@@ -8,7 +7,15 @@ import torch
 from torch import nn
 
 import looksam
-from tests.contract.support import OPTIONS, Closure, assert_same, build, network, states, train, weights
+from tests.contract.support import (
+    OPTIONS,
+    Closure,
+    assert_goes_on_from_a_checkpoint,
+    build,
+    network,
+    train,
+    weights,
+)
 from tests.optim.cases import BACKENDS, QUICK
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*interpreter:RuntimeWarning")
@@ -60,18 +67,9 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit(backend: str, variant: st
     model = network()
     optimizer = build(model.parameters(), variant, "adamw", k=3, backend=backend, **SHORT)
     train(model, optimizer, 4)
-    buffer = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
     other = network(1)
     second = build(other.parameters(), variant, "adamw", k=3, backend=backend, **SHORT)
-    other.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    train(model, optimizer, 4)
-    train(other, second, 4)
-    assert_same(weights(model), weights(other))
-    assert_same(states(optimizer), states(second))
+    assert_goes_on_from_a_checkpoint((model, optimizer), (other, second), train, 4)
 
 
 @on_backends

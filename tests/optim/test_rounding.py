@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ import looksam
 from tests.contract.support import (
     VARIANTS,
     Closure,
+    assert_goes_on_from_a_checkpoint,
     assert_same,
     build,
     network,
-    states,
     train,
     weights,
     works,
@@ -117,18 +116,9 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit(backend: str, variant: st
     model = pure()
     optimizer = build(model.parameters(), variant, "sgd", backend=backend, **STOCHASTIC)
     train(model, optimizer, 3)
-    buffer = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
     other = pure(1)
     second = build(other.parameters(), variant, "sgd", backend=backend)  # the checkpoint says how it goes on
-    other.load_state_dict(saved[0])
-    second.load_state_dict(saved[1])
-    train(model, optimizer, 3)
-    train(other, second, 3)
-    assert_same(weights(model), weights(other))
-    assert_same(states(optimizer), states(second))
+    assert_goes_on_from_a_checkpoint((model, optimizer), (other, second), train, 3)
 
 
 def test_other_seeds_and_other_steps_round_otherwise() -> None:
